@@ -1,0 +1,256 @@
+"""Parameters of the official JAX implementation to a HYLA checkpoint.
+
+The official release (github.com/smonsays/hypernetwork-attention, commit af9805f) stores a flat tree of arrays named by
+module, and a `TransformerConfig`. Kernels are (input, output) there, with heads as an axis of their own.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .model import HylaConfig, HylaForSequenceClassification
+
+
+PREFIX = "params."
+
+# Official name of an attention: what it is in Table A1, as settings of HylaConfig.
+SEQUENCE_MIXERS: dict[str, dict[str, str]] = {
+    "softmax_attention": {"attention_type": "softmax"},
+    "linear_attention": {"attention_type": "linear"},
+    "linear_attention_rms_head": {"attention_type": "linear", "score_norm": "rms_head"},
+    "linear_hypatt": {"attention_type": "hyla"},
+    "linear_hypatt_no_rms_head": {"attention_type": "hyla", "score_norm": "none"},
+    "linear_hypatt_mlp_linear": {"attention_type": "hyla", "value_activation": "none"},
+    "linear_hypatt_mlp_linear_no_rms_head": {
+        "attention_type": "hyla",
+        "score_norm": "none",
+        "value_activation": "none",
+    },
+    "softmax_hypatt": {"attention_type": "hyla", "score_norm": "softmax"},
+}
+STATE_MIXERS = {"gelu_mlp": "mlp", "swiglu": "swiglu"}
+NORMS = {"layer": "layer_norm", "rms": "rms_norm"}
+
+# What a field must be, where we support one value only; the second entry says why in an error.
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "block_type": (("default",), "other block types have no counterpart in HylaModel"),
+    "use_absolute_position": ((False,), "absolute positions are not supported"),
+    "share_params_over_layers": ((False,), "layers that share parameters are not supported"),
+    "vocab_size": ((None,), "token embeddings belong to the causal language model, which is not supported yet"),
+    "dropout_rate": ((0, 0.0), "only attention_dropout_rate is supported"),
+    "moe_num": ((None, -1), "mixtures of experts are not supported"),
+    "moe_top_k": ((None, -1), "mixtures of experts are not supported"),
+}
+
+
+def convert_config(
+    official: Mapping[str, Any], *, loss_fn: str, embedding_rows: int, num_answers: int | None = None
+) -> HylaConfig:
+    """
+    The `HylaConfig` of an official `TransformerConfig`.
+
+    Args:
+        official: the fields of the official config by name.
+        loss_fn: the official loss, which says what the model is for: `"SymbolicRavenLoss"` or `"FuzzyLogicLoss"`.
+        embedding_rows: input width of the official embedding layer.
+        num_answers: how many last tokens carry an answer; 4 for SRAVEN and 1 for logic where it is `None`.
+
+    Raises:
+        ValueError: for a missing field and for one whose value is not supported, by its name.
+    """
+    for name, (allowed, why) in _ONLY.items():
+        value = official.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"The official config has {name}={value!r}, but {why}: only {allowed[0]!r} can be converted.")
+
+    def field(name: str, known: Mapping[str, Any] | None = None) -> Any:
+        if name not in official:
+            raise ValueError(f"The official config lacks the field {name!r}: pass all fields of its TransformerConfig.")
+        value = official[name]
+        if known is None:
+            return value
+        if value not in known:
+            raise ValueError(f"The official config has {name}={value!r}, which is not supported: expected {_any_of(known)}.")
+        return known[value]
+
+    num_heads = field("num_heads")
+    for name in ("qk_dim", "v_dim"):
+        if field(name) % num_heads:
+            raise ValueError(
+                f"The official config has {name}={field(name)}, which does not divide into num_heads={num_heads} heads."
+            )
+    heads = {
+        "SymbolicRavenLoss": {
+            "vocab_size": embedding_rows + 1,
+            "answer_token_id": embedding_rows,
+            "num_answers": num_answers or 4,
+            "problem_type": "single_label_classification",
+        },
+        "FuzzyLogicLoss": {
+            "vocab_size": None,
+            "input_size": embedding_rows,
+            "num_answers": num_answers or 1,
+            "problem_type": "regression",
+        },
+    }
+    if loss_fn not in heads:
+        raise ValueError(f"loss_fn={loss_fn!r} is not supported: expected {_any_of(heads)}.")
+    return HylaConfig(
+        **heads[loss_fn],
+        **field("sequence_mixer", SEQUENCE_MIXERS),
+        num_labels=field("output_dim"),
+        hidden_size=field("emb_dim"),
+        num_hidden_layers=field("num_layers"),
+        num_attention_heads=num_heads,
+        head_dim=field("qk_dim") // num_heads,
+        value_head_dim=field("v_dim") // num_heads,
+        qk_norm=field("normalize_qk"),
+        position_type="relative" if field("use_relative_position") else "none",
+        relative_attention_num_buckets=field("relative_position_max_dist"),
+        is_causal=field("use_causal_mask"),
+        attention_dropout=field("attention_dropout_rate"),
+        ffn_type=field("state_mixer", STATE_MIXERS),
+        intermediate_size=field("mlp_dim"),
+        norm_type=field("norm", NORMS),
+    )
+
+
+def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -> dict[str, torch.Tensor]:
+    """
+    The state dict of `HylaForSequenceClassification(config)`.
+
+    Only reshapes, transposes and pads, so that gradients flow through it and gradients convert like parameters.
+
+    Args:
+        params: official tensors by path, without prefix, such as `"transformer_block_0.norm1.scale"`.
+
+    Raises:
+        ValueError: for a missing, an unexpected or a wrongly shaped tensor, by its official name.
+    """
+    left = dict(params)
+
+    def take(path: str) -> torch.Tensor:
+        if path not in left:
+            raise ValueError(f"The official parameters lack {PREFIX}{path}, which this config needs.")
+        return left.pop(path)
+
+    def dense(theirs: str, ours: str, bias: bool = True, inputs: int = 1) -> dict[str, torch.Tensor]:
+        # (inputs..., outputs...) there; (outputs, inputs) here. Heads are an axis of their own there.
+        kernel = take(f"{theirs}.kernel")
+        state = {f"{ours}.weight": kernel.flatten(0, inputs - 1).flatten(1).T}
+        if bias:
+            state[f"{ours}.bias"] = take(f"{theirs}.bias").flatten()
+        return state
+
+    def norm(theirs: str, ours: str, bias: bool = True) -> dict[str, torch.Tensor]:
+        state = {f"{ours}.weight": take(f"{theirs}.scale")}
+        if bias:
+            state[f"{ours}.bias"] = take(f"{theirs}.bias")
+        return state
+
+    state: dict[str, torch.Tensor] = {}
+    if config.vocab_size is None:
+        state |= dense("embedding", "model.input_proj")
+    else:
+        table = take("embedding.kernel")
+        state["model.embed_tokens.weight"] = torch.cat([table, table.new_zeros(1, table.shape[1])])
+        state["model.embed_bias"] = take("embedding.bias")
+    for layer in range(config.num_hidden_layers):
+        theirs, ours = f"transformer_block_{layer}", f"model.layers.{layer}"
+        has_bias = config.norm_type == "layer_norm"
+        state |= norm(f"{theirs}.norm1", f"{ours}.input_layernorm", bias=has_bias)
+        state |= norm(f"{theirs}.norm2", f"{ours}.post_attention_layernorm", bias=has_bias)
+        if config.position_type == "relative":
+            state[f"{ours}.self_attn.relative_attention_bias"] = take(f"{theirs}.relative_embedding.rel_embedding")
+        for their_name, our_name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+            state |= dense(f"{theirs}.sequence_mixer.{their_name}", f"{ours}.self_attn.{our_name}")
+        state |= dense(f"{theirs}.sequence_mixer.out", f"{ours}.self_attn.o_proj", inputs=2)
+        if config.qk_norm:
+            state |= norm(f"{theirs}.sequence_mixer.query_ln", f"{ours}.self_attn.q_norm", bias=False)
+            state |= norm(f"{theirs}.sequence_mixer.key_ln", f"{ours}.self_attn.k_norm", bias=False)
+        if config.ffn_type == "mlp":
+            state |= dense(f"{theirs}.state_mixer.Dense_0", f"{ours}.mlp.up_proj")
+            state |= dense(f"{theirs}.state_mixer.Dense_1", f"{ours}.mlp.down_proj")
+        else:
+            state |= dense(f"{theirs}.state_mixer.Dense_0", f"{ours}.mlp.gate_proj", bias=False)
+            state |= dense(f"{theirs}.state_mixer.Dense_1", f"{ours}.mlp.up_proj", bias=False)
+            state |= dense(f"{theirs}.state_mixer.Dense_2", f"{ours}.mlp.down_proj", bias=False)
+    state |= norm("decoder_norm", "model.norm")
+    state |= dense("logitdense", "classifier")
+    if left:
+        raise ValueError(f"The config has no place for the official parameter {PREFIX}{min(left)}: do the two belong together?")
+
+    with torch.device("meta"):
+        expected = HylaForSequenceClassification(config).state_dict()
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"The official parameter for {name} has the shape {tuple(tensor.shape)} after conversion, but the config "
+                f"makes it {tuple(expected[name].shape)}: do the two belong together?"
+            )
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def convert(
+    params: Mapping[str, Any], config: Mapping[str, Any], *, loss_fn: str, num_answers: int | None = None
+) -> tuple[HylaConfig, dict[str, torch.Tensor]]:
+    """
+    Official parameters and config fields to `(HylaConfig, state_dict)`.
+
+    Args:
+        params: arrays or tensors named `params.<path>`; other names are ignored.
+        config: the fields of the official `TransformerConfig`.
+        loss_fn, num_answers: see [`convert_config`].
+
+    Raises:
+        ValueError: see [`convert_config`] and [`convert_parameters`].
+    """
+    official = {
+        name.removeprefix(PREFIX): torch.as_tensor(array) for name, array in params.items() if name.startswith(PREFIX)
+    }
+    if not official:
+        raise ValueError(f"There are no official parameters: no tensor's name begins with {PREFIX!r}.")
+    if "embedding.kernel" not in official:
+        if "embedding.embedding" in official:
+            raise ValueError("The parameters are of a causal language model (embedding.embedding): not supported yet.")
+        raise ValueError(f"The official parameters lack {PREFIX}embedding.kernel.")
+    hyla_config = convert_config(
+        config, loss_fn=loss_fn, embedding_rows=official["embedding.kernel"].shape[0], num_answers=num_answers
+    )
+    return hyla_config, convert_parameters(official, hyla_config)
+
+
+def convert_files(params: Path, config: Path, output: Path, num_answers: int | None = None) -> None:
+    """
+    Writes a folder that `from_pretrained` loads.
+
+    Args:
+        params: safetensors file with tensors `params.<path>`.
+        config: JSON file with the official fields under `config` and the name of the loss under `loss_fn`; where
+            `params` holds no parameters, its `params_file` is named in the error.
+        output: folder to write.
+
+    Raises:
+        ValueError: see [`convert`].
+        OSError: if a file cannot be read or written.
+    """
+    description = json.loads(config.read_text())
+    for key in ("config", "loss_fn"):
+        if key not in description:
+            raise ValueError(f"{config} has no {key!r}: expected the official config under 'config' and its 'loss_fn'.")
+    tensors = load_file(params)
+    if not any(name.startswith(PREFIX) for name in tensors):
+        hint = f": they are in {description['params_file']}" if description.get("params_file") else ""
+        raise ValueError(f"{params} holds no tensor named {PREFIX}<path>{hint}; pass the file with the parameters.")
+    hyla_config, state_dict = convert(tensors, description["config"], loss_fn=description["loss_fn"], num_answers=num_answers)
+    model = HylaForSequenceClassification(hyla_config)
+    model.load_state_dict(state_dict)
+    model.save_pretrained(output)
+
+
+def _any_of(names) -> str:
+    return "one of " + ", ".join(repr(name) for name in names)

@@ -1,0 +1,21 @@
+"""The paper's metrics: plain functions, and `evaluate.Metric` classes around them."""
+
+from typing import TYPE_CHECKING, Any
+
+from .functions import base_mse, logic_r2, sraven_accuracy
+
+
+if TYPE_CHECKING:
+    from .modules import LogicR2, SravenAccuracy
+
+
+def __getattr__(name: str) -> Any:
+    # evaluate and datasets are slow to import and not needed for training.
+    if name in ("LogicR2", "SravenAccuracy"):
+        from . import modules
+
+        return getattr(modules, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["LogicR2", "SravenAccuracy", "base_mse", "logic_r2", "sraven_accuracy"]

@@ -1,0 +1,53 @@
+"""The paper's metrics as plain functions of numpy arrays."""
+
+import numpy as np
+
+
+def sraven_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """
+    SRAVEN: a puzzle is solved only if every feature of the answer is right.
+
+    Args:
+        predictions, references: (puzzles, features), integers.
+
+    Returns:
+        `accuracy`, the fraction of puzzles solved, and `feature_accuracy`, the fraction of features that are right.
+    """
+    right = _same_shape(predictions, references, ndim=2)
+    return {"accuracy": float(right.all(axis=1).mean()), "feature_accuracy": float(right.mean())}
+
+
+def base_mse(values: np.ndarray) -> np.ndarray:
+    """Mean squared error of guessing a sample's mean: the variance of its values (samples, points), per sample."""
+    return values.astype(np.float64).var(axis=1)
+
+
+def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarray) -> dict[str, float]:
+    """
+    Fuzzy logic: the mean over samples of 1 - squared error / base_mse.
+
+    A mean of ratios, as in the paper, not scikit-learn's ratio of means; samples of nearly equal values weigh heavily.
+
+    Args:
+        predictions, references, base_mse: (samples,).
+
+    Returns:
+        `r2`, 1 at best, without lower bound; and `mse`.
+
+    Raises:
+        ValueError: if shapes differ or a `base_mse` is not positive.
+    """
+    _same_shape(predictions, references, ndim=1)
+    _same_shape(predictions, base_mse, ndim=1)
+    base = np.asarray(base_mse, dtype=np.float64)
+    if not (base > 0).all():
+        raise ValueError(f"base_mse must be positive, got {base.min()}: the values of a sample must differ.")
+    error = (np.asarray(predictions, dtype=np.float64) - np.asarray(references, dtype=np.float64)) ** 2
+    return {"r2": float((1 - error / base).mean()), "mse": float(error.mean())}
+
+
+def _same_shape(left: np.ndarray, right: np.ndarray, ndim: int) -> np.ndarray:
+    left, right = np.asarray(left), np.asarray(right)
+    if left.shape != right.shape or left.ndim != ndim or left.shape[0] == 0:
+        raise ValueError(f"Expected two arrays of one shape with {ndim} axes and at least one row, got {left.shape} and {right.shape}.")
+    return left == right

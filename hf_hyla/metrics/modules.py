@@ -1,0 +1,57 @@
+"""The metrics as `evaluate.Metric` classes: made from this package, without a network."""
+
+import datasets
+import evaluate
+import numpy as np
+
+from . import functions
+
+
+_CITATION = """\
+@inproceedings{schug2025attention,
+  title={Attention as a Hypernetwork},
+  author={Schug, Simon and Kobayashi, Seijin and Akram, Yassir and Sacramento, Jo{\\~a}o and Pascanu, Razvan},
+  booktitle={International Conference on Learning Representations},
+  year={2025},
+  url={https://arxiv.org/abs/2406.05816}
+}"""
+
+
+class SravenAccuracy(evaluate.Metric):
+    """
+    `SravenAccuracy().compute(predictions=..., references=...)` with the answers (puzzles, features) as integers gives
+    `accuracy` (all features right) and `feature_accuracy`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        answers = datasets.Sequence(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description="Fraction of SRAVEN puzzles of whose answer every feature is right, and fraction of right features.",
+            citation=_CITATION,
+            inputs_description="predictions, references: lists of answers, each a list of integers, one a feature.",
+            features=datasets.Features({"predictions": answers, "references": answers}),
+            reference_urls=["https://arxiv.org/abs/2406.05816"],
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return functions.sraven_accuracy(np.array(predictions), np.array(references))
+
+
+class LogicR2(evaluate.Metric):
+    """
+    `LogicR2().compute(predictions=..., references=..., base_mse=...)` with one number a sample gives `r2`, the mean of
+    1 - squared error / base_mse, and `mse`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        number = datasets.Value("float64")
+        return evaluate.MetricInfo(
+            description="Mean over fuzzy-logic samples of 1 - squared error / variance of the sample's values.",
+            citation=_CITATION,
+            inputs_description="predictions, references, base_mse: one number a sample.",
+            features=datasets.Features({"predictions": number, "references": number, "base_mse": number}),
+            reference_urls=["https://arxiv.org/abs/2406.05816"],
+        )
+
+    def _compute(self, predictions, references, base_mse) -> dict[str, float]:
+        return functions.logic_r2(np.array(predictions), np.array(references), np.array(base_mse))

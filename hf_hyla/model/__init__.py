@@ -1,0 +1,7 @@
+"""Exactly what is uploaded beside the weights: flat files that import torch, transformers and each other."""
+
+from .configuration_hyla import HylaConfig
+from .modeling_hyla import HylaForSequenceClassification, HylaModel, HylaPreTrainedModel
+
+
+__all__ = ["HylaConfig", "HylaForSequenceClassification", "HylaModel", "HylaPreTrainedModel"]

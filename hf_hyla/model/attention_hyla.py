@@ -1,0 +1,156 @@
+"""The mathematics of attention as a hypernetwork (arXiv 2406.05816, section 2), plainly written.
+
+Shapes throughout: queries (batch, heads, query, head_dim), keys (batch, heads, key, head_dim), values
+(batch, heads, key, value_head_dim), scores and codes (batch, heads, query, key). What other backends compute is
+defined by `eager_attention_forward`.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+RMS_HEAD_EPS = 1e-6
+
+
+def relative_position_buckets(query_length: int, key_length: int, num_buckets: int, device=None) -> torch.Tensor:
+    """
+    Distance bucket of every (query, key) pair, after T5 in its unidirectional form, which the reference uses for
+    non-causal tasks too: all later keys share bucket 0 with the query itself.
+
+    Distances up to `num_buckets // 2` have a bucket each; beyond, buckets widen logarithmically until distance
+    `num_buckets`, from which on all share the last one. The last query stands beside the last key.
+
+    Returns:
+        `torch.LongTensor` of shape (query, key), values 0 to `num_buckets - 1`.
+    """
+    key_position = torch.arange(key_length, device=device)
+    query_position = torch.arange(key_length - query_length, key_length, device=device)
+    distance = (query_position[:, None] - key_position[None, :]).clamp(min=0)
+    num_exact = num_buckets // 2
+    # Where the argument is below 1 the value is not used; the clamp keeps the logarithm finite there.
+    relative = (distance.float() / num_exact).clamp(min=1.0)
+    logarithmic = num_exact + (relative.log() / math.log(num_buckets / num_exact) * (num_buckets - num_exact)).long()
+    return torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
+
+
+def attended(attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Reads a mask as transformers writes it: True or 0.0 attends; False or any negative number does not.
+
+    Biases are not masks: they go into `position_bias`.
+    """
+    return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+
+
+def attention_codes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    score_norm: str,
+    attention_mask: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Latent codes: the scores `query · key * scaling + position_bias`, normalised.
+
+    `"rms_head"` divides the vector of scores over heads by its root mean square, separately for every (query, key)
+    pair; `"softmax"` normalises over keys; `"none"` leaves the scores. Masked scores are exactly 0 before `"rms_head"`
+    and `"none"`, so that a fully masked row is all zeros; under `"softmax"` they are the dtype's minimum, so that a
+    fully masked row is uniform.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): broadcastable to (batch, 1, query, key), see `attended`.
+        position_bias (`torch.Tensor`, *optional*): broadcastable to (batch, heads, query, key).
+
+    Returns:
+        `torch.Tensor` of shape (batch, heads, query, key), in the queries' dtype.
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    # Half precision overflows in squares and exponentials; double precision stays what it is.
+    norm_dtype = torch.promote_types(scores.dtype, torch.float32)
+    if score_norm == "softmax":
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attended(attention_mask), torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1, dtype=norm_dtype).to(query.dtype)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attended(attention_mask), 0.0)
+    if score_norm == "rms_head":
+        wide = scores.to(norm_dtype)
+        mean_square = wide.square().mean(dim=1, keepdim=True)
+        scores = (wide * torch.rsqrt(mean_square + RMS_HEAD_EPS)).to(query.dtype)
+    return scores
+
+
+def mixed_values(codes: torch.Tensor, value: torch.Tensor, activation: nn.Module | None) -> torch.Tensor:
+    """
+    Ordinary attention: `out[q, h] = Σ_k codes[h, q, k] · φ(value[k, h])`.
+
+    Returns:
+        `torch.Tensor` of shape (batch, heads, query, value_head_dim).
+    """
+    return torch.matmul(codes, value if activation is None else activation(value))
+
+
+def generated_values(
+    codes: torch.Tensor, value: torch.Tensor, activation: nn.Module | None, value_mixing: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    HYLA: the code of a (query, key) pair writes the weights of that pair's value network.
+
+    `hidden[q, k] = φ(Σ_h codes[h, q, k] · value[k, h])`, then `out[q, h] = Σ_k codes[h, q, k] · hidden[q, k]`. With
+    `value_mixing` W (heads, value_head_dim, value_head_dim), HYLA+, a second hidden layer lies between the two:
+    `hidden2[q, k] = φ(Σ_h codes[h, q, k] · W[h] hidden[q, k])`.
+
+    Returns:
+        `torch.Tensor` of shape (batch, heads, query, value_head_dim).
+    """
+    hidden = torch.einsum("bhqk,bhkd->bqkd", codes, value)
+    if activation is not None:
+        hidden = activation(hidden)
+    if value_mixing is not None:
+        hidden = torch.einsum("bhqk,hed,bqkd->bqke", codes, value_mixing, hidden)
+        if activation is not None:
+            hidden = activation(hidden)
+    return torch.einsum("bhqk,bqkd->bhqd", codes, hidden)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The definition of all attention types, in the signature of transformers' attention functions.
+
+    `module` says which: `score_norm`, `attention_type`, `value_activation` (a module or `None`) and `value_mixing` (a
+    parameter or `None`), as `HylaAttention` has them.
+
+    Returns:
+        output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
+    """
+    codes = attention_codes(query, key, scaling, module.score_norm, attention_mask, position_bias)
+    used = codes
+    if dropout > 0.0:
+        # One mask for the whole batch and all heads, as in the reference: a pair is dropped, never a part of its code.
+        used = codes * nn.functional.dropout(codes.new_ones(codes.shape[-2:]), p=dropout)
+    if module.attention_type == "hyla":
+        output = generated_values(used, value, module.value_activation, module.value_mixing)
+    else:
+        output = mixed_values(used, value, module.value_activation)
+    return output.transpose(1, 2), codes
+
+
+def activation_or_none(name: str) -> nn.Module | None:
+    """The activation of that name; `None`, the identity, for `"none"`."""
+    return None if name == "none" else ACT2FN[name]

@@ -1,0 +1,425 @@
+"""HYLA models: pre-norm layers around the attention of `attention_hyla`, and a classification head."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_hyla import activation_or_none, eager_attention_forward, relative_position_buckets
+from .configuration_hyla import HylaConfig
+
+
+class HylaAttention(nn.Module):
+    """
+    Multi-head attention read as a hypernetwork (arXiv 2406.05816, equations 1 to 7); `HylaConfig.attention_type` says
+    which of the three attentions it is.
+    """
+
+    def __init__(self, config: HylaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_type = config.attention_type
+        self.score_norm = config.effective_score_norm
+        self.value_activation = activation_or_none(config.effective_value_activation)
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.value_head_dim = config.value_head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_heads * self.value_head_dim)
+        self.o_proj = nn.Linear(self.num_heads * self.value_head_dim, config.hidden_size)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
+        self.relative_attention_bias = (
+            nn.Parameter(torch.empty(self.num_heads, config.relative_attention_num_buckets))
+            if config.position_type == "relative"
+            else None
+        )
+        self.value_mixing = (
+            nn.Parameter(torch.empty(self.num_heads, self.value_head_dim, self.value_head_dim))
+            if config.value_depth == 2
+            else None
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_buckets: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, length, _ = hidden_states.shape
+        query = self.q_norm(self.q_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
+
+        position_bias = None
+        if self.relative_attention_bias is not None:
+            position_bias = self.relative_attention_bias[:, position_buckets].unsqueeze(0)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, codes = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            position_bias=position_bias,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, length, -1)), codes
+
+
+class HylaMLP(nn.Module):
+    def __init__(self, config: HylaConfig):
+        super().__init__()
+        gated = config.ffn_type == "swiglu"
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=not gated)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=not gated)
+        self.act_fn = ACT2FN[config.effective_hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(up))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+
+
+class HylaLayer(GradientCheckpointingLayer):
+    def __init__(self, config: HylaConfig, layer_idx: int):
+        super().__init__()
+        norm = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[config.norm_type]
+        self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = HylaAttention(config, layer_idx)
+        self.post_attention_layernorm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = HylaMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_buckets: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_buckets=position_buckets,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class HylaPreTrainedModel(PreTrainedModel):
+    config: HylaConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HylaLayer"]
+    _can_record_outputs = {"hidden_states": HylaLayer, "attentions": HylaAttention}
+    # HYLA mixes heads and RMSHead normalises over them, so that neither heads nor sequence can be split over devices.
+    _supports_context_parallel = False
+
+    def __init__(self, config: HylaConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.vocab_size is None:
+            self.main_input_name = "input_values"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """The reference's initialisation: lecun normal kernels, biases 0, embeddings normal with 1/sqrt(width)."""
+        if isinstance(module, nn.Linear):
+            init.lecun_normal_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            if self.config.embedding_bias:
+                # A dense layer on one-hot symbols; the answer slot is no symbol.
+                _truncated_normal(module.weight, fan_in=module.num_embeddings - (module.padding_idx is not None))
+            else:
+                init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, HylaModel):
+            if module.embed_bias is not None:
+                init.zeros_(module.embed_bias)
+        elif isinstance(module, HylaAttention):
+            if module.relative_attention_bias is not None:
+                # Of a table (heads, buckets) the reference takes the last axis for the fan-in.
+                init.normal_(module.relative_attention_bias, std=module.relative_attention_bias.shape[1] ** -0.5)
+            if module.value_mixing is not None:
+                _truncated_normal(module.value_mixing, fan_in=module.value_head_dim)
+
+
+def _truncated_normal(tensor: torch.Tensor, fan_in: int) -> None:
+    # Cut off at two deviations, then widened to have deviation 1/sqrt(fan_in), as `init.lecun_normal_` does; that
+    # one infers the fan-in, wrongly for tables and stacks of matrices.
+    std = max(fan_in, 1) ** -0.5 / 0.87962566103423978
+    init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+
+class HylaModel(HylaPreTrainedModel):
+    """The stack of layers with its final LayerNorm, without a head."""
+
+    def __init__(self, config: HylaConfig):
+        super().__init__(config)
+        self.embed_tokens = self.input_proj = self.embed_bias = None
+        if config.vocab_size is not None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.answer_token_id)
+            if config.embedding_bias:
+                self.embed_bias = nn.Parameter(torch.zeros(config.hidden_size))
+        else:
+            self.input_proj = nn.Linear(config.input_size, config.hidden_size)
+        self.layers = nn.ModuleList([HylaLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens if self.embed_tokens is not None else self.input_proj
+
+    def set_input_embeddings(self, value: nn.Module):
+        if self.embed_tokens is not None:
+            self.embed_tokens = value
+        else:
+            self.input_proj = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape (batch, sequence), *optional*):
+                Token ids, for models with `vocab_size`.
+            attention_mask (`torch.Tensor`, *optional*):
+                (batch, sequence), 1 for tokens and 0 for padding; or (batch, 1, query, key), complete: True or 0.0
+                attends, False or a negative number does not.
+            inputs_embeds (`torch.FloatTensor` of shape (batch, sequence, hidden_size), *optional*):
+                What `get_input_embeddings()` would return for the inputs.
+            input_values (`torch.FloatTensor` of shape (batch, sequence, input_size), *optional*):
+                Continuous tokens, for models with `input_size`.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` (batch, sequence, hidden_size); on request `hidden_states` and
+            `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key).
+        """
+        if inputs_embeds is None or input_ids is not None or input_values is not None:
+            inputs_embeds = self._embed(input_ids, inputs_embeds, input_values)
+        if self.embed_bias is not None:
+            inputs_embeds = inputs_embeds + self.embed_bias
+
+        if self.config.is_causal:
+            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values=None)
+        else:
+            mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
+
+        position_buckets = None
+        if self.config.position_type == "relative":
+            length = inputs_embeds.shape[1]
+            position_buckets = relative_position_buckets(
+                length, length, self.config.relative_attention_num_buckets, inputs_embeds.device
+            )
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, attention_mask=mask, position_buckets=position_buckets, **kwargs
+            )
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    def _embed(self, input_ids, inputs_embeds, input_values) -> torch.Tensor:
+        """Embeds `input_ids` or `input_values`, whichever this model reads; refuses everything else."""
+        given = [
+            name
+            for name, tensor in (
+                ("input_ids", input_ids),
+                ("inputs_embeds", inputs_embeds),
+                ("input_values", input_values),
+            )
+            if tensor is not None
+        ]
+        if given != [self.main_input_name]:
+            raise ValueError(
+                f"This model reads exactly one of {self.main_input_name} and inputs_embeds, got "
+                f"{' and '.join(given) or 'none of them'}."
+            )
+        if input_values is not None:
+            if input_values.ndim != 3 or input_values.shape[-1] != self.config.input_size:
+                raise ValueError(
+                    f"input_values must have the shape (batch, sequence, {self.config.input_size}), got "
+                    f"{tuple(input_values.shape)}: the last number is the config's input_size."
+                )
+            return self.input_proj(input_values.to(self.input_proj.weight.dtype))
+        # On a GPU the look at the values would stall the queue of kernels, so there torch itself reports the id.
+        if input_ids.device.type == "cpu" and not is_torchdynamo_compiling() and input_ids.numel():
+            least, largest = int(input_ids.min()), int(input_ids.max())
+            if least < 0 or largest >= self.embed_tokens.num_embeddings:
+                raise ValueError(
+                    f"input_ids must lie in 0 to {self.embed_tokens.num_embeddings - 1}, got "
+                    f"{least if least < 0 else largest}: encode the inputs for this model's vocabulary."
+                )
+        return self.embed_tokens(input_ids)
+
+
+class HylaForSequenceClassification(HylaPreTrainedModel):
+    """
+    A linear head on the last `num_answers` tokens: SRAVEN's four answer slots, the query of a truth table, or the end
+    of a text.
+    """
+
+    def __init__(self, config: HylaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HylaModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds, input_values:
+                See [`HylaModel.forward`].
+            labels (`torch.Tensor`, *optional*):
+                Classes (batch,), or numbers (batch, num_labels) for regression and multi-label classification; with
+                several answers (batch, num_answers) and (batch, num_answers, num_labels). A single regression label
+                may leave its last axis out. Class -100 is ignored.
+            num_items_in_batch (`int`, *optional*):
+                Number of labels in all batches that are accumulated into one update; the loss is the sum over this
+                batch divided by it. Without it the loss is the mean.
+
+        Returns:
+            `SequenceClassifierOutput` with `logits` of shape (batch, num_labels), or (batch, num_answers, num_labels)
+            where `num_answers` is larger than 1.
+
+        Raises:
+            ValueError: if a sequence is shorter than `num_answers`, or labels do not fit the logits.
+        """
+        outputs: BaseModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            **kwargs,
+        )
+        logits = self.classifier(self._answer_states(outputs.last_hidden_state, input_ids, attention_mask))
+        if self.config.num_answers == 1:
+            logits = logits[:, 0]
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels.to(logits.device), num_items_in_batch)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _answer_states(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
+        """Hidden states (batch, num_answers, hidden_size) of each row's last `num_answers` tokens."""
+        num_answers, length = self.config.num_answers, hidden_states.shape[1]
+        if length < num_answers:
+            raise ValueError(
+                f"The model reads its answers at the last {num_answers} tokens (num_answers), but the sequences have "
+                f"{length}: append the answer slots."
+            )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_token = attention_mask.bool()
+        elif self.config.pad_token_id is not None and input_ids is not None:
+            is_token = input_ids != self.config.pad_token_id
+        else:
+            return hidden_states[:, length - num_answers :]
+        is_token = is_token.to(hidden_states.device)
+        if not is_torchdynamo_compiling() and bool((is_token.sum(-1) < num_answers).any()):
+            raise ValueError(
+                f"The model reads its answers at the last {num_answers} tokens (num_answers), but a row has only "
+                f"{int(is_token.sum(-1).min())} that are not padding."
+            )
+        position = torch.arange(length, device=hidden_states.device)
+        last = torch.where(is_token, position, -1).topk(num_answers, dim=-1).values.flip(-1).clamp(min=0)
+        return hidden_states.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+    def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
+        # transformers' ForSequenceClassificationLoss squeezes, writes into the config, knows no axis of answers, and
+        # its callers drop num_items_in_batch, which makes gradients grow with accumulation and world size.
+        problem_type = self.config.problem_type
+        if problem_type is None:
+            if self.num_labels == 1:
+                problem_type = "regression"
+            else:
+                problem_type = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+        expected = logits.shape[:-1] if problem_type == "single_label_classification" else logits.shape
+        if problem_type == "regression" and labels.shape == logits.shape[:-1] and self.num_labels == 1:
+            labels = labels.unsqueeze(-1)
+        if labels.shape != expected:
+            raise ValueError(
+                f"For problem_type={problem_type!r} the labels must have the shape {tuple(expected)}, got "
+                f"{tuple(labels.shape)}."
+            )
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        if problem_type == "single_label_classification":
+            if labels.is_floating_point():
+                raise ValueError(
+                    f"Classes must be integers, got labels of dtype {labels.dtype}: set problem_type='regression' in "
+                    "the config to fit numbers."
+                )
+            loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long(), reduction=reduction)
+        elif problem_type == "regression":
+            loss = nn.functional.mse_loss(logits, labels.to(logits.dtype), reduction=reduction)
+        else:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction=reduction)
+        if num_items_in_batch is not None:
+            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+        return loss
+
+
+# The names under which saving copies this file, and everything it imports, beside the weights.
+HylaModel.register_for_auto_class("AutoModel")
+HylaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+__all__ = ["HylaForSequenceClassification", "HylaModel", "HylaPreTrainedModel"]

@@ -1,0 +1,186 @@
+"""What a task is: its splits, its samples, how they become batches, and how answers are scored."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .sampling import draw_words, stream_key
+
+
+# A split that leaves some part unseen is drawn again, this often at most.
+_MAX_SPLIT_DRAWS = 20_000
+
+
+@dataclasses.dataclass
+class Task(ABC):
+    """
+    A compositional task: every instance is made by a combination of parts (rules, terms), and some combinations are
+    held out of training.
+
+    A subclass is a dataclass whose fields are the task's settings. Equal settings give equal samples, bit for bit, on
+    every platform and for every batch size and order.
+    """
+
+    name: ClassVar[str]
+    # Split: what it holds. The same four names in every task that has them.
+    splits: ClassVar[dict[str, str]]
+    # Columns that a model reads; the others describe a sample.
+    model_columns: ClassVar[tuple[str, ...]]
+
+    seed: int
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> dict[str, int]:
+        """Samples per split in the paper."""
+
+    @property
+    @abstractmethod
+    def model_interface(self) -> dict[str, Any]:
+        """Fields of `HylaConfig` that a model must have to fit this task."""
+
+    @property
+    @abstractmethod
+    def model_defaults(self) -> dict[str, Any]:
+        """Fields of `HylaConfig` that make the paper's model for this task, the interface included."""
+
+    @cached_property
+    @abstractmethod
+    def _combinations(self) -> dict[str, np.ndarray]:
+        """Combinations per split, each an array (combinations, parts) of ids, sorted."""
+
+    @abstractmethod
+    def _sample(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns of the samples with these indices, each an array whose first axis are the samples."""
+
+    @abstractmethod
+    def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
+        """Scores of a model's logits on samples with these labels and inputs; the first is the task's headline."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by name, as `get_task` takes them."""
+        return dataclasses.asdict(self)
+
+    def combinations(self, split: str) -> list[tuple[int, ...]]:
+        """The combinations of a split, each a sorted tuple of ids."""
+        self._check_split(split)
+        return [tuple(map(int, row)) for row in self._combinations[split]]
+
+    def samples(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """
+        The samples with these indices as columns: arrays whose first axis are the samples.
+
+        Raises:
+            ValueError: for an unknown split.
+            IndexError: for a negative index.
+        """
+        self._check_split(split)
+        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(indices) and indices.min() < 0:
+            raise IndexError(f"Samples are numbered from 0, got index {indices.min()}.")
+        return self._sample(split, indices)
+
+    def dataset(self, split: str, num_samples: int | None = None) -> "TaskDataset":
+        """A map-style dataset that stores nothing; of the paper's length where `num_samples` is `None`."""
+        self._check_split(split)
+        return TaskDataset(self, split, self.num_samples[split] if num_samples is None else num_samples)
+
+    def collate(self, samples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """
+        A batch of what the model reads.
+
+        Raises:
+            ValueError: if a sample holds a number that is not finite.
+        """
+        batch = {}
+        for name in self.model_columns:
+            # A batch of ours still holds its columns whole.
+            column = samples.columns[name] if isinstance(samples, SampleList) else np.stack([s[name] for s in samples])
+            if column.dtype.kind == "f" and not np.isfinite(column).all():
+                row = int(np.flatnonzero(~np.isfinite(column.reshape(len(column), -1)).all(axis=1))[0])
+                raise ValueError(f"{name} of sample {row} of the batch is not finite: remove or repair that sample.")
+            batch[name] = torch.from_numpy(np.ascontiguousarray(column))
+        return batch
+
+    def check_model(self, config) -> None:
+        """
+        Raises:
+            ValueError: if a model with this `HylaConfig` does not fit the task, naming the field.
+        """
+        for name, expected in self.model_interface.items():
+            if getattr(config, name) != expected:
+                raise ValueError(
+                    f"The model does not fit the task {self.name}: its {name} is {getattr(config, name)!r}, but "
+                    f"{self.settings} needs {expected!r}."
+                )
+
+    def _check_split(self, split: str) -> None:
+        if split not in self.splits:
+            raise ValueError(f"The task {self.name} has no split {split!r}: expected one of {', '.join(self.splits)}.")
+
+    def _words(self, split: str, indices: np.ndarray, count: int) -> np.ndarray:
+        return draw_words(stream_key(self.name, self.seed, split), indices, count)
+
+    def _hold_out(self, combinations: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Combinations (train, held out), by a random draw in which every part occurs in `train`.
+
+        Where the reference draws once, this draws again until that holds: held-out combinations are new combinations
+        of *known* parts.
+        """
+        parts = np.unique(combinations)
+        count = int(len(combinations) * held_out)
+        key = stream_key(self.name, self.seed, "held out")
+        possible = 0 < count < len(combinations) and (len(combinations) - count) * combinations.shape[1] >= len(parts)
+        for draw in range(_MAX_SPLIT_DRAWS if possible else 0):
+            order = np.argsort(draw_words(key, np.array([draw]), len(combinations))[0], kind="stable")
+            train = combinations[np.sort(order[count:])]
+            if len(np.unique(train)) == len(parts):
+                return train, combinations[np.sort(order[:count])]
+        raise ValueError(
+            f"held_out={held_out} of {len(combinations)} combinations holds out {count} and leaves "
+            f"{len(combinations) - count} for training, but at least one must be held out and each of the {len(parts)} parts "
+            "must occur in training: choose another held_out."
+        )
+
+
+class SampleList(list):
+    """A list of samples (dicts of arrays), which are views of `columns`."""
+
+    def __init__(self, columns: dict[str, np.ndarray]):
+        super().__init__(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        self.columns = columns
+
+
+class TaskDataset(Dataset):
+    """
+    The first `num_samples` samples of a split, drawn when they are asked for.
+
+    Items are dicts of numpy arrays; `__getitems__` draws a whole batch at once and is what data loaders call.
+    """
+
+    def __init__(self, task: Task, split: str, num_samples: int):
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        self.task = task
+        self.split = split
+        self.num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> SampleList:
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (0 <= indices.min() and indices.max() < self.num_samples):
+            raise IndexError(f"Indices must lie in 0 to {self.num_samples - 1}, got {indices.min()} to {indices.max()}.")
+        return SampleList(self.task.samples(self.split, indices))

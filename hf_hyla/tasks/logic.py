@@ -1,0 +1,138 @@
+"""Fuzzy logic functions, learnt in context (arXiv 2406.05816, section 3)."""
+
+import dataclasses
+import itertools
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+from huggingface_hub.dataclasses import strict
+
+from ..metrics.functions import base_mse, logic_r2
+from .base import Task
+from .sampling import below, uniform
+
+
+_SET_ASIDE = 0.25
+
+
+@strict
+@dataclasses.dataclass
+class LogicTask(Task):
+    """
+    A function of `num_variables` numbers in [0, 1], the disjunction (max) of `num_terms` different conjunctions (min)
+    that each use every variable, plain (x) or negated (1 - x); shown by examples, and asked for at the last point.
+
+    Samples: `input_values` (num_examples, num_variables + 1), each point beside its value, the last value set to 0;
+    `labels`, the last value; `terms` (num_terms), sorted ids whose binary digits are the variables, the first the most
+    significant, 1 for plain; `base_mse`, the variance of all the sample's values, the asked one included.
+
+    Args:
+        num_variables (`int`, *optional*, defaults to 4): variables, 2 to 8.
+        num_terms (`int`, *optional*, defaults to 2): conjunctions in a function.
+        num_examples (`int`, *optional*, defaults to 16): points in a sample, the asked one included; at least 2.
+        held_out (`float`, *optional*, defaults to 0.5):
+            fraction held out of training, among the combinations of those terms that are not set aside. A quarter of
+            all terms, the last ones, is set aside for `extrapolation`.
+        seed (`int`, *optional*, defaults to 0): of the held-out combinations and of all samples.
+    """
+
+    name: ClassVar[str] = "logic"
+    splits: ClassVar[dict[str, str]] = {
+        "train": "training samples",
+        "test": "fresh samples of the trained term combinations",
+        "ood": "term combinations that were held out, of terms that were trained",
+        "extrapolation": "combinations of terms that were never trained",
+    }
+    model_columns: ClassVar[tuple[str, ...]] = ("input_values", "labels")
+
+    num_variables: int = 4
+    num_terms: int = 2
+    num_examples: int = 16
+    held_out: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 2 <= self.num_variables <= 8:
+            raise ValueError(f"num_variables must be 2 to 8, got {self.num_variables}.")
+        if self.num_examples < 2:
+            raise ValueError(f"num_examples must be at least 2, one to learn from and one to answer, got {self.num_examples}.")
+        set_aside = self._num_set_aside
+        if not 1 <= self.num_terms <= set_aside:
+            raise ValueError(
+                f"num_terms must be 1 to {set_aside}, the number of terms set aside for extrapolation with "
+                f"{self.num_variables} variables, got {self.num_terms}."
+            )
+        self._combinations  # noqa: B018  refuses an impossible split here rather than in training
+
+    @property
+    def _num_set_aside(self) -> int:
+        return int(2**self.num_variables * _SET_ASIDE)
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        train = 12_800_000 if self.num_variables > 4 else 6_400_000
+        return {"train": train, "test": 16_000, "ood": 16_000, "extrapolation": 16_000}
+
+    @property
+    def model_interface(self) -> dict:
+        return {"vocab_size": None, "input_size": self.num_variables + 1, "num_answers": 1, "num_labels": 1}
+
+    @property
+    def model_defaults(self) -> dict:
+        return self.model_interface | {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "head_dim": 2,
+            "value_head_dim": 2,
+            "relative_attention_num_buckets": self.num_examples,
+            "problem_type": "regression",
+        }
+
+    @cached_property
+    def _combinations(self) -> dict[str, np.ndarray]:
+        num_known = 2**self.num_variables - self._num_set_aside
+        known = np.array(list(itertools.combinations(range(num_known), self.num_terms)))
+        aside = np.array(list(itertools.combinations(range(num_known, 2**self.num_variables), self.num_terms)))
+        train, held_out = self._hold_out(known, self.held_out)
+        return {"train": train, "test": train, "ood": held_out, "extrapolation": aside}
+
+    def _sample(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+        count, points, variables = len(indices), self.num_examples, self.num_variables
+        words = self._words(split, indices, 1 + points * variables)
+        combinations = self._combinations[split]
+        terms = combinations[below(words[:, 0], len(combinations))]
+        x = uniform(words[:, 1:]).reshape(count, points, variables)
+        values = disjunction(terms, x)
+        input_values = np.concatenate([x, values[..., None]], axis=-1)
+        input_values[:, -1, -1] = 0.0
+        return {
+            "input_values": input_values,
+            "labels": values[:, -1].copy(),
+            "terms": terms,
+            "base_mse": base_mse(values).astype(np.float32),
+        }
+
+    def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
+        values = np.concatenate([inputs[:, :-1, -1], labels.reshape(-1, 1)], axis=1)
+        return logic_r2(logits.reshape(-1), labels.reshape(-1), base_mse(values))
+
+
+def disjunction(terms: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """
+    Zadeh's fuzzy logic: max over terms of the min over variables of x (plain) or 1 - x (negated).
+
+    Args:
+        terms: (samples, terms), ids whose binary digits are the variables, the first the most significant, 1 for plain.
+        x: (samples, points, variables).
+
+    Returns:
+        (samples, points).
+    """
+    variables = x.shape[-1]
+    conjunctions = np.full((*terms.shape, x.shape[1]), np.inf, dtype=x.dtype)
+    for variable in range(variables):
+        plain = (terms >> (variables - 1 - variable)) & 1 == 1
+        literal = np.where(plain[..., None], x[:, None, :, variable], 1 - x[:, None, :, variable])
+        np.minimum(conjunctions, literal, out=conjunctions)
+    return conjunctions.max(axis=1)
