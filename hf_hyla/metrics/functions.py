@@ -32,7 +32,7 @@ def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarr
         predictions, references, base_mse: (samples,).
 
     Returns:
-        `r2`, 1 at best, without lower bound; and `mse`.
+        `r2`, 1 at best, without lower bound.
 
     Raises:
         ValueError: if shapes differ or a `base_mse` is not positive.
@@ -43,7 +43,7 @@ def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarr
     if not (base > 0).all():
         raise ValueError(f"base_mse must be positive, got {base.min()}: the values of a sample must differ.")
     error = (np.asarray(predictions, dtype=np.float64) - np.asarray(references, dtype=np.float64)) ** 2
-    return {"r2": float((1 - error / base).mean()), "mse": float(error.mean())}
+    return {"r2": float((1 - error / base).mean())}
 
 
 def _same_shape(left: np.ndarray, right: np.ndarray, ndim: int) -> np.ndarray:

@@ -40,7 +40,7 @@ class SravenAccuracy(evaluate.Metric):
 class LogicR2(evaluate.Metric):
     """
     `LogicR2().compute(predictions=..., references=..., base_mse=...)` with one number a sample gives `r2`, the mean of
-    1 - squared error / base_mse, and `mse`.
+    1 - squared error / base_mse.
     """
 
     def _info(self) -> evaluate.MetricInfo:

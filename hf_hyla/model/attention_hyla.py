@@ -68,7 +68,7 @@ def attention_codes(
     Returns:
         `torch.Tensor` of shape (batch, heads, query, key), in the queries' dtype.
     """
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if position_bias is not None:
         scores = scores + position_bias
     # Half precision overflows in squares and exponentials; double precision stays what it is.

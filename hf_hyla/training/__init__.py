@@ -1,0 +1,9 @@
+"""From a recipe to a run record. Imports neither datasets nor evaluate."""
+
+from .recipe import Recipe, load_recipe
+from .record import RunRecord
+from .run import evaluate, train
+from .trainer import HylaTrainer, HylaTrainingArguments
+
+
+__all__ = ["HylaTrainer", "HylaTrainingArguments", "Recipe", "RunRecord", "evaluate", "load_recipe", "train"]

@@ -1,0 +1,179 @@
+"""A recipe: one YAML file, one run, one model. Everything in it is checked before anything starts."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+
+from ..model import HylaConfig
+from ..tasks import TASKS, Task, get_task, nearest
+from .trainer import HylaTrainingArguments, check_schedule
+
+
+SECTIONS = ("task", "model", "trainer", "expect")
+_REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
+# Set by the run itself, or by the flags of the command line.
+_RESERVED_TRAINER = frozenset({"output_dir", "resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"})
+
+
+@dataclasses.dataclass
+class Expectation:
+    """What a recipe should reach: `metric` (`split/name`) within `tolerance` of `value`; `source` says who found it."""
+
+    metric: str
+    value: float
+    tolerance: float
+    source: str
+
+
+@dataclasses.dataclass
+class Recipe:
+    """
+    A checked recipe. `settings` is what the run record keeps: the four sections, overrides applied.
+
+    `expect` is `None` where the recipe names nothing, or an override made it another run than the one it is about.
+    """
+
+    name: str
+    task: Task
+    config: HylaConfig
+    trainer: dict[str, Any]
+    expect: Expectation | None
+    settings: dict[str, Any]
+
+
+def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
+    """
+    Reads and checks a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: values as text by `section.key`, such as `{"model.attention_type": "softmax"}`.
+
+    Raises:
+        ValueError: for anything missing, misspelt, of the wrong type or contradictory, saying what to write instead.
+        OSError: if the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        sections = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(sections, dict):
+        raise ValueError(f"{path} must hold the sections {', '.join(SECTIONS)}, got {type(sections).__name__}.")
+    for name, section in sections.items():
+        if name not in SECTIONS:
+            raise ValueError(f"{path} has an unknown section {name!r}{nearest(str(name), SECTIONS)}: expected {', '.join(SECTIONS)}.")
+        if not isinstance(section, dict):
+            raise ValueError(f"{path}: the section {name!r} must hold keys and values, got {section!r}.")
+    for name in ("task", "model", "trainer"):
+        if name not in sections:
+            raise ValueError(f"{path} lacks the section {name!r}: expected {', '.join(SECTIONS)}, of which only expect may miss.")
+    for key, text in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        if section not in SECTIONS or not name:
+            raise ValueError(f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key.")
+        sections.setdefault(section, {})[name] = yaml.safe_load(text)
+    return check_recipe(sections, name=f"{path.parent.name}-{path.stem}", source=str(path), overridden=set(overrides or ()))
+
+
+def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: set[str] = frozenset()) -> Recipe:  # type: ignore[assignment]
+    """The `Recipe` of these sections; see `load_recipe`. `source` is what errors call it."""
+    model_settings = _checked(
+        f"{source}: model", sections["model"], HylaConfig, not_for_recipes=_NOT_FOR_MODEL, also={"num_labels": int}
+    )
+    trainer = _checked(f"{source}: trainer", sections["trainer"], HylaTrainingArguments, not_for_recipes=_RESERVED_TRAINER)
+    for required in _REQUIRED_TRAINER:
+        if required not in trainer:
+            raise ValueError(f"{source} lacks trainer.{required}.")
+    task = checked_task(f"{source}: task", sections["task"])
+    config = _built(f"{source}: model", HylaConfig, {**task.model_defaults, **model_settings})
+    task.check_model(config)
+    if trainer["max_steps"] < 1:
+        raise ValueError(f"{source}: trainer.max_steps must be at least 1, got {trainer['max_steps']}.")
+    check_schedule(trainer["warmup_steps"], trainer["max_steps"])
+
+    expect = None
+    if "expect" in sections:
+        expected = _checked(f"{source}: expect", sections["expect"], Expectation)
+        for field in dataclasses.fields(Expectation):
+            if field.name not in expected:
+                raise ValueError(f"{source} lacks expect.{field.name}: expected all of metric, value, tolerance and source.")
+        if expected["metric"].partition("/")[0] not in task.splits:
+            raise ValueError(
+                f"{source}: expect.metric={expected['metric']!r} must be a split, a slash and a metric; the splits are "
+                f"{', '.join(task.splits)}."
+            )
+        if not any(key.startswith(("task.", "model.", "trainer.")) for key in overridden):
+            expect = Expectation(**expected)
+    settings = {
+        "task": {"name": task.name, **task.settings},
+        "model": dict(model_settings),
+        "trainer": dict(trainer),
+        **({"expect": dataclasses.asdict(expect)} if expect else {}),
+    }
+    return Recipe(name=name, task=task, config=config, trainer=trainer, expect=expect, settings=settings)
+
+
+def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str] | None = None) -> Task:
+    """
+    The task of these settings, of which `name` is one; `overrides` are texts by key.
+
+    Raises:
+        ValueError: for a missing, unknown or wrong setting; `where` says in it where the settings come from.
+    """
+    settings = settings | {key: yaml.safe_load(text) for key, text in (overrides or {}).items()}
+    if "name" not in settings:
+        raise ValueError(f"{where} lacks the key 'name': expected one of {', '.join(TASKS)}.")
+    name = settings.pop("name")
+    if name not in TASKS:
+        get_task(name)  # raises, naming the nearest
+    return _built(where, TASKS[name], _checked(where, settings, TASKS[name]))
+
+
+def _built(where: str, cls: type, settings: dict[str, Any]) -> Any:
+    try:
+        return cls(**settings)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+# Fields of a config that say what was saved, not what to build.
+_NOT_FOR_MODEL = frozenset("architectures transformers_version dtype return_dict is_encoder_decoder format_version".split())
+
+
+def _checked(
+    where: str, section: dict[str, Any], schema: type, not_for_recipes=frozenset(), also: dict[str, type] | None = None
+) -> dict[str, Any]:
+    """The section's values in the types of the dataclass `schema`; unknown keys fail with the nearest name."""
+    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema) if f.init and f.name not in not_for_recipes}
+    known |= also or {}
+    checked = {}
+    for name, value in section.items():
+        if name not in known:
+            hint = nearest(str(name), known) or (f": expected {', '.join(known)}" if len(known) < 12 else "")
+            raise ValueError(f"{where} has no key {name!r}{hint}.")
+        checked[name] = _in_type(f"{where}.{name}", value, known[name])
+    return checked
+
+
+def _in_type(where: str, value: Any, annotation: Any) -> Any:
+    """`value` if its type is among the scalar types of the annotation; YAML reads 3e-3 as text and 1 as an integer."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if union else (annotation,)
+    scalars = {option for option in options if option in (int, float, bool, str, types.NoneType)}
+    if not scalars or len(scalars) != len(set(options)) or type(value) in scalars:
+        return value  # not a plain scalar: what receives the value checks it
+    if float in scalars and type(value) is int:
+        return float(value)
+    if float in scalars and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    expected = " or ".join(sorted("null" if option is types.NoneType else option.__name__ for option in scalars))
+    raise ValueError(f"{where} must be {expected}, got {value!r}.")

@@ -1,0 +1,104 @@
+"""run.json: the record of a run, from which cards and tables are made."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+RECORD_NAME = "run.json"
+SCHEMA_VERSION = 1
+_PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """
+    Attributes:
+        name: of the recipe.
+        recipe: the sections task, model, trainer and expect, overrides applied.
+        num_parameters: of the model.
+        steps, samples_seen: updates made and training samples they used.
+        seconds: wall time of training, evaluations during it included, over all sittings.
+        metrics: per split, the scores and `num_samples`, the number of samples they were measured on.
+        curve: log entries in order; each has `step` and `seconds`, training entries `loss` and `learning_rate`, evaluation
+            entries scores named `split/metric`.
+        environment, hardware: see `environment` and `hardware`.
+        schema_version: of this format.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    num_parameters: int
+    steps: int
+    samples_seen: int
+    seconds: float
+    metrics: dict[str, dict[str, float]]
+    curve: list[dict[str, float]]
+    environment: dict[str, Any]
+    hardware: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+
+    def save(self, folder: Path) -> None:
+        """Writes run.json whole or not at all."""
+        temporary = folder / f"{RECORD_NAME}.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        temporary.replace(folder / RECORD_NAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunRecord":
+        """
+        Raises:
+            OSError: if there is no run.json.
+            ValueError: if it is not a record of this schema.
+        """
+        path = folder / RECORD_NAME
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is not a run record of schema {SCHEMA_VERSION}: {error}.") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and packages, and the git commit where the package is a checkout."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions | {"git_commit": _git_commit()}
+
+
+def hardware() -> dict[str, Any]:
+    """What the run runs on, without anything that names the machine."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this package lies in, with `+changes` where files differ from it."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
