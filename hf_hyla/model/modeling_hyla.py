@@ -150,7 +150,7 @@ class HylaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """The reference's initialisation: lecun normal kernels, biases 0, embeddings normal with 1/sqrt(width)."""
         if isinstance(module, nn.Linear):
-            init.lecun_normal_(module.weight)
+            _lecun_normal(module.weight, fan_in=module.in_features)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -160,7 +160,7 @@ class HylaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             if self.config.embedding_bias:
                 # A dense layer on one-hot symbols; the answer slot is no symbol.
-                _truncated_normal(module.weight, fan_in=module.num_embeddings - (module.padding_idx is not None))
+                _lecun_normal(module.weight, fan_in=module.num_embeddings - (module.padding_idx is not None))
             else:
                 init.normal_(module.weight, std=module.embedding_dim**-0.5)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
@@ -173,12 +173,12 @@ class HylaPreTrainedModel(PreTrainedModel):
                 # Of a table (heads, buckets) the reference takes the last axis for the fan-in.
                 init.normal_(module.relative_attention_bias, std=module.relative_attention_bias.shape[1] ** -0.5)
             if module.value_mixing is not None:
-                _truncated_normal(module.value_mixing, fan_in=module.value_head_dim)
+                _lecun_normal(module.value_mixing, fan_in=module.value_head_dim)
 
 
-def _truncated_normal(tensor: torch.Tensor, fan_in: int) -> None:
-    # Cut off at two deviations, then widened to have deviation 1/sqrt(fan_in), as `init.lecun_normal_` does; that
-    # one infers the fan-in, wrongly for tables and stacks of matrices.
+def _lecun_normal(tensor: torch.Tensor, fan_in: int) -> None:
+    # Cut off at two deviations, and widened by what the cut takes away, so that the deviation is 1/sqrt(fan_in).
+    # `init.lecun_normal_` widens, but cuts off at the numbers -2 and 2: its deviation is 14 % too large.
     std = max(fan_in, 1) ** -0.5 / 0.87962566103423978
     init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 

@@ -40,7 +40,7 @@ def draw_words(key: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
         if len(run)
     ]
     words = np.concatenate(blocks) if blocks else np.empty(0, dtype=np.uint64)
-    return words.reshape(len(indices), -1)[:, :count]
+    return words.reshape(len(indices), counters * WORDS_PER_COUNTER)[:, :count]
 
 
 def below(words: np.ndarray, bound: int) -> np.ndarray:

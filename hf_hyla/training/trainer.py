@@ -2,12 +2,14 @@
 
 import functools
 import math
+import sys
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -119,10 +121,20 @@ class HylaTrainer(Trainer):
 
 
 class RunProgress(ProgressCallback):
-    """transformers' progress bar, with one readable line for each log entry instead of a dict."""
+    """transformers' progress bar, with one readable line for each log entry, and redrawn seldom where nobody watches."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            seconds = 0.5 if sys.stderr.isatty() else 15.0
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, mininterval=seconds, unit="step")
+        self.current_step = state.global_step
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.training_bar is None:  # the evaluations of the curve are short and have none of their own
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None or not logs or "train_runtime" in logs:
+        if self.training_bar is None or not logs or "train_runtime" in logs:
             return
         shown = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_NOT_SHOWN)}
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())

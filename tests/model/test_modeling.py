@@ -1,0 +1,224 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+ATTENTION_TYPES = ["hyla", "linear", "softmax"]
+
+
+def make(scale: float = 3.0, seed: int = 0, **settings) -> HylaForSequenceClassification:
+    """A model of which every parameter is large and random, so that none can be without effect."""
+    torch.manual_seed(seed)
+    model = HylaForSequenceClassification(HylaConfig(**{**SMALL, **settings})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * scale / max(parameter.shape[-1], 4) ** 0.5)
+            if name.endswith("norm.weight"):
+                parameter.add_(1.0)
+        if model.model.embed_tokens is not None and model.model.embed_tokens.padding_idx is not None:
+            model.model.embed_tokens.weight[model.model.embed_tokens.padding_idx] = 0
+    return model
+
+
+def ids(batch=3, length=10, vocab=9, seed=1):
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_parameter_counts_of_the_papers_models():
+    assert HylaForSequenceClassification(HylaConfig()).num_parameters() == 402_952  # 402,824 and a row of 128 zeros
+    logic = HylaConfig(
+        vocab_size=None, input_size=5, num_answers=1, num_labels=1, num_hidden_layers=2, num_attention_heads=8,
+        head_dim=2, value_head_dim=2, relative_attention_num_buckets=16,
+    )  # fmt: skip
+    assert HylaForSequenceClassification(logic).num_parameters() == 151_009
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_saved_models_load_bit_equal_through_the_auto_classes(tmp_path, attention_type):
+    model = make(attention_type=attention_type)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is HylaForSequenceClassification and type(base) is HylaModel
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
+    assert torch.equal(base(ids()).last_hidden_state, model.model(ids()).last_hidden_state)
+
+
+def test_a_saved_folder_loads_without_the_package_and_saves_itself_again(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "first")
+    torch.save(model(ids()).logits, tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+sys.modules["hf_hyla"] = None  # any import of the package fails
+from transformers import AutoModelForSequenceClassification
+x, expected = torch.load(r"{tmp_path}/x.pt"), torch.load(r"{tmp_path}/expected.pt")
+for folder in ("first", "second"):
+    model = AutoModelForSequenceClassification.from_pretrained(rf"{tmp_path}/{{folder}}", trust_remote_code=True)
+    assert "transformers_modules" in type(model).__module__, type(model)
+    assert torch.equal(model(x).logits, expected)
+    model.save_pretrained(r"{tmp_path}/second")
+"""
+    torch.save(ids(), tmp_path / "x.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, timeout=300)
+    assert {p.name for p in (tmp_path / "first").iterdir()} == {p.name for p in (tmp_path / "second").iterdir()}
+
+
+def test_nothing_is_uninitialised_after_loading_a_checkpoint_with_missing_keys(tmp_path):
+    model = make(value_depth=2)
+    model.save_pretrained(tmp_path, state_dict={"classifier.bias": model.classifier.bias.detach()})
+    loaded = HylaForSequenceClassification.from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.isfinite().all() and parameter.abs().max() < 10, name
+    attention = loaded.model.layers[0].self_attn
+    assert attention.relative_attention_bias.std() > 0 and attention.value_mixing.std() > 0
+    assert (loaded.model.embed_tokens.weight[8] == 0).all() and (loaded.model.embed_bias == 0).all()
+
+
+def test_initialisation_is_the_references():
+    torch.manual_seed(0)
+    config = HylaConfig(hidden_size=400, vocab_size=65, answer_token_id=64, num_attention_heads=20, head_dim=10,
+                        value_head_dim=8, value_depth=2, relative_attention_num_buckets=64, intermediate_size=500)  # fmt: skip
+    model = HylaForSequenceClassification(config)
+    layer = model.model.layers[0]
+
+    def check(tensor, fan_in, truncated):
+        assert abs(tensor.std().item() * fan_in**0.5 - 1) < 0.06
+        limit = 2 / 0.87962566103423978 / fan_in**0.5
+        assert (tensor.abs().max() <= limit * 1.0001) == truncated
+
+    for projection, fan_in in ((layer.self_attn.q_proj, 400), (layer.self_attn.o_proj, 160), (layer.mlp.down_proj, 500)):
+        check(projection.weight, fan_in, truncated=True)
+        assert (projection.bias == 0).all()
+    check(model.model.embed_tokens.weight[:64], fan_in=64, truncated=True)
+    check(layer.self_attn.value_mixing, fan_in=8, truncated=True)
+    check(layer.self_attn.relative_attention_bias, fan_in=64, truncated=False)
+    text = HylaModel(HylaConfig(vocab_size=500, answer_token_id=None, embedding_bias=False, hidden_size=100))
+    check(text.embed_tokens.weight, fan_in=100, truncated=False)
+
+
+def test_inputs_embeds_equal_input_ids():
+    model = make()
+    embeds = model.get_input_embeddings()(ids())
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_padding_changes_no_answer_on_either_side(attention_type):
+    model = make(attention_type=attention_type, pad_token_id=7)
+    x = ids(batch=2, length=9, vocab=7)
+    expected = model(x).logits
+    for side in ("left", "right"):
+        for junk in (7, 3):  # what stands in the padding does not matter
+            pad = torch.full((2, 4), junk)
+            padded = torch.cat([pad, x] if side == "left" else [x, pad], dim=1)
+            ones, zeros = torch.ones_like(x), torch.zeros_like(pad)
+            mask = torch.cat([zeros, ones] if side == "left" else [ones, zeros], dim=1)
+            torch.testing.assert_close(model(padded, attention_mask=mask).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_causal_models_do_not_see_the_future(attention_type):
+    model = make(attention_type=attention_type, is_causal=True)
+    x = ids(length=12)
+    changed = x.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 8
+    before, after = model.model(x).last_hidden_state, model.model(changed).last_hidden_state
+    torch.testing.assert_close(before[:, :8], after[:, :8], atol=1e-5, rtol=1e-5)
+    assert (before[:, 8:] - after[:, 8:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_codes_and_hidden_states_are_returned_on_request(attention_type):
+    model = make(attention_type=attention_type)
+    out = model(ids(), output_attentions=True, output_hidden_states=True)
+    assert [codes.shape for codes in out.attentions] == [(3, 4, 10, 10)] * 2
+    assert len(out.hidden_states) == 3
+    if attention_type == "hyla":
+        torch.testing.assert_close(out.attentions[0].square().mean(dim=1), torch.ones(3, 10, 10), atol=1e-3, rtol=0)
+
+
+def test_gradient_checkpointing_gives_equal_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(attention_dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids(), labels=ids(length=4, vocab=8)).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "reference"),
+    [
+        ({"num_labels": 5, "num_answers": 2}, torch.tensor([[0, 4], [2, -100], [1, 1]]),
+         lambda logits, y: nn.functional.cross_entropy(logits.reshape(-1, 5), y.reshape(-1))),
+        ({"num_labels": 5, "num_answers": 1}, torch.tensor([0, 4, 2]), nn.functional.cross_entropy),
+        ({"num_labels": 1, "num_answers": 1}, torch.tensor([0.5, -1.0, 2.0]),
+         lambda logits, y: ((logits[:, 0] - y) ** 2).mean()),
+        ({"num_labels": 1, "num_answers": 1}, torch.tensor([[0.5], [-1.0], [2.0]]),
+         lambda logits, y: ((logits - y) ** 2).mean()),
+        ({"num_labels": 1, "num_answers": 3}, torch.randn(3, 3), lambda logits, y: ((logits[..., 0] - y) ** 2).mean()),
+        ({"num_labels": 3, "num_answers": 1, "problem_type": "regression"}, torch.randn(3, 3),
+         lambda logits, y: ((logits - y) ** 2).mean()),
+        ({"num_labels": 3, "num_answers": 2, "problem_type": "multi_label_classification"},
+         torch.randint(0, 2, (3, 2, 3)).float(), nn.functional.binary_cross_entropy_with_logits),
+    ],
+)  # fmt: skip
+def test_loss_of_every_problem_type_and_its_share_in_a_larger_batch(settings, labels, reference):
+    model = make(**settings)
+    expected = reference(model(ids()).logits, labels)
+    torch.testing.assert_close(model(ids(), labels=labels).loss, expected)
+    count = int((labels != -100).sum())
+    # An update made of four such batches divides by the labels of all of them.
+    torch.testing.assert_close(model(ids(), labels=labels, num_items_in_batch=4 * count).loss, expected / 4)
+    assert model.config.problem_type == settings.get("problem_type")  # computing a loss writes nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "got none of them"),
+        ({"input_ids": ids(), "inputs_embeds": torch.zeros(3, 10, 24)}, "input_ids and inputs_embeds"),
+        ({"input_values": torch.zeros(3, 10, 5)}, "reads exactly one of input_ids"),
+        ({"input_ids": ids() + 8}, "input_ids must lie in 0 to 8"),
+        ({"input_ids": ids() - 9}, "input_ids must lie in 0 to 8"),
+        ({"input_ids": ids(length=3)}, "the sequences have 3"),
+        ({"input_ids": ids(), "attention_mask": torch.eye(10)[:3].long()}, "a row has only 1"),
+        ({"input_ids": ids(), "labels": torch.zeros(3, 2).long()}, r"must have the shape \(3, 4\)"),
+        ({"input_ids": ids(), "labels": torch.zeros(3, 4)}, r"must have the shape \(3, 4, 8\)"),
+    ],
+)
+def test_bad_inputs_are_refused_with_a_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make()(**arguments)
+
+
+def test_continuous_inputs_of_the_wrong_width_are_refused():
+    model = make(vocab_size=None, input_size=5, num_answers=1, num_labels=1)
+    assert model(input_values=torch.zeros(2, 6, 5)).logits.shape == (2, 1)
+    with pytest.raises(ValueError, match=r"\(batch, sequence, 5\), got \(2, 6, 4\)"):
+        model(input_values=torch.zeros(2, 6, 4))
+
+
+def test_compiles_into_one_graph_and_exports_with_a_dynamic_batch():
+    if shutil.which("gcc") is None and shutil.which("cc") is None:
+        pytest.skip("torch.compile needs a C compiler")
+    model = make(num_hidden_layers=1)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(ids()).logits, model(ids()).logits, atol=1e-4, rtol=1e-4)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (ids(),), dynamic_shapes={"input_ids": {0: batch}}, strict=False)
+    torch.testing.assert_close(exported.module()(ids(batch=7)).logits, model(ids(batch=7)).logits, atol=1e-4, rtol=1e-4)

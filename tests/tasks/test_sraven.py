@@ -1,0 +1,184 @@
+"""SRAVEN: rules, permutations, splits and statistics, with the official generator's instances as witness."""
+
+import itertools
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from hf_hyla.tasks import get_task
+from hf_hyla.tasks.sraven import RULES
+
+
+NUM_RULES = len(RULES)
+
+
+def holds(rule: int, rows: np.ndarray, num_values: int) -> bool:
+    """Whether the rule governs these rows (row, column), straight from the definitions."""
+    name = RULES[rule]
+    if name == "distribute three":
+        return len(set(rows[0])) == 3 and all(sorted(row) == sorted(rows[0]) for row in rows)
+    for a, b, c in rows.tolist():
+        if name == "constant":
+            right = a == b == c
+        elif name.startswith("progression"):
+            step = int(name.split()[1])
+            right = (b - a - step) % num_values == 0 and (c - b - step) % num_values == 0
+        elif name == "sum":
+            right = (a + b - c) % num_values == 0
+        else:
+            right = (a - b - c) % num_values == 0
+        if not right:
+            return False
+    return True
+
+
+def unpermuted(panels: np.ndarray, permutations: np.ndarray) -> np.ndarray:
+    """Panels (row, column, feature) before their columns were permuted."""
+    before = np.empty_like(panels)
+    for column in range(3):
+        for j, source in enumerate(permutations[column]):
+            before[:, column, source] = panels[:, column, j]
+    return before
+
+
+def our_puzzles(task, split, count):
+    samples = task.samples(split, np.arange(count))
+    cells = np.concatenate([samples["input_ids"][:, : -task.num_features], samples["labels"]], axis=1)
+    return cells.reshape(count, 3, 3, task.num_features), samples["rules"], samples["permutations"]
+
+
+def official_puzzles(golden):
+    official = load_file(golden / "sraven_instances.safetensors")
+    return official["train.instances"], official["train.latents"], official["train.perms"]
+
+
+def test_official_instances_follow_our_rules_and_permutations(golden):
+    for panels, rules, permutations in zip(*official_puzzles(golden), strict=True):
+        before = unpermuted(panels.astype(int), permutations)
+        assert all(holds(rule, before[:, :, feature], 8) for feature, rule in enumerate(rules))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"permute": False}, {"num_features": 2}, {"num_features": 8}, {"num_values": 3}, {"num_values": 40}, {"seed": 7}],
+)
+def test_our_instances_follow_the_rules_they_name(settings):
+    task = get_task("sraven", **settings)
+    for split in task.splits:
+        for panels, rules, permutations in zip(*our_puzzles(task, split, 200), strict=True):
+            assert panels.min() >= 0 and panels.max() < task.num_values
+            assert task.permute or (permutations == np.arange(task.num_features)).all()
+            before = unpermuted(panels, permutations)
+            for feature, rule in enumerate(rules):
+                assert holds(rule, before[:, :, feature], task.num_values), RULES[rule]
+
+
+def test_every_rule_draws_every_row_it_allows_equally_often():
+    task = get_task("sraven", num_values=5)
+    puzzles, rules, permutations = our_puzzles(task, "train", 12_000)
+    rows_of_rule = {rule: [] for rule in range(NUM_RULES)}
+    for panels, ids, permutation in zip(puzzles, rules, permutations, strict=True):
+        before = unpermuted(panels, permutation)
+        for feature, rule in enumerate(ids):
+            rows_of_rule[rule].append(before[1, :, feature])
+    for rule, rows in rows_of_rule.items():
+        allowed = [
+            row for row in itertools.product(range(5), repeat=3)
+            if holds(rule, np.array([row, row, row]), 5)
+        ]  # fmt: skip
+        counts = np.array([sum(map(np.array_equal, rows, itertools.repeat(row))) for row in allowed[:5]])
+        expected = len(rows) / len(allowed)
+        assert (abs(counts - expected) < 6 * expected**0.5).all(), RULES[rule]
+
+
+def test_distribute_three_orders_its_symbols_anew_in_every_row():
+    task = get_task("sraven", permute=False)
+    puzzles, rules, _ = our_puzzles(task, "train", 3000)
+    same = [
+        np.array_equal(panels[0, :, f], panels[1, :, f])
+        for panels, ids in zip(puzzles, rules, strict=True)
+        for f in np.flatnonzero(ids == 7)
+    ]
+    assert abs(np.mean(same) - 1 / 6) < 0.04
+
+
+def test_statistics_match_the_official_generator(golden):
+    """Frequencies of values, of permutations and of equal neighbours, each within sampling error of 512 instances."""
+    theirs, _, their_permutations = official_puzzles(golden)
+    ours, _, our_permutations = our_puzzles(get_task("sraven"), "train", 20_000)
+    theirs = theirs.astype(int)
+
+    def statistics(panels, permutations):
+        yield from np.bincount(panels.ravel(), minlength=8) / panels.size
+        yield from (panels[:, :, 0, 0] == panels[:, :, 1, 0]).mean(axis=0)
+        yield from (permutations[:, :, 0] == 0).mean(axis=0)
+        yield (np.sort(panels[:, 0, 0], axis=-1) == np.sort(panels[:, 0, 1], axis=-1)).all(axis=-1).mean()
+
+    for left, right in zip(statistics(theirs, their_permutations), statistics(ours, our_permutations), strict=True):
+        assert abs(left - right) < 5 * (max(right, 0.01) / 512) ** 0.5
+
+
+def test_splits_are_disjoint_sorted_and_of_the_papers_sizes():
+    task = get_task("sraven")
+    train, ood = task.combinations("train"), task.combinations("ood")
+    assert (len(train), len(ood)) == (248, 82)
+    assert not set(train) & set(ood)
+    assert task.combinations("test") == train
+    assert set(train) | set(ood) == set(itertools.combinations_with_replacement(range(NUM_RULES), 4))
+    for split in task.splits:
+        assert {tuple(rules) for rules in task.samples(split, np.arange(3000))["rules"]} <= set(task.combinations(split))
+
+
+def test_no_puzzle_of_test_is_in_the_beginning_of_train():
+    task = get_task("sraven")
+    train, test = (task.samples(split, np.arange(5000))["input_ids"] for split in ("train", "test"))
+    assert not {row.tobytes() for row in train} & {row.tobytes() for row in test}
+
+
+@pytest.mark.parametrize("held_out", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("num_features", [2, 4])
+def test_every_rule_occurs_in_train_whatever_is_held_out(held_out, num_features):
+    for seed in range(3):
+        task = get_task("sraven", num_features=num_features, held_out=held_out, seed=seed)
+        assert set(itertools.chain(*task.combinations("train"))) == set(range(NUM_RULES))
+
+
+def test_samples_are_pinned():
+    # A change here changes every sample: committed results would no longer be reproducible.
+    sample = get_task("sraven").dataset("train")[19_999_999]
+    assert sample["input_ids"].tolist() == PINNED
+
+
+PINNED = [1, 1, 2, 3, 2, 4, 5, 7, 6, 5, 3, 7, 2, 5, 6, 6, 3, 0, 0, 3, 2, 1, 4, 2, 1, 3, 3, 2, 2, 5, 4, 1, 8, 8, 8, 8]
+
+
+def test_items_have_the_documented_form_alone_and_in_batches():
+    dataset = get_task("sraven").dataset("ood")
+    assert len(dataset) == 51_200 and len(get_task("sraven").dataset("train")) == 20_000_000
+    batch = dataset.__getitems__([5, 0, 51_199])
+    assert isinstance(batch, list) and len(batch) == 3
+    for index, item in zip([5, 0, 51_199], batch, strict=True):
+        alone = dataset[index]
+        assert set(alone) == {"input_ids", "labels", "rules", "permutations"}
+        assert all(np.array_equal(alone[name], item[name]) for name in alone)
+    assert item["input_ids"].shape == (36,) and item["input_ids"].dtype == np.int64
+    assert item["labels"].shape == (4,) and (item["input_ids"][-4:] == 8).all()
+    with pytest.raises(IndexError, match="0 to 51199"):
+        dataset[51_200]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_features": 9}, "num_features must be 2 to 8"),
+        ({"num_values": 2}, "at least 3"),
+        ({"held_out": 1.0}, "holds out 330 and leaves 0"),
+        ({"held_out": 1.5}, "choose another held_out"),
+        ({"held_out": 0.0}, "holds out 0"),
+        ({"num_feature": 4}, "did you mean 'num_features'"),
+    ],
+)
+def test_settings_that_make_no_task_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_task("sraven", **settings)

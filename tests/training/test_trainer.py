@@ -1,0 +1,126 @@
+"""The optimiser's groups, the learning-rate curve and the update, against the reference's rules written out."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.tasks import get_task
+from hf_hyla.training.trainer import HylaTrainer, HylaTrainingArguments, reference_schedule
+
+
+def make_trainer(folder, task=None, model=None, **arguments):
+    task = task or get_task("logic", num_examples=4)
+    model = model or HylaForSequenceClassification(HylaConfig(**task.model_defaults))
+    defaults = {"max_steps": 6, "warmup_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.5, "eval_strategy": "no",
+                "save_strategy": "no", "per_device_train_batch_size": 8, "disable_tqdm": True}  # fmt: skip
+    args = HylaTrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
+    return HylaTrainer(model=model, args=args, train_dataset=task.dataset("train"), data_collator=task.collate)
+
+
+def test_schedule_has_the_references_shape():
+    peak, warmup, total = 1.0, 100, 1000
+    factor = [reference_schedule(step, warmup, total) for step in range(total + 1)]
+    assert factor[0] == 0 and factor[warmup] == peak
+    np.testing.assert_allclose(factor[:warmup], np.arange(warmup) / warmup)
+    middle = (warmup + total - warmup) // 2
+    assert factor[middle] == pytest.approx(0.55)  # half-way between 1 and 0.1
+    quarter = warmup + (total - 2 * warmup) // 4
+    assert factor[quarter] == pytest.approx(0.1 + 0.45 * (1 + math.sqrt(0.5)))
+    np.testing.assert_allclose(factor[total - warmup :], 0.1)
+    assert all(later <= earlier for earlier, later in zip(factor[warmup:], factor[warmup + 1 :], strict=False))
+
+
+def test_decayed_are_the_parameters_that_the_reference_stores_with_more_than_one_axis(tmp_path):
+    config = HylaConfig(qk_norm=True, value_depth=2, num_hidden_layers=1)
+    trainer = make_trainer(tmp_path, model=HylaForSequenceClassification(config))
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    layer = "model.layers.0"
+    not_decayed = {name for name, _ in trainer.model.named_parameters()} - decayed
+    assert not_decayed == {
+        "model.embed_bias", "model.norm.weight", "model.norm.bias", "classifier.bias",
+        f"{layer}.input_layernorm.weight", f"{layer}.input_layernorm.bias",
+        f"{layer}.post_attention_layernorm.weight", f"{layer}.post_attention_layernorm.bias",
+        f"{layer}.self_attn.o_proj.bias", f"{layer}.self_attn.q_norm.weight", f"{layer}.self_attn.k_norm.weight",
+        f"{layer}.mlp.up_proj.bias", f"{layer}.mlp.down_proj.bias",
+    }  # fmt: skip
+    assert f"{layer}.self_attn.q_proj.bias" in decayed and f"{layer}.self_attn.relative_attention_bias" in decayed
+
+
+def adamw_loop(model, batches, decayed, schedule, peak, decay):
+    """The reference's optimiser, one parameter at a time: AdamW 0.9 / 0.999 / 1e-8 with decoupled decay, no clipping."""
+    first = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    second = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for step, batch in enumerate(batches):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        rate = peak * schedule(step)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                first[name] = 0.9 * first[name] + 0.1 * p.grad
+                second[name] = 0.999 * second[name] + 0.001 * p.grad**2
+                m = first[name] / (1 - 0.9 ** (step + 1))
+                v = second[name] / (1 - 0.999 ** (step + 1))
+                p -= rate * (m / (v.sqrt() + 1e-8) + (decay if name in decayed else 0.0) * p)
+
+
+def test_trained_weights_equal_a_plain_loop_of_the_references_optimiser(tmp_path):
+    task = get_task("logic", num_examples=4)
+    torch.manual_seed(0)
+    model = HylaForSequenceClassification(HylaConfig(**task.model_defaults, attention_dropout=0.0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # biases too, so that their decay shows
+    by_hand = copy.deepcopy(model).train()
+    trainer = make_trainer(tmp_path, task=task, model=model)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    trainer.train()
+
+    dataset = task.dataset("train")
+    batches = [task.collate(dataset.__getitems__(range(8 * step, 8 * step + 8))) for step in range(6)]
+    adamw_loop(by_hand, batches, decayed, lambda step: reference_schedule(step, 2, 6), peak=1e-2, decay=0.5)
+    for (name, ours), theirs in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_the_first_update_moves_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, warmup_steps=0)
+    trainer.args.warmup_steps = 100
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(ValueError, match="larger than twice warmup_steps"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, max_steps=5, warmup_steps=2, model=trainer.model)
+    trainer.create_optimizer_and_scheduler(5)
+    assert trainer.lr_scheduler.get_last_lr() == [0.0, 0.0]
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_training_at_its_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="The loss is nan in step 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["logic", "sraven"])
+def test_accumulating_four_batches_equals_one_large_batch(tmp_path, name):
+    task = get_task(name)
+    weights = []
+    for batch, accumulation in ((32, 1), (8, 4)):
+        torch.manual_seed(0)
+        model = HylaForSequenceClassification(
+            HylaConfig(**{**task.model_defaults, "num_hidden_layers": 1, "attention_dropout": 0.0})
+        )
+        trainer = make_trainer(
+            tmp_path, task=task, model=model, max_steps=5, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation, logging_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        weights.append((norms, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-3)
+    torch.testing.assert_close(weights[0][1], weights[1][1], atol=1e-3, rtol=1e-3)
