@@ -34,7 +34,9 @@ def _overrides(rest: list[str], accepted: tuple[str, ...]) -> dict[str, str]:
         key, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or key.partition(".")[0] not in accepted or "." not in key:
             expected = " or ".join(f"--{section}.key value" for section in accepted)
-            raise ValueError(f"Unknown argument {word!r}" + (f": expected {expected}." if expected else "; see --help."))
+            raise ValueError(
+                f"Unknown argument {word!r}" + (f": expected {expected}." if expected else "; see --help.")
+            )
         if not has_value:
             value = next(words, "")
             if not value:
@@ -126,14 +128,22 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         settings = {"name": arguments.task}
     if not settings:
         raise ValueError(f"{arguments.model} has no run.json that names a task: pass --task logic or --task sraven.")
-    task = checked_task("--task", settings, {key.partition(".")[2]: value for key, value in arguments.overrides.items()})
+    task = checked_task(
+        "--task", settings, {key.partition(".")[2]: value for key, value in arguments.overrides.items()}
+    )
     model = _load_model(arguments.model)
     scores = evaluate(model, task, arguments.split, arguments.num_samples, arguments.batch_size)
     if arguments.json:
-        print(json.dumps({"model": arguments.model, "task": task.settings, "split": arguments.split, "metrics": scores}))
+        print(
+            json.dumps({"model": arguments.model, "task": task.settings, "split": arguments.split, "metrics": scores})
+        )
     else:
         for name, value in scores.items():
-            print(f"{arguments.split}/{name}: {value:.4f}" if isinstance(value, float) else f"{arguments.split}/{name}: {value}")
+            print(
+                f"{arguments.split}/{name}: {value:.4f}"
+                if isinstance(value, float)
+                else f"{arguments.split}/{name}: {value}"
+            )
 
 
 def _load_model(name: str):
@@ -169,7 +179,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _add_env(commands) -> None:
-    parser = commands.add_parser("env", help="print versions and hardware", description="Prints versions and hardware as JSON.")
+    parser = commands.add_parser(
+        "env", help="print versions and hardware", description="Prints versions and hardware as JSON."
+    )
     parser.set_defaults(run=_env)
 
 

@@ -65,16 +65,22 @@ def convert_config(
     for name, (allowed, why) in _ONLY.items():
         value = official.get(name, allowed[0])
         if value not in allowed:
-            raise ValueError(f"The official config has {name}={value!r}, but {why}: only {allowed[0]!r} can be converted.")
+            raise ValueError(
+                f"The official config has {name}={value!r}, but {why}: only {allowed[0]!r} can be converted."
+            )
 
     def field(name: str, known: Mapping[str, Any] | None = None) -> Any:
         if name not in official:
-            raise ValueError(f"The official config lacks the field {name!r}: pass all fields of its TransformerConfig.")
+            raise ValueError(
+                f"The official config lacks the field {name!r}: pass all fields of its TransformerConfig."
+            )
         value = official[name]
         if known is None:
             return value
         if value not in known:
-            raise ValueError(f"The official config has {name}={value!r}, which is not supported: expected {_any_of(known)}.")
+            raise ValueError(
+                f"The official config has {name}={value!r}, which is not supported: expected {_any_of(known)}."
+            )
         return known[value]
 
     num_heads = field("num_heads")
@@ -83,7 +89,7 @@ def convert_config(
             raise ValueError(
                 f"The official config has {name}={field(name)}, which does not divide into num_heads={num_heads} heads."
             )
-    heads = {
+    heads: dict[str, dict[str, Any]] = {
         "SymbolicRavenLoss": {
             "vocab_size": embedding_rows + 1,
             "answer_token_id": embedding_rows,
@@ -102,7 +108,7 @@ def convert_config(
     return HylaConfig(
         **heads[loss_fn],
         **field("sequence_mixer", SEQUENCE_MIXERS),
-        num_labels=field("output_dim"),
+        num_labels=field("output_dim"),  # type: ignore[call-arg]
         hidden_size=field("emb_dim"),
         num_hidden_layers=field("num_layers"),
         num_attention_heads=num_heads,
@@ -182,7 +188,9 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
     state |= norm("decoder_norm", "model.norm")
     state |= dense("logitdense", "classifier")
     if left:
-        raise ValueError(f"The config has no place for the official parameter {PREFIX}{min(left)}: do the two belong together?")
+        raise ValueError(
+            f"The config has no place for the official parameter {PREFIX}{min(left)}: do the two belong together?"
+        )
 
     with torch.device("meta"):
         expected = HylaForSequenceClassification(config).state_dict()
@@ -241,12 +249,16 @@ def convert_files(params: Path, config: Path, output: Path, num_answers: int | N
     description = json.loads(config.read_text())
     for key in ("config", "loss_fn"):
         if key not in description:
-            raise ValueError(f"{config} has no {key!r}: expected the official config under 'config' and its 'loss_fn'.")
+            raise ValueError(
+                f"{config} has no {key!r}: expected the official config under 'config' and its 'loss_fn'."
+            )
     tensors = load_file(params)
     if not any(name.startswith(PREFIX) for name in tensors):
         hint = f": they are in {description['params_file']}" if description.get("params_file") else ""
         raise ValueError(f"{params} holds no tensor named {PREFIX}<path>{hint}; pass the file with the parameters.")
-    hyla_config, state_dict = convert(tensors, description["config"], loss_fn=description["loss_fn"], num_answers=num_answers)
+    hyla_config, state_dict = convert(
+        tensors, description["config"], loss_fn=description["loss_fn"], num_answers=num_answers
+    )
     model = HylaForSequenceClassification(hyla_config)
     model.load_state_dict(state_dict)
     model.save_pretrained(output)

@@ -49,5 +49,7 @@ def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarr
 def _same_shape(left: np.ndarray, right: np.ndarray, ndim: int) -> np.ndarray:
     left, right = np.asarray(left), np.asarray(right)
     if left.shape != right.shape or left.ndim != ndim or left.shape[0] == 0:
-        raise ValueError(f"Expected two arrays of one shape with {ndim} axes and at least one row, got {left.shape} and {right.shape}.")
+        raise ValueError(
+            f"Expected two arrays of one shape with {ndim} axes and at least one row, got {left.shape} and {right.shape}."
+        )
     return left == right

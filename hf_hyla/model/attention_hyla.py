@@ -6,6 +6,7 @@ defined by `eager_attention_forward`.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,7 +121,7 @@ def generated_values(
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -12,11 +12,11 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Keywords that transformers itself puts into a config without declaring them as fields.
-_UNDECLARED_KEYWORDS = frozenset(
-    "num_labels name_or_path attn_implementation experts_implementation output_attentions per_layer_config torch_dtype "
-    "model_type auto_map custom_pipelines quantization_config tie_word_embeddings tie_last_hidden_states "
-    "tokenizer_class bos_token_id eos_token_id _commit_hash".split()
-)
+_UNDECLARED_KEYWORDS = frozenset((
+    "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
+    "per_layer_config", "torch_dtype", "model_type", "auto_map", "custom_pipelines", "quantization_config",
+    "tie_word_embeddings", "tie_last_hidden_states", "tokenizer_class", "bos_token_id", "eos_token_id", "use_cache", "_commit_hash",
+))  # fmt: skip
 
 
 @strict
@@ -202,7 +202,9 @@ class HylaConfig(PreTrainedConfig):
                 "answer_token_id=None if it is an ordinary token."
             )
         if self.answer_token_id is not None and self.answer_token_id == self.pad_token_id:
-            raise ValueError(f"pad_token_id and answer_token_id are both {self.pad_token_id}: give them different ids.")
+            raise ValueError(
+                f"pad_token_id and answer_token_id are both {self.pad_token_id}: give them different ids."
+            )
         for name, also in (("value_activation", {"none"}), ("hidden_act", set())):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN and value not in also:

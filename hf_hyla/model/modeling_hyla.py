@@ -134,7 +134,6 @@ class HylaLayer(GradientCheckpointingLayer):
 class HylaPreTrainedModel(PreTrainedModel):
     config: HylaConfig
     base_model_prefix = "model"
-    input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["HylaLayer"]
     _can_record_outputs = {"hidden_states": HylaLayer, "attentions": HylaAttention}
@@ -235,42 +234,27 @@ class HylaModel(HylaPreTrainedModel):
             `BaseModelOutput` with `last_hidden_state` (batch, sequence, hidden_size); on request `hidden_states` and
             `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key).
         """
-        if inputs_embeds is None or input_ids is not None or input_values is not None:
-            inputs_embeds = self._embed(input_ids, inputs_embeds, input_values)
-        if self.embed_bias is not None:
-            inputs_embeds = inputs_embeds + self.embed_bias
-
+        hidden_states = self._embed(input_ids, input_values, inputs_embeds)
         if self.config.is_causal:
-            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values=None)
+            mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
         else:
-            mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
+            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
 
         position_buckets = None
         if self.config.position_type == "relative":
-            length = inputs_embeds.shape[1]
+            length = hidden_states.shape[1]
             position_buckets = relative_position_buckets(
-                length, length, self.config.relative_attention_num_buckets, inputs_embeds.device
+                length, length, self.config.relative_attention_num_buckets, hidden_states.device
             )
-
-        hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, attention_mask=mask, position_buckets=position_buckets, **kwargs
-            )
+            hidden_states = layer(hidden_states, attention_mask=mask, position_buckets=position_buckets, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
-    def _embed(self, input_ids, inputs_embeds, input_values) -> torch.Tensor:
-        """Embeds `input_ids` or `input_values`, whichever this model reads; refuses everything else."""
-        given = [
-            name
-            for name, tensor in (
-                ("input_ids", input_ids),
-                ("inputs_embeds", inputs_embeds),
-                ("input_values", input_values),
-            )
-            if tensor is not None
-        ]
-        if given != [self.main_input_name]:
+    def _embed(self, input_ids, input_values, inputs_embeds) -> torch.Tensor:
+        """Hidden states (batch, sequence, hidden_size) before the first layer, of the one kind of input that is given."""
+        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
+        given = [name for name, tensor in inputs.items() if tensor is not None]
+        if given != ["inputs_embeds"] and given != [self.main_input_name]:
             raise ValueError(
                 f"This model reads exactly one of {self.main_input_name} and inputs_embeds, got "
                 f"{' and '.join(given) or 'none of them'}."
@@ -282,15 +266,21 @@ class HylaModel(HylaPreTrainedModel):
                     f"{tuple(input_values.shape)}: the last number is the config's input_size."
                 )
             return self.input_proj(input_values.to(self.input_proj.weight.dtype))
-        # On a GPU the look at the values would stall the queue of kernels, so there torch itself reports the id.
-        if input_ids.device.type == "cpu" and not is_torchdynamo_compiling() and input_ids.numel():
-            least, largest = int(input_ids.min()), int(input_ids.max())
-            if least < 0 or largest >= self.embed_tokens.num_embeddings:
-                raise ValueError(
-                    f"input_ids must lie in 0 to {self.embed_tokens.num_embeddings - 1}, got "
-                    f"{least if least < 0 else largest}: encode the inputs for this model's vocabulary."
-                )
-        return self.embed_tokens(input_ids)
+        if input_ids is not None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        return inputs_embeds if self.embed_bias is None else inputs_embeds + self.embed_bias
+
+    def _check_ids(self, input_ids) -> None:
+        # On a GPU a look at the values would stall the queue of kernels; there torch itself reports the id.
+        if input_ids.device.type != "cpu" or is_torchdynamo_compiling() or not input_ids.numel():
+            return
+        least, largest = int(input_ids.min()), int(input_ids.max())
+        if least < 0 or largest >= self.embed_tokens.num_embeddings:
+            raise ValueError(
+                f"input_ids must lie in 0 to {self.embed_tokens.num_embeddings - 1}, got "
+                f"{least if least < 0 else largest}: encode the inputs for this model's vocabulary."
+            )
 
 
 class HylaForSequenceClassification(HylaPreTrainedModel):
@@ -391,7 +381,9 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             if self.num_labels == 1:
                 problem_type = "regression"
             else:
-                problem_type = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+                problem_type = (
+                    "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+                )
 
         expected = logits.shape[:-1] if problem_type == "single_label_classification" else logits.shape
         if problem_type == "regression" and labels.shape == logits.shape[:-1] and self.num_labels == 1:
@@ -408,7 +400,9 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
                     f"Classes must be integers, got labels of dtype {labels.dtype}: set problem_type='regression' in "
                     "the config to fit numbers."
                 )
-            loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long(), reduction=reduction)
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, -2).float(), labels.flatten().long(), reduction=reduction
+            )
         elif problem_type == "regression":
             loss = nn.functional.mse_loss(logits, labels.to(logits.dtype), reduction=reduction)
         else:

@@ -180,7 +180,9 @@ class TaskDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> SampleList:
-        indices = np.asarray(indices, dtype=np.int64)
-        if len(indices) and not (0 <= indices.min() and indices.max() < self.num_samples):
-            raise IndexError(f"Indices must lie in 0 to {self.num_samples - 1}, got {indices.min()} to {indices.max()}.")
-        return SampleList(self.task.samples(self.split, indices))
+        numbers = np.asarray(indices, dtype=np.int64)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= self.num_samples):
+            raise IndexError(
+                f"Indices must lie in 0 to {self.num_samples - 1}, got {numbers.min()} to {numbers.max()}."
+            )
+        return SampleList(self.task.samples(self.split, numbers))

@@ -56,7 +56,9 @@ class LogicTask(Task):
         if not 2 <= self.num_variables <= 8:
             raise ValueError(f"num_variables must be 2 to 8, got {self.num_variables}.")
         if self.num_examples < 2:
-            raise ValueError(f"num_examples must be at least 2, one to learn from and one to answer, got {self.num_examples}.")
+            raise ValueError(
+                f"num_examples must be at least 2, one to learn from and one to answer, got {self.num_examples}."
+            )
         set_aside = self._num_set_aside
         if not 1 <= self.num_terms <= set_aside:
             raise ValueError(

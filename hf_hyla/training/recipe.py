@@ -67,18 +67,26 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
         raise ValueError(f"{path} must hold the sections {', '.join(SECTIONS)}, got {type(sections).__name__}.")
     for name, section in sections.items():
         if name not in SECTIONS:
-            raise ValueError(f"{path} has an unknown section {name!r}{nearest(str(name), SECTIONS)}: expected {', '.join(SECTIONS)}.")
+            raise ValueError(
+                f"{path} has an unknown section {name!r}{nearest(str(name), SECTIONS)}: expected {', '.join(SECTIONS)}."
+            )
         if not isinstance(section, dict):
             raise ValueError(f"{path}: the section {name!r} must hold keys and values, got {section!r}.")
     for name in ("task", "model", "trainer"):
         if name not in sections:
-            raise ValueError(f"{path} lacks the section {name!r}: expected {', '.join(SECTIONS)}, of which only expect may miss.")
+            raise ValueError(
+                f"{path} lacks the section {name!r}: expected {', '.join(SECTIONS)}, of which only expect may miss."
+            )
     for key, text in (overrides or {}).items():
         section, _, name = key.partition(".")
         if section not in SECTIONS or not name:
-            raise ValueError(f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key.")
+            raise ValueError(
+                f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key."
+            )
         sections.setdefault(section, {})[name] = yaml.safe_load(text)
-    return check_recipe(sections, name=f"{path.parent.name}-{path.stem}", source=str(path), overridden=set(overrides or ()))
+    return check_recipe(
+        sections, name=f"{path.parent.name}-{path.stem}", source=str(path), overridden=set(overrides or ())
+    )
 
 
 def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: set[str] = frozenset()) -> Recipe:  # type: ignore[assignment]
@@ -86,7 +94,9 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: s
     model_settings = _checked(
         f"{source}: model", sections["model"], HylaConfig, not_for_recipes=_NOT_FOR_MODEL, also={"num_labels": int}
     )
-    trainer = _checked(f"{source}: trainer", sections["trainer"], HylaTrainingArguments, not_for_recipes=_RESERVED_TRAINER)
+    trainer = _checked(
+        f"{source}: trainer", sections["trainer"], HylaTrainingArguments, not_for_recipes=_RESERVED_TRAINER
+    )
     for required in _REQUIRED_TRAINER:
         if required not in trainer:
             raise ValueError(f"{source} lacks trainer.{required}.")
@@ -102,7 +112,9 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: s
         expected = _checked(f"{source}: expect", sections["expect"], Expectation)
         for field in dataclasses.fields(Expectation):
             if field.name not in expected:
-                raise ValueError(f"{source} lacks expect.{field.name}: expected all of metric, value, tolerance and source.")
+                raise ValueError(
+                    f"{source} lacks expect.{field.name}: expected all of metric, value, tolerance and source."
+                )
         if expected["metric"].partition("/")[0] not in task.splits:
             raise ValueError(
                 f"{source}: expect.metric={expected['metric']!r} must be a split, a slash and a metric; the splits are "
@@ -143,14 +155,18 @@ def _built(where: str, cls: type, settings: dict[str, Any]) -> Any:
 
 
 # Fields of a config that say what was saved, not what to build.
-_NOT_FOR_MODEL = frozenset("architectures transformers_version dtype return_dict is_encoder_decoder format_version".split())
+_NOT_FOR_MODEL = frozenset(
+    ("architectures", "transformers_version", "dtype", "return_dict", "is_encoder_decoder", "format_version")
+)
 
 
 def _checked(
     where: str, section: dict[str, Any], schema: type, not_for_recipes=frozenset(), also: dict[str, type] | None = None
 ) -> dict[str, Any]:
     """The section's values in the types of the dataclass `schema`; unknown keys fail with the nearest name."""
-    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema) if f.init and f.name not in not_for_recipes}
+    known: dict[str, Any] = {
+        f.name: f.type for f in dataclasses.fields(schema) if f.init and f.name not in not_for_recipes
+    }
     known |= also or {}
     checked = {}
     for name, value in section.items():

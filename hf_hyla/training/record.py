@@ -52,13 +52,13 @@ class RunRecord:
         temporary.replace(folder / RECORD_NAME)
 
     @classmethod
-    def load(cls, folder: Path) -> "RunRecord":
+    def load(cls, folder: str | Path) -> "RunRecord":
         """
         Raises:
             OSError: if there is no run.json.
             ValueError: if it is not a record of this schema.
         """
-        path = folder / RECORD_NAME
+        path = Path(folder) / RECORD_NAME
         try:
             return cls(**json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import yaml
 from transformers import EvalPrediction, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -71,7 +72,11 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False) -> RunRecord:
 
 
 def evaluate(
-    model: HylaForSequenceClassification, task: Task, split: str, num_samples: int | None = None, batch_size: int = 1024
+    model: HylaForSequenceClassification,
+    task: Task,
+    split: str,
+    num_samples: int | None = None,
+    batch_size: int = 1024,
 ) -> dict[str, float]:
     """
     Scores of a model on a split, of the paper's length where `num_samples` is `None`.
@@ -81,7 +86,7 @@ def evaluate(
     """
     task.check_model(model.config)
     with tempfile.TemporaryDirectory() as folder:
-        args = HylaTrainingArguments(output_dir=folder, per_device_eval_batch_size=batch_size)
+        args = HylaTrainingArguments(output_dir=folder, per_device_eval_batch_size=batch_size, eval_strategy="no")
         trainer = HylaTrainer(model=model, args=args, data_collator=task.collate, compute_metrics=_metrics_of(task))
         return _evaluate_split(trainer, task, split, num_samples)
 
@@ -111,7 +116,7 @@ def _training_samples(args: HylaTrainingArguments) -> int:
 
 def _metrics_of(task: Task):
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return task.metrics(prediction.predictions, prediction.label_ids, prediction.inputs)
+        return task.metrics(*map(np.asarray, (prediction.predictions, prediction.label_ids, prediction.inputs)))
 
     return compute_metrics
 
@@ -120,7 +125,7 @@ def _evaluate_split(trainer: HylaTrainer, task: Task, split: str, num_samples: i
     dataset = task.dataset(split, num_samples)
     # Not `trainer.evaluate`, which would log the scores into the curve.
     output = trainer.predict(dataset, metric_key_prefix=split)
-    scores = {name.removeprefix(f"{split}_"): value for name, value in output.metrics.items()}
+    scores = {name.removeprefix(f"{split}_"): value for name, value in (output.metrics or {}).items()}
     scored = {name: value for name, value in scores.items() if name not in _TIMINGS}
     return {**scored, "num_samples": len(dataset)}
 
@@ -132,7 +137,9 @@ def _curve(history: list[dict], splits: list[str]) -> list[dict[str, float]]:
     """The Trainer's log as entries of a run record."""
     curve = []
     for entry in history:
-        point = {name: entry[name] for name in ("step", "seconds", "loss", "learning_rate", "grad_norm") if name in entry}
+        point = {
+            name: entry[name] for name in ("step", "seconds", "loss", "learning_rate", "grad_norm") if name in entry
+        }
         for split in splits:
             prefix = f"eval_{split}_"
             for name, value in entry.items():

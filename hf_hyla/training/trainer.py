@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -36,20 +36,16 @@ class HylaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = torch.cuda.is_available()
     # The metric of the fuzzy-logic task needs the values shown in the context.
-    include_for_metrics: list[str] | None = None  # type: ignore[assignment]
-    eval_strategy: str = "steps"  # type: ignore[assignment]
+    include_for_metrics: list[str] = field(default_factory=lambda: ["inputs"])
+    eval_strategy: str = "steps"
     eval_steps: float | None = 1000
-    logging_strategy: str = "steps"  # type: ignore[assignment]
+    logging_strategy: str = "steps"
     logging_steps: float = 200
-    save_strategy: str = "steps"  # type: ignore[assignment]
+    save_strategy: str = "steps"
     save_steps: float = 1000
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False
-    report_to: None | str | list[str] = "none"
-
-    def __post_init__(self):
-        self.include_for_metrics = ["inputs"]
-        super().__post_init__()
+    report_to: str | list[str] | None = "none"
 
 
 def check_schedule(warmup_steps: float, max_steps: int) -> None:
@@ -94,12 +90,12 @@ class HylaTrainer(Trainer):
         headwise_bias = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
         return [name for name, p in model.named_parameters() if p.ndim > 1 or name.endswith(headwise_bias)]
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
             check_schedule(warmup_steps, num_training_steps)
             schedule = functools.partial(reference_schedule, warmup_steps=warmup_steps, max_steps=num_training_steps)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)  # type: ignore[arg-type]
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -126,7 +122,9 @@ class RunProgress(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             seconds = 0.5 if sys.stderr.isatty() else 15.0
-            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, mininterval=seconds, unit="step")
+            self.training_bar = tqdm(  # type: ignore[assignment]
+                total=state.max_steps, initial=state.global_step, mininterval=seconds, unit="step"
+            )
         self.current_step = state.global_step
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):

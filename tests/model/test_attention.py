@@ -80,7 +80,11 @@ def loop(row, query, key, value, mixing, attends, bias):
                 if mixing is not None:
                     hidden = phi(
                         [
-                            sum(code[h][k] * mixing[h, e, d] * hidden[d] for h in range(HEADS) for d in range(VALUE_WIDTH))
+                            sum(
+                                code[h][k] * mixing[h, e, d] * hidden[d]
+                                for h in range(HEADS)
+                                for d in range(VALUE_WIDTH)
+                            )
                             for e in range(VALUE_WIDTH)
                         ]
                     )
@@ -101,7 +105,13 @@ def masks():
     right[1, :, :, 3:] = False
     no_key = everything.clone()
     no_key[0, :, 1] = False
-    return {"none": everything, "causal": causal, "left padding": left, "right padding": right, "fully masked row": no_key}
+    return {
+        "none": everything,
+        "causal": causal,
+        "left padding": left,
+        "right padding": right,
+        "fully masked row": no_key,
+    }
 
 
 @pytest.mark.parametrize("mask", masks())
@@ -157,9 +167,9 @@ def test_half_precision_is_finite_and_close_with_large_scores(row, dtype):
 
     def run(cast):
         layer = Layer(*row[:3], mixing.to(cast) if row[3] == 2 else None)
-        return eager_attention_forward(
-            layer, query.to(cast), key.to(cast), value.to(cast), None, scaling=8**-0.5
-        )[0].double()
+        return eager_attention_forward(layer, query.to(cast), key.to(cast), value.to(cast), None, scaling=8**-0.5)[
+            0
+        ].double()
 
     assert run(dtype).isfinite().all()
     relative = (run(dtype) - run(torch.float64)).norm() / run(torch.float64).norm()
@@ -185,7 +195,9 @@ def exact_bucket(distance: int, num_buckets: int) -> int:
     half = num_buckets // 2
     if distance < half:
         return max(distance, 0)
-    return min(num_buckets - 1, half + int(math.log(distance / half) / math.log(num_buckets / half) * (num_buckets - half)))
+    return min(
+        num_buckets - 1, half + int(math.log(distance / half) / math.log(num_buckets / half) * (num_buckets - half))
+    )
 
 
 @pytest.mark.parametrize("num_buckets", [2, 3, 7, 16, 32, 36, 63, 64, 96, 128])

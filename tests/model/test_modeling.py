@@ -97,7 +97,11 @@ def test_initialisation_is_the_references():
         limit = 2 / 0.87962566103423978 / fan_in**0.5
         assert (tensor.abs().max() <= limit * 1.0001) == truncated
 
-    for projection, fan_in in ((layer.self_attn.q_proj, 400), (layer.self_attn.o_proj, 160), (layer.mlp.down_proj, 500)):
+    for projection, fan_in in (
+        (layer.self_attn.q_proj, 400),
+        (layer.self_attn.o_proj, 160),
+        (layer.mlp.down_proj, 500),
+    ):
         check(projection.weight, fan_in, truncated=True)
         assert (projection.bias == 0).all()
     check(model.model.embed_tokens.weight[:64], fan_in=64, truncated=True)
@@ -221,4 +225,6 @@ def test_compiles_into_one_graph_and_exports_with_a_dynamic_batch():
     torch.testing.assert_close(compiled(ids()).logits, model(ids()).logits, atol=1e-4, rtol=1e-4)
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(model, (ids(),), dynamic_shapes={"input_ids": {0: batch}}, strict=False)
-    torch.testing.assert_close(exported.module()(ids(batch=7)).logits, model(ids(batch=7)).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        exported.module()(ids(batch=7)).logits, model(ids(batch=7)).logits, atol=1e-4, rtol=1e-4
+    )

@@ -61,7 +61,15 @@ def test_official_instances_follow_our_rules_and_permutations(golden):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"permute": False}, {"num_features": 2}, {"num_features": 8}, {"num_values": 3}, {"num_values": 40}, {"seed": 7}],
+    [
+        {},
+        {"permute": False},
+        {"num_features": 2},
+        {"num_features": 8},
+        {"num_values": 3},
+        {"num_values": 40},
+        {"seed": 7},
+    ],
 )
 def test_our_instances_follow_the_rules_they_name(settings):
     task = get_task("sraven", **settings)
@@ -127,7 +135,9 @@ def test_splits_are_disjoint_sorted_and_of_the_papers_sizes():
     assert task.combinations("test") == train
     assert set(train) | set(ood) == set(itertools.combinations_with_replacement(range(NUM_RULES), 4))
     for split in task.splits:
-        assert {tuple(rules) for rules in task.samples(split, np.arange(3000))["rules"]} <= set(task.combinations(split))
+        assert {tuple(rules) for rules in task.samples(split, np.arange(3000))["rules"]} <= set(
+            task.combinations(split)
+        )
 
 
 def test_no_puzzle_of_test_is_in_the_beginning_of_train():

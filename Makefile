@@ -1,0 +1,40 @@
+# Everything runs in .venv, made from requirements.lock. `make demo` and `make test` need Python, make and nothing else.
+PYTHON ?= python3
+SHELL := bash
+BIN := .venv/bin
+
+.PHONY: setup demo test lint format lock clean
+
+setup: .venv/ready
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_hyla needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/hyla train recipes/logic/demo.yaml --output runs/demo --overwrite
+	$(BIN)/python recipes/logic/ask.py runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Local labels such as +cpu are cut off, so that the lock names what every index has.
+lock: setup
+	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-find-links --no-emit-index-url --no-header \
+		--constraint <(echo torch==2.13.0) --output-file requirements.lock pyproject.toml
+	sed -i 's/+cpu//' requirements.lock
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,107 @@
+"""The command line as a user meets it: results on standard output, one sentence and exit code 2 for bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_hyla.cli import main
+
+
+TINY = {
+    "task": {"name": "logic", "num_examples": 4},
+    "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
+    "trainer": {"max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 1, "weight_decay": 0.1, "eval_samples": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe) -> Path:
+    output = recipe.parent / "run"
+    assert main(["train", str(recipe), "--output", str(output)]) == 0
+    return output
+
+
+def test_train_prints_every_split_and_an_override_changes_the_model(recipe, run, capsys):
+    output = recipe.parent / "softmax"
+    assert (
+        main(["train", str(recipe), "--output", str(output), "--model.attention_type", "softmax", "--trainer.seed=3"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert all(split in printed for split in ("test", "ood", "extrapolation"))
+    record = json.loads((output / "run.json").read_text())
+    assert record["recipe"]["model"]["attention_type"] == "softmax" and record["recipe"]["trainer"]["seed"] == 3
+
+
+def test_evaluate_takes_the_task_from_the_run_or_from_the_command_line(run, capsys):
+    assert main(["evaluate", str(run), "--split", "test", "--num-samples", "64", "--json"]) == 0
+    from_run = json.loads(capsys.readouterr().out)
+    assert from_run["task"]["num_examples"] == 4 and from_run["metrics"]["num_samples"] == 64
+    (run / "run.json").rename(run / "away.json")
+    try:
+        arguments = ["evaluate", str(run), "--task", "logic", "--task.num_examples", "4", "--split", "test", "--json"]
+        assert main([*arguments, "--num-samples", "64"]) == 0
+        assert json.loads(capsys.readouterr().out)["metrics"] == from_run["metrics"]
+        assert main(["evaluate", str(run)]) == 2
+        assert "pass --task logic" in capsys.readouterr().err
+    finally:
+        (run / "away.json").rename(run / "run.json")
+
+
+def test_convert_writes_a_model_that_evaluate_scores(golden, tmp_path, capsys):
+    case = ["--params", str(golden / "raven_params.safetensors"), "--config", str(golden / "raven_linear_hypatt.json")]
+    assert main(["convert", *case, "--output", str(tmp_path / "model")]) == 0
+    arguments = ["evaluate", str(tmp_path / "model"), "--task", "sraven", "--num-samples", "32", "--json"]
+    assert main(arguments) == 0
+    assert "accuracy" in json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
+
+
+def test_env_is_json(capsys):
+    assert main(["env"]) == 0
+    assert "torch" in json.loads(capsys.readouterr().out)["environment"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "no-such.yaml"], "no-such.yaml"),
+        (["train", "{recipe}", "--model.atention_type", "hyla"], "did you mean 'attention_type'"),
+        (["train", "{recipe}", "--model.attention_type"], "lacks a value"),
+        (["train", "{recipe}", "--modle.x", "1"], "Unknown argument '--modle.x'"),
+        (["train", "{recipe}", "--overwrit"], "Unknown argument '--overwrit'"),
+        (["train", "{recipe}", "--task.held_out", "0.99"], "must occur in training"),
+        (["train", "{recipe}", "--output", "{run}"], "holds a finished run"),
+        (["evaluate", "{run}", "--split", "odd"], "has no split 'odd'"),
+        (["evaluate", "{run}", "--task", "sraven"], "does not fit the task sraven"),
+        (["evaluate", "{recipe.parent}", "--task", "logic"], "holds no model"),
+        (["evaluate", "{run}", "--num-samples", "0"], "num_samples must be at least 1"),
+        (["convert", "--params", "a", "--config", "b", "--output", "c"], "b"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, arguments, message):
+    assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hyla: ") and message in error
+
+
+def test_a_folder_without_weights_is_refused(run, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    assert main(["evaluate", str(tmp_path), "--task", "logic"]) == 2
+    assert "holds no weights" in capsys.readouterr().err
+
+
+def test_the_installed_command_and_the_module_answer():
+    for command in ([sys.executable, "-m", "hf_hyla"], [str(Path(sys.executable).parent / "hyla")]):
+        result = subprocess.run([*command, "train", "missing.yaml"], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2 and "Traceback" not in result.stderr and "missing.yaml" in result.stderr

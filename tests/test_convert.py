@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from hf_hyla.convert import SEQUENCE_MIXERS, convert, convert_files
+
+
+CASE = "var_norm_rms"
+
+
+@pytest.fixture
+def official(golden):
+    description = json.loads((golden / f"{CASE}.json").read_text())
+    return load_file(golden / f"{CASE}.safetensors"), description
+
+
+def test_a_converted_folder_loads_and_answers_as_the_official_model(golden, tmp_path):
+    convert_files(golden / "logic_params.safetensors", golden / "logic_linear_hypatt.json", tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    case = load_file(golden / "logic_linear_hypatt.safetensors")
+    torch.testing.assert_close(
+        model(input_values=case["input.x"]).logits.double(), case["output64.logits"][:, -1], atol=5e-5, rtol=0
+    )
+    assert (model.config.problem_type, model.config.num_answers) == ("regression", 1)
+
+
+@pytest.mark.parametrize("mixer", SEQUENCE_MIXERS)
+def test_every_official_attention_converts_to_its_row_of_table_a1(official, mixer):
+    tensors, description = official
+    fields = {**description["config"], "sequence_mixer": mixer}
+    config, state_dict = convert(tensors, fields, loss_fn="SymbolicRavenLoss", num_answers=2)
+    assert (config.vocab_size, config.answer_token_id, config.num_answers, config.num_labels) == (9, 8, 2, 8)
+    assert ("softmax" in mixer) == (config.effective_score_norm == "softmax")
+    assert ("hypatt" in mixer) == (config.attention_type == "hyla")
+    assert (state_dict["model.embed_tokens.weight"][8] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("block_type", "reversed"), ("use_absolute_position", True), ("share_params_over_layers", True),
+        ("vocab_size", 97), ("dropout_rate", 0.1), ("moe_num", 4), ("sequence_mixer", "swiglu_hypatt"),
+        ("state_mixer", "relu_mlp"), ("norm", "batch"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(official, field, value):
+    tensors, description = official
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        convert(tensors, {**description["config"], field: value}, loss_fn=description["loss_fn"])
+
+
+def test_heads_that_do_not_divide_are_refused(official):
+    tensors, description = official
+    with pytest.raises(ValueError, match="qk_dim=30, which does not divide into num_heads=4"):
+        convert(tensors, {**description["config"], "qk_dim": 30}, loss_fn=description["loss_fn"])
+
+
+def test_parameters_and_config_that_do_not_belong_together_are_refused(official):
+    tensors, description = official
+    fields, loss_fn = description["config"], description["loss_fn"]
+    without = {name: t for name, t in tensors.items() if name != "params.transformer_block_1.norm2.scale"}
+    with pytest.raises(ValueError, match=r"lack params\.transformer_block_1\.norm2\.scale"):
+        convert(without, fields, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match=r"no place for the official parameter params\.transformer_block_1"):
+        convert(tensors, {**fields, "num_layers": 1}, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match="shape"):
+        convert(tensors, {**fields, "mlp_dim": 50}, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match="lacks the field 'emb_dim'"):
+        convert(tensors, {n: v for n, v in fields.items() if n != "emb_dim"}, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match="loss_fn='AutoregressiveCrossEntropy' is not supported"):
+        convert(tensors, fields, loss_fn="AutoregressiveCrossEntropy")
+
+
+def test_a_file_without_parameters_is_refused_naming_the_one_that_has_them(golden, tmp_path):
+    with pytest.raises(ValueError, match=r"they are in logic_params\.safetensors"):
+        convert_files(
+            golden / "logic_linear_hypatt.safetensors", golden / "logic_linear_hypatt.json", tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_causal_language_model_is_refused_by_name(official):
+    _, description = official
+    table = {"params.embedding.embedding": torch.zeros(97, 128)}
+    with pytest.raises(ValueError, match="causal language model"):
+        convert(table, description["config"], loss_fn=description["loss_fn"])
+
+
+def test_a_json_without_the_config_is_refused(golden, tmp_path):
+    save_file({"params.x": torch.zeros(1)}, tmp_path / "p.safetensors")
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no 'config'"):
+        convert_files(tmp_path / "p.safetensors", tmp_path / "c.json", tmp_path / "out")

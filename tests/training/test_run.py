@@ -1,0 +1,134 @@
+"""Whole runs, a few steps long: what they write, how they go on, what they refuse."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from hf_hyla.tasks import get_task
+from hf_hyla.training import RunRecord, evaluate, load_recipe, train
+
+
+SECTIONS = {
+    "task": {"name": "logic", "num_examples": 4},
+    "model": {"attention_type": "hyla", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
+    "trainer": {
+        "max_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "per_device_train_batch_size": 4,
+        "eval_steps": 4, "save_steps": 4, "logging_steps": 2, "eval_samples": 16, "disable_tqdm": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_splits():
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = property(lambda self: dict.fromkeys(self.splits, 64))
+        patch.setattr(type(get_task("logic")), "num_samples", sizes)
+        patch.setattr(type(get_task("sraven")), "num_samples", sizes)
+        yield
+
+
+def recipe_in(folder, **changes):
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({name: {**section, **changes.get(name, {})} for name, section in SECTIONS.items()}))
+    return load_recipe(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train(recipe_in(folder), folder / "run")
+    return folder / "run"
+
+
+def test_a_run_writes_weights_code_recipe_and_record_and_no_pickle(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "modeling_hyla.py", "recipe.yaml", "run.json", "checkpoints"}
+    assert not [path for path in finished.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_the_record_says_what_was_run_and_what_it_reached(finished):
+    record = RunRecord.load(finished)
+    assert record.recipe["task"]["held_out"] == 0.5 and record.recipe["trainer"]["learning_rate"] == 1e-2
+    assert (record.steps, record.samples_seen) == (8, 32)
+    assert set(record.metrics) == {"test", "ood", "extrapolation"}
+    assert set(record.metrics["ood"]) == {"loss", "r2", "num_samples"} and record.metrics["ood"]["num_samples"] == 64
+    assert [point["step"] for point in record.curve if "loss" in point] == [2, 4, 6, 8]
+    assert [point["step"] for point in record.curve if "ood/r2" in point] == [4, 8]
+    assert record.seconds == record.curve[-1]["seconds"] > 0
+    assert record.environment["torch"] == torch.__version__
+    text = (finished / "run.json").read_text()
+    assert str(finished.parent) not in text  # no path of the machine
+
+
+def test_saved_weights_score_what_the_record_says(finished):
+    model = AutoModelForSequenceClassification.from_pretrained(finished)
+    task = get_task("logic", num_examples=4)
+    for split, scores in RunRecord.load(finished).metrics.items():
+        assert evaluate(model, task, split)["r2"] == pytest.approx(scores["r2"], abs=1e-6)
+
+
+def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
+    train(recipe_in(tmp_path), tmp_path / "run")
+    first, second = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("run.json", "model.safetensors", "checkpoints/checkpoint-8/trainer_state.json"):
+        (run / name).unlink()  # as if it had been killed while it wrote the checkpoint of step 8
+    record = train(recipe_in(tmp_path), run)
+    before, after = (load_file(folder / "model.safetensors") for folder in (finished, run))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    whole = RunRecord.load(finished)
+    assert record.metrics == whole.metrics
+    assert [(p["step"], p.get("loss"), p.get("ood/r2")) for p in record.curve] == [
+        (p["step"], p.get("loss"), p.get("ood/r2")) for p in whole.curve
+    ]
+    assert record.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({}, "holds a finished run"), ({"trainer": {"learning_rate": 0.5}}, "holds a run of another recipe")],
+)
+def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, message):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with pytest.raises(FileExistsError, match=message):
+        train(recipe_in(tmp_path, **changes), run)
+    assert json.loads((run / "run.json").read_text()) == json.loads((finished / "run.json").read_text())
+    record = train(recipe_in(tmp_path, trainer={"max_steps": 6, "learning_rate": 0.5}), run, overwrite=True)
+    assert record.steps == 6
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty and holds no run"):
+        train(recipe_in(tmp_path / "recipe"), tmp_path, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_sraven_trains_and_scores_too(tmp_path):
+    recipe = recipe_in(tmp_path)
+    sections = {**SECTIONS, "task": {"name": "sraven", "num_features": 2}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(sections))
+    recipe = load_recipe(tmp_path / "tiny.yaml")
+    record = train(recipe, tmp_path / "run")
+    assert set(record.metrics) == {"test", "ood"}
+    assert 0 <= record.metrics["ood"]["accuracy"] <= record.metrics["ood"]["feature_accuracy"] <= 1
+
+
+def test_a_model_that_does_not_fit_the_task_is_refused(finished):
+    model = AutoModelForSequenceClassification.from_pretrained(finished)
+    with pytest.raises(ValueError, match="does not fit the task sraven: its vocab_size is None"):
+        evaluate(model, get_task("sraven"), "ood")
+    with pytest.raises(ValueError, match="input_size is 5"):
+        evaluate(model, get_task("logic", num_variables=3), "ood")
