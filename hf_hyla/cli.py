@@ -147,6 +147,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _load_model(name: str):
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     folder = Path(name)
@@ -154,7 +156,10 @@ def _load_model(name: str):
         raise ValueError(f"{name} holds no model: expected a folder with config.json and model.safetensors.")
     if folder.exists() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{name} holds no weights: expected model.safetensors beside config.json.")
-    return AutoModelForSequenceClassification.from_pretrained(name)
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name)
+    except (SafetensorError, StrictDataclassError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from None
 
 
 def _add_convert(commands) -> None:

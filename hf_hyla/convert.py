@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .model import HylaConfig, HylaForSequenceClassification
@@ -246,13 +247,18 @@ def convert_files(params: Path, config: Path, output: Path, num_answers: int | N
         ValueError: see [`convert`].
         OSError: if a file cannot be read or written.
     """
-    description = json.loads(config.read_text())
+    try:
+        description = json.loads(config.read_text())
+        tensors = load_file(params)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is not JSON: {error}.") from None
+    except SafetensorError as error:
+        raise ValueError(f"{params} is not a safetensors file: {error}.") from None
     for key in ("config", "loss_fn"):
         if key not in description:
             raise ValueError(
                 f"{config} has no {key!r}: expected the official config under 'config' and its 'loss_fn'."
             )
-    tensors = load_file(params)
     if not any(name.startswith(PREFIX) for name in tensors):
         hint = f": they are in {description['params_file']}" if description.get("params_file") else ""
         raise ValueError(f"{params} holds no tensor named {PREFIX}<path>{hint}; pass the file with the parameters.")

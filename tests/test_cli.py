@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_hyla.cli import main
 
@@ -93,6 +94,21 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, a
     assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hyla: ") and message in error
+
+
+def test_damaged_weights_are_refused(run, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:500])
+    assert main(["evaluate", str(tmp_path), "--task", "logic"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_a_model_of_another_family_is_refused(tmp_path, capsys):
+    BertForSequenceClassification(
+        BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path)
+    assert main(["evaluate", str(tmp_path), "--task", "sraven"]) == 2
+    assert "does not fit the task sraven: its answer_token_id is None" in capsys.readouterr().err
 
 
 def test_a_folder_without_weights_is_refused(run, tmp_path, capsys):

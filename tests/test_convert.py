@@ -94,3 +94,11 @@ def test_a_json_without_the_config_is_refused(golden, tmp_path):
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(ValueError, match="has no 'config'"):
         convert_files(tmp_path / "p.safetensors", tmp_path / "c.json", tmp_path / "out")
+
+
+def test_files_that_are_not_what_they_should_be_are_refused(golden, tmp_path):
+    (tmp_path / "broken").write_text("not a file of that kind")
+    with pytest.raises(ValueError, match="is not JSON"):
+        convert_files(golden / "logic_params.safetensors", tmp_path / "broken", tmp_path / "out")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        convert_files(tmp_path / "broken", golden / "logic_linear_hypatt.json", tmp_path / "out")

@@ -44,7 +44,7 @@ ALLOWED = {
     "tasks": ({"tasks", "metrics"}, {"numpy", "torch", "datasets", "huggingface_hub"}),
     "training": (
         {"training", "model", "tasks", "metrics"},
-        {"torch", "transformers", "huggingface_hub", "yaml", "tqdm", "numpy"},
+        {"accelerate", "torch", "transformers", "huggingface_hub", "yaml", "tqdm", "numpy"},
     ),
     "convert": ({"model"}, {"torch", "safetensors"}),
     "paper": (set(), set()),

@@ -115,9 +115,10 @@ class Task(ABC):
             ValueError: if a model with this `HylaConfig` does not fit the task, naming the field.
         """
         for name, expected in self.model_interface.items():
-            if getattr(config, name) != expected:
+            found = getattr(config, name, None)
+            if found != expected:
                 raise ValueError(
-                    f"The model does not fit the task {self.name}: its {name} is {getattr(config, name)!r}, but "
+                    f"The model does not fit the task {self.name}: its {name} is {found!r}, but "
                     f"{self.settings} needs {expected!r}."
                 )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,10 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
                 f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key."
             )
         sections.setdefault(section, {})[name] = yaml.safe_load(text)
-    return check_recipe(
-        sections, name=f"{path.parent.name}-{path.stem}", source=str(path), overridden=set(overrides or ())
-    )
+    return check_recipe(sections, name=f"{path.parent.name}-{path.stem}", source=str(path), overridden=overrides or ())
 
 
-def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: set[str] = frozenset()) -> Recipe:  # type: ignore[assignment]
+def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: Collection[str] = ()) -> Recipe:
     """The `Recipe` of these sections; see `load_recipe`. `source` is what errors call it."""
     model_settings = _checked(
         f"{source}: model", sections["model"], HylaConfig, not_for_recipes=_NOT_FOR_MODEL, also={"num_labels": int}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from accelerate import PartialState
 from transformers import EvalPrediction, set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -32,7 +33,9 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False) -> RunRecord:
         ValueError, OSError: if something cannot be used or written.
         FloatingPointError: if the loss is not finite.
     """
-    resume_from = _prepare_folder(recipe, output, overwrite)
+    processes = PartialState()
+    with processes.main_process_first():
+        resume_from = _prepare_folder(recipe, output, overwrite and processes.is_main_process)
     task = recipe.task
     args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **recipe.trainer)
 

@@ -143,6 +143,14 @@ def test_causal_models_do_not_see_the_future(attention_type):
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_another_attention_is_refused_rather_than_computed_instead(attention_type):
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        HylaForSequenceClassification._from_config(
+            HylaConfig(attention_type=attention_type), attn_implementation="sdpa"
+        )
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_codes_and_hidden_states_are_returned_on_request(attention_type):
     model = make(attention_type=attention_type)
     out = model(ids(), output_attentions=True, output_hidden_states=True)
