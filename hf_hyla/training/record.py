@@ -23,6 +23,7 @@ class RunRecord:
     Attributes:
         name: of the recipe.
         recipe: the sections task, model, trainer and expect, overrides applied.
+        seeds: `task`, of held-out combinations and samples; `trainer`, of initial weights and dropout.
         num_parameters: of the model.
         steps, samples_seen: updates made and training samples they used.
         seconds: wall time of training, evaluations during it included, over all sittings.
@@ -35,6 +36,7 @@ class RunRecord:
 
     name: str
     recipe: dict[str, Any]
+    seeds: dict[str, int]
     num_parameters: int
     steps: int
     samples_seen: int

@@ -59,6 +59,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False) -> RunRecord:
     record = RunRecord(
         name=recipe.name,
         recipe=recipe.settings,
+        seeds={"task": task.seed, "trainer": args.seed},
         num_parameters=model.num_parameters(),
         steps=trainer.state.global_step,
         samples_seen=_training_samples(args),

@@ -27,6 +27,7 @@ class HylaTrainingArguments(TrainingArguments):
 
     eval_samples: int = 2048
 
+    seed: int = 0
     per_device_train_batch_size: int = 128
     per_device_eval_batch_size: int = 1024
     max_grad_norm: float = 0.0

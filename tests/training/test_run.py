@@ -56,6 +56,7 @@ def test_the_record_says_what_was_run_and_what_it_reached(finished):
     record = RunRecord.load(finished)
     assert record.recipe["task"]["held_out"] == 0.5 and record.recipe["trainer"]["learning_rate"] == 1e-2
     assert (record.steps, record.samples_seen) == (8, 32)
+    assert record.seeds == {"task": 0, "trainer": 0}
     assert set(record.metrics) == {"test", "ood", "extrapolation"}
     assert set(record.metrics["ood"]) == {"loss", "r2", "num_samples"} and record.metrics["ood"]["num_samples"] == 64
     assert [point["step"] for point in record.curve if "loss" in point] == [2, 4, 6, 8]

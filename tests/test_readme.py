@@ -1,0 +1,44 @@
+"""What README.md shows is what happens: its snippets run, its numbers are those of committed run records."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+PROJECT = Path(__file__).parents[1]
+README = (PROJECT / "README.md").read_text()
+# A python block, and the text block that shows what it prints.
+SNIPPETS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, flags=re.DOTALL)
+RESULTS = sorted((PROJECT / "recipes" / "results").glob("*/*.json"))
+
+
+def test_every_python_snippet_shows_its_output():
+    assert len(SNIPPETS) == README.count("```python") > 0
+
+
+@pytest.mark.parametrize(("code", "shown"), SNIPPETS)
+def test_snippets_print_what_is_shown(code, shown):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue() == shown
+
+
+@pytest.mark.parametrize("name", ["logic-demo", "logic-demo-attention_type=softmax"])
+def test_the_demos_scores_are_those_of_its_committed_record(name):
+    record = json.loads((PROJECT / "recipes" / "results" / name / "0.json").read_text())
+    for split, scores in record["metrics"].items():
+        assert f"{split:<15}{scores['r2']:>18.4f}" in README
+    assert f"{record['samples_seen']:,} training samples" in README
+    assert f"{record['seconds'] / 60:.1f} minutes of training" in README
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[f"{path.parent.name}/{path.stem}" for path in RESULTS])
+def test_committed_records_were_made_by_committed_code_and_name_no_machine(path):
+    record = json.loads(path.read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["git_commit"])
+    assert "/home" not in path.read_text() and "/root" not in path.read_text() and "/tmp" not in path.read_text()
