@@ -3,6 +3,9 @@ PYTHON ?= python3
 SHELL := bash
 BIN := .venv/bin
 
+# Where the CPU build of torch lies; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
 .PHONY: setup demo test lint format lock clean
 
 setup: .venv/ready
@@ -10,6 +13,7 @@ setup: .venv/ready
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_hyla needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) $$(grep ^torch== requirements.lock)
 	$(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@

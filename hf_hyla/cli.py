@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_train, _add_evaluate, _add_convert, _add_env):
         add(commands)
-    arguments, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
-        if rest:
-            arguments.overrides = _overrides(rest, accepted=getattr(arguments, "sections", ()))
+        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
+        arguments, unknown = parser.parse_known_args(rest)
+        accepted = getattr(arguments, "sections", ())
+        unknown += [f"--{key}" for key in overrides if key.partition(".")[0] not in accepted]
+        if unknown:
+            expected = " or ".join(f"--{section}.key value" for section in accepted)
+            raise ValueError(
+                f"Unknown argument {unknown[0]!r}" + (f": expected {expected}." if expected else "; see --help.")
+            )
+        arguments.overrides = overrides
         arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"hyla: {' '.join(str(error).split())}", file=sys.stderr)
@@ -26,23 +34,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _overrides(rest: list[str], accepted: tuple[str, ...]) -> dict[str, str]:
-    """`--section.key value` and `--section.key=value` as a dict of texts."""
+def _split_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--section.key value` and `--section.key=value` out of the words, wherever they stand."""
+    rest: list[str] = []
     overrides: dict[str, str] = {}
-    words = iter(rest)
-    for word in words:
+    left = iter(words)
+    for word in left:
         key, has_value, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or key.partition(".")[0] not in accepted or "." not in key:
-            expected = " or ".join(f"--{section}.key value" for section in accepted)
-            raise ValueError(
-                f"Unknown argument {word!r}" + (f": expected {expected}." if expected else "; see --help.")
-            )
-        if not has_value:
-            value = next(words, "")
-            if not value:
-                raise ValueError(f"{word} lacks a value: write {word} VALUE.")
-        overrides[key] = value
-    return overrides
+        if not re.fullmatch(r"--\w+\.[\w.]+", "--" + key) or not word.startswith("--"):
+            rest.append(word)
+            continue
+        overrides[key] = value if has_value else next(left, "")
+        if not overrides[key]:
+            raise ValueError(f"--{key} lacks a value: write --{key} VALUE.")
+    return rest, overrides
 
 
 def _add_train(commands) -> None:
@@ -57,14 +62,14 @@ def _add_train(commands) -> None:
     parser.add_argument("recipe", type=Path, help="YAML file, see recipes/README.md")
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/ and the recipe's name)")
     parser.add_argument("--overwrite", action="store_true", help="remove a run that the folder already holds")
-    parser.set_defaults(run=_train, sections=("task", "model", "trainer", "expect"), overrides={})
+    parser.set_defaults(run=_train, sections=("task", "model", "trainer", "expect"))
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from .training import load_recipe, train
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    slug = "".join(f"-{key.partition('.')[2]}={value}" for key, value in arguments.overrides.items())
+    slug = "".join(f"-{key}={value}" for key, value in arguments.overrides.items())
     output = arguments.output or Path("runs") / (recipe.name + slug.replace("/", "_"))
     print(f"{recipe.name}: {recipe.config.attention_type} attention on {recipe.task.name}, into {output}", flush=True)
     record = train(recipe, output, overwrite=arguments.overwrite)
@@ -113,7 +118,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--num-samples", type=int, help="samples to score (default: the paper's number)")
     parser.add_argument("--batch-size", type=int, default=1024, help="samples per batch (default: 1024)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=_evaluate, sections=("task",), overrides={})
+    parser.set_defaults(run=_evaluate, sections=("task",))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -123,7 +128,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     settings: dict[str, Any] = {}
     folder = Path(arguments.model)
     if (folder / "run.json").exists():
-        settings = dict(RunRecord.load(folder).recipe["task"])
+        settings = dict(RunRecord.load(folder).recipe.get("task", {}))
     if arguments.task and arguments.task != settings.get("name"):
         settings = {"name": arguments.task}
     if not settings:
@@ -157,9 +162,16 @@ def _load_model(name: str):
     if folder.exists() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{name} holds no weights: expected model.safetensors beside config.json.")
     try:
-        return AutoModelForSequenceClassification.from_pretrained(name)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (SafetensorError, StrictDataclassError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be loaded: {error}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks weights, {missing[0]} among them: its scores would be those of random numbers."
+        )
+    return model
 
 
 def _add_convert(commands) -> None:

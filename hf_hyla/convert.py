@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -70,23 +71,30 @@ def convert_config(
                 f"The official config has {name}={value!r}, but {why}: only {allowed[0]!r} can be converted."
             )
 
-    def field(name: str, known: Mapping[str, Any] | None = None) -> Any:
+    def field(name: str) -> Any:
         if name not in official:
             raise ValueError(
                 f"The official config lacks the field {name!r}: pass all fields of its TransformerConfig."
             )
-        value = official[name]
-        if known is None:
-            return value
-        if value not in known:
+        return official[name]
+
+    def count(name: str) -> int:
+        value = field(name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"The official config has {name}={value!r}, but it must be a positive integer.")
+        return value
+
+    def one_of(name: str, known: Mapping[str, Any]) -> Any:
+        value = field(name)
+        if not isinstance(value, str) or value not in known:
             raise ValueError(
                 f"The official config has {name}={value!r}, which is not supported: expected {_any_of(known)}."
             )
         return known[value]
 
-    num_heads = field("num_heads")
+    num_heads = count("num_heads")
     for name in ("qk_dim", "v_dim"):
-        if field(name) % num_heads:
+        if count(name) % num_heads:
             raise ValueError(
                 f"The official config has {name}={field(name)}, which does not divide into num_heads={num_heads} heads."
             )
@@ -94,36 +102,44 @@ def convert_config(
         "SymbolicRavenLoss": {
             "vocab_size": embedding_rows + 1,
             "answer_token_id": embedding_rows,
-            "num_answers": num_answers or 4,
+            "num_answers": 4 if num_answers is None else num_answers,
             "problem_type": "single_label_classification",
         },
         "FuzzyLogicLoss": {
             "vocab_size": None,
             "input_size": embedding_rows,
-            "num_answers": num_answers or 1,
+            "num_answers": 1 if num_answers is None else num_answers,
             "problem_type": "regression",
         },
     }
-    if loss_fn not in heads:
+    if not isinstance(loss_fn, str) or loss_fn not in heads:
         raise ValueError(f"loss_fn={loss_fn!r} is not supported: expected {_any_of(heads)}.")
-    return HylaConfig(
-        **heads[loss_fn],
-        **field("sequence_mixer", SEQUENCE_MIXERS),
-        num_labels=field("output_dim"),  # type: ignore[call-arg]
-        hidden_size=field("emb_dim"),
-        num_hidden_layers=field("num_layers"),
-        num_attention_heads=num_heads,
-        head_dim=field("qk_dim") // num_heads,
-        value_head_dim=field("v_dim") // num_heads,
-        qk_norm=field("normalize_qk"),
-        position_type="relative" if field("use_relative_position") else "none",
-        relative_attention_num_buckets=field("relative_position_max_dist"),
-        is_causal=field("use_causal_mask"),
-        attention_dropout=field("attention_dropout_rate"),
-        ffn_type=field("state_mixer", STATE_MIXERS),
-        intermediate_size=field("mlp_dim"),
-        norm_type=field("norm", NORMS),
-    )
+    positions: dict[str, Any] = {"position_type": "none"}
+    if field("use_relative_position"):
+        positions = {
+            "position_type": "relative",
+            "relative_attention_num_buckets": count("relative_position_max_dist"),
+        }
+    try:
+        return HylaConfig(
+            **heads[loss_fn],
+            **one_of("sequence_mixer", SEQUENCE_MIXERS),
+            **positions,
+            num_labels=count("output_dim"),  # type: ignore[call-arg]
+            hidden_size=count("emb_dim"),
+            num_hidden_layers=count("num_layers"),
+            num_attention_heads=num_heads,
+            head_dim=field("qk_dim") // num_heads,
+            value_head_dim=field("v_dim") // num_heads,
+            qk_norm=field("normalize_qk"),
+            is_causal=field("use_causal_mask"),
+            attention_dropout=field("attention_dropout_rate"),
+            ffn_type=one_of("state_mixer", STATE_MIXERS),
+            intermediate_size=count("mlp_dim"),
+            norm_type=one_of("norm", NORMS),
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"The official config cannot be converted: {' '.join(str(error).split())}") from None
 
 
 def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -> dict[str, torch.Tensor]:
@@ -140,17 +156,20 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
     """
     left = dict(params)
 
-    def take(path: str) -> torch.Tensor:
+    def take(path: str, axes: int = 1) -> torch.Tensor:
         if path not in left:
             raise ValueError(f"The official parameters lack {PREFIX}{path}, which this config needs.")
-        return left.pop(path)
+        tensor = left.pop(path)
+        if tensor.ndim != axes:
+            raise ValueError(f"{PREFIX}{path} must have {axes} axes, got the shape {tuple(tensor.shape)}.")
+        return tensor
 
-    def dense(theirs: str, ours: str, bias: bool = True, inputs: int = 1) -> dict[str, torch.Tensor]:
-        # (inputs..., outputs...) there; (outputs, inputs) here. Heads are an axis of their own there.
-        kernel = take(f"{theirs}.kernel")
+    def dense(theirs: str, ours: str, bias: bool = True, inputs: int = 1, outputs: int = 1) -> dict[str, torch.Tensor]:
+        # (inputs..., outputs...) there, where heads are an axis of their own; (outputs, inputs) here.
+        kernel = take(f"{theirs}.kernel", axes=inputs + outputs)
         state = {f"{ours}.weight": kernel.flatten(0, inputs - 1).flatten(1).T}
         if bias:
-            state[f"{ours}.bias"] = take(f"{theirs}.bias").flatten()
+            state[f"{ours}.bias"] = take(f"{theirs}.bias", axes=outputs).flatten()
         return state
 
     def norm(theirs: str, ours: str, bias: bool = True) -> dict[str, torch.Tensor]:
@@ -163,7 +182,7 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
     if config.vocab_size is None:
         state |= dense("embedding", "model.input_proj")
     else:
-        table = take("embedding.kernel")
+        table = take("embedding.kernel", axes=2)
         state["model.embed_tokens.weight"] = torch.cat([table, table.new_zeros(1, table.shape[1])])
         state["model.embed_bias"] = take("embedding.bias")
     for layer in range(config.num_hidden_layers):
@@ -172,9 +191,11 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
         state |= norm(f"{theirs}.norm1", f"{ours}.input_layernorm", bias=has_bias)
         state |= norm(f"{theirs}.norm2", f"{ours}.post_attention_layernorm", bias=has_bias)
         if config.position_type == "relative":
-            state[f"{ours}.self_attn.relative_attention_bias"] = take(f"{theirs}.relative_embedding.rel_embedding")
+            state[f"{ours}.self_attn.relative_attention_bias"] = take(
+                f"{theirs}.relative_embedding.rel_embedding", axes=2
+            )
         for their_name, our_name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            state |= dense(f"{theirs}.sequence_mixer.{their_name}", f"{ours}.self_attn.{our_name}")
+            state |= dense(f"{theirs}.sequence_mixer.{their_name}", f"{ours}.self_attn.{our_name}", outputs=2)
         state |= dense(f"{theirs}.sequence_mixer.out", f"{ours}.self_attn.o_proj", inputs=2)
         if config.qk_norm:
             state |= norm(f"{theirs}.sequence_mixer.query_ln", f"{ours}.self_attn.q_norm", bias=False)
@@ -227,6 +248,10 @@ def convert(
         if "embedding.embedding" in official:
             raise ValueError("The parameters are of a causal language model (embedding.embedding): not supported yet.")
         raise ValueError(f"The official parameters lack {PREFIX}embedding.kernel.")
+    if official["embedding.kernel"].ndim != 2:
+        raise ValueError(
+            f"{PREFIX}embedding.kernel must have 2 axes, got {tuple(official['embedding.kernel'].shape)}."
+        )
     hyla_config = convert_config(
         config, loss_fn=loss_fn, embedding_rows=official["embedding.kernel"].shape[0], num_answers=num_answers
     )
@@ -254,8 +279,8 @@ def convert_files(params: Path, config: Path, output: Path, num_answers: int | N
         raise ValueError(f"{config} is not JSON: {error}.") from None
     except SafetensorError as error:
         raise ValueError(f"{params} is not a safetensors file: {error}.") from None
-    for key in ("config", "loss_fn"):
-        if key not in description:
+    for key, kind in (("config", dict), ("loss_fn", str)):
+        if not isinstance(description, dict) or not isinstance(description.get(key), kind):
             raise ValueError(
                 f"{config} has no {key!r}: expected the official config under 'config' and its 'loss_fn'."
             )
@@ -265,6 +290,7 @@ def convert_files(params: Path, config: Path, output: Path, num_answers: int | N
     hyla_config, state_dict = convert(
         tensors, description["config"], loss_fn=description["loss_fn"], num_answers=num_answers
     )
+    output.mkdir(parents=True, exist_ok=True)
     model = HylaForSequenceClassification(hyla_config)
     model.load_state_dict(state_dict)
     model.save_pretrained(output)

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .model import HylaConfig
+
+
+_ROW_FIELDS = ("attention_type", "score_norm", "value_activation", "value_depth")
+
 
 @dataclass(frozen=True)
 class PaperResult:
@@ -41,13 +46,17 @@ _TASKS: dict[str, tuple[dict[str, Any], int, str]] = {
 
 def paper_result(task, config) -> PaperResult | None:
     """
-    What Table A1 says of a model with this `HylaConfig` on this task; `None` where the paper has no such row or the
-    model differs from the paper's in its sizes.
+    What Table A1 says of a model with this `HylaConfig` on this task; `None` where the paper has no such row, or task or
+    model differ from the paper's in anything else.
     """
+    if task.name not in _TASKS:
+        return None
     settings, num_samples, metric = _TASKS[task.name]
     if any(task.settings[name] != value for name, value in settings.items()):
         return None
-    if any(getattr(config, name) != value for name, value in task.model_defaults.items()):
+    papers = HylaConfig(**task.model_defaults)
+    others = set(HylaConfig.__annotations__) - set(_ROW_FIELDS)
+    if any(getattr(config, name) != getattr(papers, name) for name in others):
         return None
     row = _TABLE_A1.get(
         (config.attention_type, config.effective_score_norm, config.effective_value_activation, config.value_depth)

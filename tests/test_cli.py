@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_hyla.cli import main
@@ -86,6 +87,8 @@ def test_env_is_json(capsys):
         (["evaluate", "{run}", "--split", "odd"], "has no split 'odd'"),
         (["evaluate", "{run}", "--task", "sraven"], "does not fit the task sraven"),
         (["evaluate", "{recipe.parent}", "--task", "logic"], "holds no model"),
+        (["evaluate", "{run}", "--task.num_examples", "["], "is not valid YAML"),
+        (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
         (["evaluate", "{run}", "--num-samples", "0"], "num_samples must be at least 1"),
         (["convert", "--params", "a", "--config", "b", "--output", "c"], "b"),
     ],
@@ -94,6 +97,16 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, a
     assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hyla: ") and message in error
+
+
+def test_weights_that_miss_a_layer_are_refused(run, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    tensors = load_file(run / "model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if "q_proj" not in n}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    assert main(["evaluate", str(tmp_path), "--task", "logic", "--task.num_examples", "4"]) == 2
+    assert "lacks weights, model.layers.0.self_attn.q_proj.bias" in capsys.readouterr().err
 
 
 def test_damaged_weights_are_refused(run, tmp_path, capsys):

@@ -52,6 +52,44 @@ def test_what_is_not_supported_is_refused_by_name(official, field, value):
         convert(tensors, {**description["config"], field: value}, loss_fn=description["loss_fn"])
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_heads", 0, "num_heads=0, but it must be a positive integer"),
+        ("num_heads", "4", "num_heads='4', but it must be a positive integer"),
+        ("attention_dropout_rate", None, "attention_dropout"),
+        ("sequence_mixer", ["linear_hypatt"], "sequence_mixer="),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_refused(official, field, value, message):
+    tensors, description = official
+    with pytest.raises(ValueError, match=message):
+        convert(tensors, {**description["config"], field: value}, loss_fn=description["loss_fn"])
+
+
+@pytest.mark.parametrize("num_answers", [0, -1])
+def test_an_impossible_number_of_answers_is_refused(official, num_answers):
+    tensors, description = official
+    with pytest.raises(ValueError, match="num_answers must be at least 1"):
+        convert(tensors, description["config"], loss_fn=description["loss_fn"], num_answers=num_answers)
+
+
+def test_tensors_of_the_wrong_number_of_axes_are_refused(official):
+    tensors, description = official
+    for name in ("params.embedding.kernel", "params.transformer_block_0.sequence_mixer.out.kernel"):
+        flat = {**tensors, name: tensors[name].flatten()}
+        with pytest.raises(ValueError, match=f"{name} must have"):
+            convert(flat, description["config"], loss_fn=description["loss_fn"])
+
+
+def test_a_model_without_positions_needs_no_distance(official):
+    tensors, description = official
+    tensors = {name: t for name, t in tensors.items() if "rel_embedding" not in name}
+    fields = {**description["config"], "use_relative_position": False, "relative_position_max_dist": None}
+    config, _ = convert(tensors, fields, loss_fn=description["loss_fn"])
+    assert config.position_type == "none"
+
+
 def test_heads_that_do_not_divide_are_refused(official):
     tensors, description = official
     with pytest.raises(ValueError, match="qk_dim=30, which does not divide into num_heads=4"):
@@ -80,6 +118,12 @@ def test_a_file_without_parameters_is_refused_naming_the_one_that_has_them(golde
             golden / "logic_linear_hypatt.safetensors", golden / "logic_linear_hypatt.json", tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(golden, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError):
+        convert_files(golden / "logic_params.safetensors", golden / "logic_linear_hypatt.json", tmp_path / "out")
 
 
 def test_a_causal_language_model_is_refused_by_name(official):

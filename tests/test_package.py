@@ -46,8 +46,8 @@ ALLOWED = {
         {"training", "model", "tasks", "metrics"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "yaml", "tqdm", "numpy"},
     ),
-    "convert": ({"model"}, {"torch", "safetensors"}),
-    "paper": (set(), set()),
+    "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
+    "paper": ({"model"}, set()),
 }
 
 

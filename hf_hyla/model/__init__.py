@@ -1,4 +1,4 @@
-"""Exactly what is uploaded beside the weights: flat files that import torch, transformers and each other."""
+"""What is uploaded beside the weights: flat files that import torch, transformers (with its huggingface_hub) and each other."""
 
 from .configuration_hyla import HylaConfig
 from .modeling_hyla import HylaForSequenceClassification, HylaModel, HylaPreTrainedModel

@@ -39,11 +39,14 @@ def relative_position_buckets(query_length: int, key_length: int, num_buckets: i
 
 def attended(attention_mask: torch.Tensor) -> torch.Tensor:
     """
-    Reads a mask as transformers writes it: True or 0.0 attends; False or any negative number does not.
+    A mask in booleans, True where a query attends to a key: of integers, 1 attends and 0 does not; of floats, as
+    transformers writes them, 0.0 attends and any negative number does not.
 
     Biases are not masks: they go into `position_bias`.
     """
-    return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask != 0
 
 
 def attention_codes(
@@ -114,7 +117,9 @@ def generated_values(
     if activation is not None:
         hidden = activation(hidden)
     if value_mixing is not None:
-        hidden = torch.einsum("bhqk,hed,bqkd->bqke", codes, value_mixing, hidden)
+        # In this order both contractions are cheap: an outer product per pair, then one large matrix product.
+        hidden = torch.einsum("bhqk,bqkd->bqkhd", codes, hidden)
+        hidden = torch.einsum("bqkhd,hed->bqke", hidden, value_mixing)
         if activation is not None:
             hidden = activation(hidden)
     return torch.einsum("bhqk,bqkd->bhqd", codes, hidden)

@@ -11,11 +11,14 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+FORMAT_VERSION = 1
+
 # Keywords that transformers itself puts into a config without declaring them as fields.
 _UNDECLARED_KEYWORDS = frozenset((
     "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
     "per_layer_config", "torch_dtype", "model_type", "auto_map", "custom_pipelines", "quantization_config",
-    "tie_word_embeddings", "tie_last_hidden_states", "tokenizer_class", "bos_token_id", "eos_token_id", "use_cache", "_commit_hash",
+    "tie_word_embeddings", "tie_last_hidden_states", "tokenizer_class", "bos_token_id", "eos_token_id", "use_cache",
+    "_commit_hash",
 ))  # fmt: skip
 
 
@@ -90,7 +93,8 @@ class HylaConfig(PreTrainedConfig):
             Version of the weights' layout and meaning; raised when older code would misread newer weights.
 
     Raises:
-        ValueError: for settings that contradict each other and for a misspelt field, saying what to set instead.
+        huggingface_hub.errors.StrictDataclassError: for settings of the wrong type or that contradict each other.
+        ValueError: for a misspelt field, with the nearest name.
 
     ```python
     >>> from hf_hyla import HylaConfig, HylaForSequenceClassification
@@ -128,10 +132,10 @@ class HylaConfig(PreTrainedConfig):
     intermediate_size: int = 256
     hidden_act: str | None = None
     norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
-    norm_eps: float = 1e-6
+    norm_eps: float | int = 1e-6
 
     num_answers: int = 4
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
         _report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
@@ -187,6 +191,19 @@ class HylaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if self.position_type == "relative" and self.relative_attention_num_buckets < 2:
+            raise ValueError(
+                f"relative_attention_num_buckets must be at least 2, got {self.relative_attention_num_buckets}."
+            )
+        if not self.num_labels:
+            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
+        if self.problem_type not in _PROBLEM_TYPES:
+            raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {self.problem_type!r}.")
+        if self.format_version > FORMAT_VERSION:
+            logger.warning_once(
+                f"This model was saved in format {self.format_version}, but this code reads format {FORMAT_VERSION} and may "
+                "misread it: update hf_hyla, or load with the code beside the weights (without hf_hyla installed)."
+            )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}.")
         for name in ("answer_token_id", "pad_token_id"):
@@ -233,9 +250,10 @@ _LEAST = {
     "head_dim": 1,
     "value_head_dim": 1,
     "intermediate_size": 1,
-    "relative_attention_num_buckets": 2,
     "num_answers": 1,
+    "norm_eps": 0,
 }
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
 def _nearest(name: str, known) -> str:

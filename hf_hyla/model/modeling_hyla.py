@@ -15,7 +15,7 @@ from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_hyla import activation_or_none, eager_attention_forward, relative_position_buckets
+from .attention_hyla import activation_or_none, attended, eager_attention_forward, relative_position_buckets
 from .configuration_hyla import HylaConfig
 
 
@@ -223,8 +223,9 @@ class HylaModel(HylaPreTrainedModel):
             input_ids (`torch.LongTensor` of shape (batch, sequence), *optional*):
                 Token ids, for models with `vocab_size`.
             attention_mask (`torch.Tensor`, *optional*):
-                (batch, sequence), 1 for tokens and 0 for padding; or (batch, 1, query, key), complete: True or 0.0
-                attends, False or a negative number does not.
+                (batch, sequence), 1 for tokens and 0 for padding; or (batch, 1, query, key): True, the integer 1 or
+                the float 0.0 attends; False, the integer 0 or a negative float does not. Causal models mask later
+                keys besides.
             inputs_embeds (`torch.FloatTensor` of shape (batch, sequence, hidden_size), *optional*):
                 What `get_input_embeddings()` would return for the inputs.
             input_values (`torch.FloatTensor` of shape (batch, sequence, input_size), *optional*):
@@ -235,11 +236,7 @@ class HylaModel(HylaPreTrainedModel):
             `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key).
         """
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
-        if self.config.is_causal:
-            mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
-        else:
-            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-
+        mask = self._pair_mask(hidden_states, attention_mask)
         position_buckets = None
         if self.config.position_type == "relative":
             length = hidden_states.shape[1]
@@ -249,6 +246,33 @@ class HylaModel(HylaPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, position_buckets=position_buckets, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    def _pair_mask(self, hidden_states, attention_mask) -> torch.Tensor | None:
+        """Mask (batch, 1, query, key) of padding, of the user and of causality; `None` where nothing is masked."""
+        length = hidden_states.shape[1]
+        if attention_mask is None or attention_mask.ndim == 2:
+            if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"attention_mask must have the shape {tuple(hidden_states.shape[:2])} of the inputs, got "
+                    f"{tuple(attention_mask.shape)}."
+                )
+            if self.config.is_causal:
+                return create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
+            return create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        if attention_mask.ndim != 4 or attention_mask.shape[-2:] != (length, length):
+            raise ValueError(
+                f"attention_mask must have the shape (batch, {length}) or (batch, 1, {length}, {length}), got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        if attention_mask.is_floating_point() and not is_torchdynamo_compiling() and bool((attention_mask > 0).any()):
+            raise ValueError(
+                "A float attention_mask is added to scores in transformers: 0.0 attends and a negative number does not, "
+                "but this one has positive numbers; pass booleans or integers to say 1 attends."
+            )
+        mask = attended(attention_mask)
+        if self.config.is_causal:
+            mask = mask & mask.new_ones(length, length).tril()
+        return mask
 
     def _embed(self, input_ids, input_values, inputs_embeds) -> torch.Tensor:
         """Hidden states (batch, sequence, hidden_size) before the first layer, of the one kind of input that is given."""
@@ -269,9 +293,19 @@ class HylaModel(HylaPreTrainedModel):
         if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must have the shape (batch, sequence, {self.config.hidden_size}), got "
+                f"{tuple(inputs_embeds.shape)}: the last number is the config's hidden_size."
+            )
         return inputs_embeds if self.embed_bias is None else inputs_embeds + self.embed_bias
 
     def _check_ids(self, input_ids) -> None:
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids must be integers of the shape (batch, sequence), got {input_ids.dtype} of the shape "
+                f"{tuple(input_ids.shape)}."
+            )
         # On a GPU a look at the values would stall the queue of kernels; there torch itself reports the id.
         if input_ids.device.type != "cpu" or is_torchdynamo_compiling() or not input_ids.numel():
             return

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from .base import Task, TaskDataset
 from .logic import LogicTask
 from .sraven import SravenTask
@@ -21,18 +23,21 @@ def get_task(name: str, **settings: Any) -> Task:
         settings: see `LogicTask` and `SravenTask`.
 
     Raises:
-        ValueError: for an unknown task or setting, with the nearest name, and for settings that make no sense.
-        TypeError: for a setting of the wrong type.
+        ValueError: for an unknown task or setting, with the nearest name, and for settings of the wrong type or that
+            make no sense.
     """
-    if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}{nearest(name, TASKS)}: expected one of {', '.join(TASKS)}.")
+    if not isinstance(name, str) or name not in TASKS:
+        raise ValueError(f"There is no task {name!r}{nearest(str(name), TASKS)}: expected one of {', '.join(TASKS)}.")
     known = [field.name for field in dataclasses.fields(TASKS[name])]
     for setting in settings:
         if setting not in known:
             raise ValueError(
                 f"The task {name} has no setting {setting!r}{nearest(setting, known)}: expected {', '.join(known)}."
             )
-    return TASKS[name](**settings)
+    try:
+        return TASKS[name](**settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"Task {name}: {' '.join(str(error).split())}") from None
 
 
 def nearest(name: str, known) -> str:

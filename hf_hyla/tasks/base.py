@@ -1,6 +1,7 @@
 """What a task is: its splits, its samples, how they become batches, and how answers are scored."""
 
 import dataclasses
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -32,6 +33,8 @@ class Task(ABC):
     splits: ClassVar[dict[str, str]]
     # Columns that a model reads; the others describe a sample.
     model_columns: ClassVar[tuple[str, ...]]
+    # What `metrics` returns; the first is the headline.
+    metric_names: ClassVar[tuple[str, ...]]
 
     seed: int
 
@@ -61,7 +64,7 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
-        """Scores of a model's logits on samples with these labels and inputs; the first is the task's headline."""
+        """Scores, by `metric_names`, of a model's logits on samples with these labels and inputs."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -178,7 +181,7 @@ class TaskDataset(Dataset):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.__getitems__([index])[0]
+        return self.__getitems__([operator.index(index)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> SampleList:
         numbers = np.asarray(indices, dtype=np.int64)

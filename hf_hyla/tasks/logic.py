@@ -45,11 +45,12 @@ class LogicTask(Task):
         "extrapolation": "combinations of terms that were never trained",
     }
     model_columns: ClassVar[tuple[str, ...]] = ("input_values", "labels")
+    metric_names: ClassVar[tuple[str, ...]] = ("r2",)
 
     num_variables: int = 4
     num_terms: int = 2
     num_examples: int = 16
-    held_out: float = 0.5
+    held_out: float | int = 0.5
     seed: int = 0
 
     def __post_init__(self):

@@ -15,20 +15,22 @@ from .sampling import below
 
 
 GRID = 3
-RULES = (
-    "constant",
-    "progression +1",
-    "progression +2",
-    "progression -1",
-    "progression -2",
-    "sum",
-    "difference",
-    "distribute three",
+# Of each rule: its name, what a row adds from column to column, and the sign of the second column in the third where the
+# second is free. A rule of another form, as the last, is drawn by a function of its own.
+_RULES = (
+    ("constant", 0, 0),
+    ("progression +1", 1, 0),
+    ("progression +2", 2, 0),
+    ("progression -1", -1, 0),
+    ("progression -2", -2, 0),
+    ("sum", 0, 1),
+    ("difference", 0, -1),
+    ("distribute three", 0, 0),
 )
-# Of each rule: what a row adds from column to column, and the sign of the second column in the third.
-_INCREMENT = np.array([0, 1, 2, -1, -2, 0, 0, 0])
-_SIGN = np.array([0, 0, 0, 0, 0, 1, -1, 0])
-_DISTRIBUTE_THREE = 7
+RULES = tuple(name for name, _, _ in _RULES)
+_INCREMENT = np.array([increment for _, increment, _ in _RULES])
+_SIGN = np.array([sign for _, _, sign in _RULES])
+_DISTRIBUTE_THREE = RULES.index("distribute three")
 _ORDERS = np.array(list(itertools.permutations(range(GRID))))
 
 
@@ -59,10 +61,11 @@ class SravenTask(Task):
         "ood": "rule combinations that were held out, of rules that were trained",
     }
     model_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "feature_accuracy")
 
     num_features: int = 4
     num_values: int = 8
-    held_out: float = 0.25
+    held_out: float | int = 0.25
     permute: bool = True
     seed: int = 0
 

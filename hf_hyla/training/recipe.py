@@ -17,8 +17,46 @@ from .trainer import HylaTrainingArguments, check_schedule
 
 SECTIONS = ("task", "model", "trainer", "expect")
 _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
-# Set by the run itself, or by the flags of the command line.
-_RESERVED_TRAINER = frozenset({"output_dir", "resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"})
+# Keys that a recipe may not have, and why.
+_BY_THE_RUN = "is set by the run itself"
+_BY_MAX_STEPS = "has no effect: a run is max_steps long and follows the reference's schedule"
+_NOT_PUBLISHED = "is not supported: a run stays local, and checkpoints hold pickles that must not be published"
+_REFUSED_TRAINER = {
+    "output_dir": "is set by --output",
+    **dict.fromkeys(("resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"), _BY_THE_RUN),
+    **dict.fromkeys(("num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio"), _BY_MAX_STEPS),
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_token",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        _NOT_PUBLISHED,
+    ),
+}
+# Fields of a config that say what was saved, not what to build.
+_REFUSED_MODEL = dict.fromkeys(
+    ("architectures", "transformers_version", "dtype", "return_dict", "is_encoder_decoder", "format_version"),
+    "says what was saved, not what to build",
+)
+_LEAST_TRAINER = {
+    "max_steps": 1,
+    "warmup_steps": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_samples": 1,
+    "eval_steps": 1,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "seed": 0,
+}
 
 
 @dataclasses.dataclass
@@ -47,6 +85,17 @@ class Recipe:
     settings: dict[str, Any]
 
 
+def find_recipe(path: str | Path) -> Path:
+    """`path`, or else that file among the recipes that come with the package, in a checkout or installed."""
+    path = Path(path)
+    package = Path(__file__).parents[1]
+    for bundled in (package.parent / "recipes", package / "recipes"):
+        inside = bundled / Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else bundled / path
+        if not path.exists() and inside.is_file():
+            return inside
+    return path
+
+
 def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     """
     Reads and checks a recipe.
@@ -59,7 +108,7 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
         ValueError: for anything missing, misspelt, of the wrong type or contradictory, saying what to write instead.
         OSError: if the file cannot be read.
     """
-    path = Path(path)
+    path = find_recipe(path)
     try:
         sections = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -84,27 +133,28 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
             raise ValueError(
                 f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key."
             )
-        sections.setdefault(section, {})[name] = yaml.safe_load(text)
+        sections.setdefault(section, {})[name] = _value(key, text)
     return check_recipe(sections, name=f"{path.parent.name}-{path.stem}", source=str(path), overridden=overrides or ())
 
 
 def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: Collection[str] = ()) -> Recipe:
     """The `Recipe` of these sections; see `load_recipe`. `source` is what errors call it."""
     model_settings = _checked(
-        f"{source}: model", sections["model"], HylaConfig, not_for_recipes=_NOT_FOR_MODEL, also={"num_labels": int}
+        f"{source}: model", sections["model"], HylaConfig, refused=_REFUSED_MODEL, also={"num_labels": int}
     )
-    trainer = _checked(
-        f"{source}: trainer", sections["trainer"], HylaTrainingArguments, not_for_recipes=_RESERVED_TRAINER
-    )
+    trainer = _checked(f"{source}: trainer", sections["trainer"], HylaTrainingArguments, refused=_REFUSED_TRAINER)
     for required in _REQUIRED_TRAINER:
         if required not in trainer:
             raise ValueError(f"{source} lacks trainer.{required}.")
     task = checked_task(f"{source}: task", sections["task"])
     config = _built(f"{source}: model", HylaConfig, {**task.model_defaults, **model_settings})
     task.check_model(config)
-    if trainer["max_steps"] < 1:
-        raise ValueError(f"{source}: trainer.max_steps must be at least 1, got {trainer['max_steps']}.")
+    for key, least in _LEAST_TRAINER.items():
+        if trainer.get(key, least) < least:
+            raise ValueError(f"{source}: trainer.{key} must be at least {least}, got {trainer[key]}.")
     check_schedule(trainer["warmup_steps"], trainer["max_steps"])
+    # Refuses what only transformers can judge, such as the name of an optimiser.
+    _built(f"{source}: trainer", HylaTrainingArguments, {**trainer, "output_dir": "unused"})
 
     expect = None
     if "expect" in sections:
@@ -114,11 +164,9 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
                 raise ValueError(
                     f"{source} lacks expect.{field.name}: expected all of metric, value, tolerance and source."
                 )
-        if expected["metric"].partition("/")[0] not in task.splits:
-            raise ValueError(
-                f"{source}: expect.metric={expected['metric']!r} must be a split, a slash and a metric; the splits are "
-                f"{', '.join(task.splits)}."
-            )
+        scored = [f"{split}/{metric}" for split in task.splits if split != "train" for metric in task.metric_names]
+        if expected["metric"] not in scored:
+            raise ValueError(f"{source}: expect.metric={expected['metric']!r} must be one of {', '.join(scored)}.")
         if not any(key.startswith(("task.", "model.", "trainer.")) for key in overridden):
             expect = Expectation(**expected)
     settings = {
@@ -137,13 +185,20 @@ def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str]
     Raises:
         ValueError: for a missing, unknown or wrong setting; `where` says in it where the settings come from.
     """
-    settings = settings | {key: yaml.safe_load(text) for key, text in (overrides or {}).items()}
+    settings = settings | {key: _value(key, text) for key, text in (overrides or {}).items()}
     if "name" not in settings:
         raise ValueError(f"{where} lacks the key 'name': expected one of {', '.join(TASKS)}.")
     name = settings.pop("name")
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         get_task(name)  # raises, naming the nearest
-    return _built(where, TASKS[name], _checked(where, settings, TASKS[name]))
+    return get_task(name, **_checked(where, settings, TASKS[name]))
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"The value of {key} is not valid YAML: {text!r}.") from None
 
 
 def _built(where: str, cls: type, settings: dict[str, Any]) -> Any:
@@ -153,24 +208,28 @@ def _built(where: str, cls: type, settings: dict[str, Any]) -> Any:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-# Fields of a config that say what was saved, not what to build.
-_NOT_FOR_MODEL = frozenset(
-    ("architectures", "transformers_version", "dtype", "return_dict", "is_encoder_decoder", "format_version")
-)
-
-
 def _checked(
-    where: str, section: dict[str, Any], schema: type, not_for_recipes=frozenset(), also: dict[str, type] | None = None
+    where: str,
+    section: dict[str, Any],
+    schema: type,
+    refused: dict[str, str] | None = None,
+    also: dict[str, type] | None = None,
 ) -> dict[str, Any]:
-    """The section's values in the types of the dataclass `schema`; unknown keys fail with the nearest name."""
-    known: dict[str, Any] = {
-        f.name: f.type for f in dataclasses.fields(schema) if f.init and f.name not in not_for_recipes
-    }
-    known |= also or {}
+    """
+    The section's values in the types of the dataclass `schema`; unknown keys fail with the nearest name.
+
+    `refused` are keys that the schema knows and a recipe may not have, with the reason; `also` are keys that it takes
+    without declaring them.
+    """
+    refused = refused or {}
+    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema) if f.init} | (also or {})
+    allowed = [name for name in known if name not in refused]
     checked = {}
     for name, value in section.items():
+        if name in refused:
+            raise ValueError(f"{where} has the key {name!r}, which {refused[name]}: remove it.")
         if name not in known:
-            hint = nearest(str(name), known) or (f": expected {', '.join(known)}" if len(known) < 12 else "")
+            hint = nearest(str(name), allowed) or (f": expected {', '.join(allowed)}" if len(allowed) < 12 else "")
             raise ValueError(f"{where} has no key {name!r}{hint}.")
         checked[name] = _in_type(f"{where}.{name}", value, known[name])
     return checked

@@ -1,5 +1,6 @@
 """A run, top to bottom: recipe → data → model → training → evaluation → run.json."""
 
+import inspect
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from .record import RECORD_NAME, RunRecord, environment, hardware
 from .trainer import HylaTrainer, HylaTrainingArguments, RunProgress
 
 
-RECIPE_NAME = "recipe.yaml"
+RECIPE_NAME = "resolved_recipe.yaml"
 CHECKPOINTS = "checkpoints"
 
 
@@ -33,11 +34,11 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False) -> RunRecord:
         ValueError, OSError: if something cannot be used or written.
         FloatingPointError: if the loss is not finite.
     """
+    task = recipe.task
+    args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **recipe.trainer)
     processes = PartialState()
     with processes.main_process_first():
         resume_from = _prepare_folder(recipe, output, overwrite and processes.is_main_process)
-    task = recipe.task
-    args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **recipe.trainer)
 
     set_seed(args.seed)
     model = HylaForSequenceClassification(recipe.config)
@@ -50,8 +51,9 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False) -> RunRecord:
         data_collator=task.collate,
         compute_metrics=_metrics_of(task),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunProgress)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RunProgress)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
 
     metrics = {split: _evaluate_split(trainer, task, split) for split in evaluated}
@@ -98,13 +100,13 @@ def evaluate(
 def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool) -> Path | None:
     """Makes the folder and writes the recipe into it; the checkpoint to go on from, if there is one."""
     written = output / RECIPE_NAME
-    if overwrite and written.exists():
-        shutil.rmtree(output)
     if output.exists() and not written.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty and holds no run: choose another --output.")
-    if written.exists() and yaml.safe_load(written.read_text()) != recipe.settings:
+    if overwrite:
+        _remove_run(output)
+    elif written.exists() and yaml.safe_load(written.read_text()) != recipe.settings:
         raise FileExistsError(f"{output} holds a run of another recipe: choose another --output, or pass --overwrite.")
-    if (output / RECORD_NAME).exists():
+    elif (output / RECORD_NAME).exists():
         raise FileExistsError(f"{output} holds a finished run: choose another --output, or pass --overwrite.")
     output.mkdir(parents=True, exist_ok=True)
     written.write_text(yaml.safe_dump(recipe.settings, sort_keys=False))
@@ -112,6 +114,14 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool) -> Path | Non
     # The Trainer writes its state last: without it a checkpoint is not whole.
     whole = [state.parent for state in (output / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _remove_run(output: Path) -> None:
+    """Removes what a run writes, and nothing else."""
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
+    for name in (RECORD_NAME, "config.json", "model.safetensors", *code, RECIPE_NAME):
+        (output / name).unlink(missing_ok=True)
 
 
 def _training_samples(args: HylaTrainingArguments) -> int:

@@ -78,9 +78,16 @@ class HylaTrainer(Trainer):
     not finite, and notes the seconds spent in every log entry.
     """
 
-    def train(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._start_clock()
+
+    def _start_clock(self) -> None:
         self._started = time.perf_counter()
         self._seconds_before: float | None = None
+
+    def train(self, *args, **kwargs):
+        self._start_clock()
         return super().train(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -131,6 +131,20 @@ def test_padding_changes_no_answer_on_either_side(attention_type):
             torch.testing.assert_close(model(padded, attention_mask=mask).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_a_four_dimensional_mask_means_the_same_in_every_dtype_and_never_lifts_causality(attention_type, is_causal):
+    model = make(attention_type=attention_type, is_causal=is_causal)
+    padding = torch.ones(3, 10, dtype=torch.long)
+    padding[1, :4] = 0
+    attends = padding.bool()[:, None, None, :].expand(3, 1, 10, 10)
+    expected = model(ids(), attention_mask=padding).logits
+    assert (expected - model(ids()).logits).abs().max() > 1e-2
+    additive = torch.zeros(attends.shape).masked_fill(~attends, torch.finfo(torch.float32).min)
+    for mask in (attends, attends.long(), attends.to(torch.uint8), additive):
+        torch.testing.assert_close(model(ids(), attention_mask=mask).logits, expected)
+
+
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_causal_models_do_not_see_the_future(attention_type):
     model = make(attention_type=attention_type, is_causal=True)
@@ -208,6 +222,12 @@ def test_loss_of_every_problem_type_and_its_share_in_a_larger_batch(settings, la
         ({"input_ids": ids() + 8}, "input_ids must lie in 0 to 8"),
         ({"input_ids": ids() - 9}, "input_ids must lie in 0 to 8"),
         ({"input_ids": ids(length=3)}, "the sequences have 3"),
+        ({"input_ids": ids()[0]}, r"integers of the shape \(batch, sequence\), got torch.int64 of the shape \(10,\)"),
+        ({"input_ids": ids().float()}, "got torch.float32"),
+        ({"inputs_embeds": torch.zeros(3, 10, 23)}, r"\(batch, sequence, 24\), got \(3, 10, 23\)"),
+        ({"input_ids": ids(), "attention_mask": torch.ones(3, 9)}, r"the shape \(3, 10\) of the inputs, got \(3, 9\)"),
+        ({"input_ids": ids(), "attention_mask": torch.ones(3, 10, 10)}, r"or \(batch, 1, 10, 10\), got \(3, 10, 10\)"),
+        ({"input_ids": ids(), "attention_mask": torch.ones(3, 1, 10, 10)}, "this one has positive numbers"),
         ({"input_ids": ids(), "attention_mask": torch.eye(10)[:3].long()}, "a row has only 1"),
         ({"input_ids": ids(), "labels": torch.zeros(3, 2).long()}, r"must have the shape \(3, 4\)"),
         ({"input_ids": ids(), "labels": torch.zeros(3, 4)}, r"must have the shape \(3, 4, 8\)"),

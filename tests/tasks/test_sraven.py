@@ -176,6 +176,8 @@ def test_items_have_the_documented_form_alone_and_in_batches():
     assert item["labels"].shape == (4,) and (item["input_ids"][-4:] == 8).all()
     with pytest.raises(IndexError, match="0 to 51199"):
         dataset[51_200]
+    with pytest.raises(TypeError):
+        dataset[1.5]
 
 
 @pytest.mark.parametrize(
@@ -183,9 +185,10 @@ def test_items_have_the_documented_form_alone_and_in_batches():
     [
         ({"num_features": 9}, "num_features must be 2 to 8"),
         ({"num_values": 2}, "at least 3"),
-        ({"held_out": 1.0}, "holds out 330 and leaves 0"),
+        ({"held_out": 1}, "holds out 330 and leaves 0"),
         ({"held_out": 1.5}, "choose another held_out"),
         ({"held_out": 0.0}, "holds out 0"),
+        ({"held_out": "half"}, "held_out"),
         ({"num_feature": 4}, "did you mean 'num_features'"),
     ],
 )

@@ -47,10 +47,17 @@ def test_the_papers_recipes_are_runs_of_table_a1_at_its_full_budget(task, attent
 def test_the_papers_numbers_are_only_quoted_for_the_papers_models(tmp_path):
     recipe = load_recipe(RECIPES / "logic/hyla.yaml")
     assert paper_result(recipe.task, recipe.config).mean == 0.8113
-    wider = load_recipe(RECIPES / "logic/hyla.yaml", {"model.num_attention_heads": "4"})
-    assert paper_result(wider.task, wider.config) is None
-    shorter = load_recipe(RECIPES / "logic/hyla.yaml", {"task.num_examples": "16"})
-    assert paper_result(shorter.task, shorter.config) is None
+    for key, value in (
+        ("model.num_attention_heads", "4"),
+        ("model.hidden_size", "16"),
+        ("model.norm_type", "rms_norm"),
+        ("model.attention_dropout", "0.0"),
+        ("model.is_causal", "true"),
+        ("task.num_examples", "16"),
+        ("task.held_out", "0.3"),
+    ):
+        other = load_recipe(RECIPES / "logic/hyla.yaml", {key: value})
+        assert paper_result(other.task, other.config) is None, key
 
 
 def test_values_come_in_the_types_of_their_fields(tmp_path):
@@ -88,13 +95,23 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(trainer={"learning_rate": "fast"}), "learning_rate must be float, got 'fast'"),
         (changed(trainer={"max_steps": 2.5}), "max_steps must be int, got 2.5"),
         (changed(trainer={"max_steps": True}), "max_steps must be int, got True"),
-        (changed(trainer={"output_dir": "x"}), "no key 'output_dir'"),
+        (changed(trainer={"output_dir": "x"}), "'output_dir', which is set by --output"),
+        (changed(trainer={"push_to_hub": True}), "pickles that must not be published"),
+        (changed(trainer={"num_train_epochs": 3}), "'num_train_epochs', which has no effect"),
+        (changed(trainer={"optim": "foo"}), "foo is not a valid OptimizerNames"),
+        (changed(trainer={"per_device_train_batch_size": 0}), "per_device_train_batch_size must be at least 1, got 0"),
+        (changed(trainer={"learning_rate": -1.0}), "learning_rate must be at least 0"),
+        ({**GOOD, "task": {"name": ["logic"]}}, "There is no task"),
+        (
+            {**GOOD, "expect": {"metric": "ood/r3", "value": 1, "tolerance": 1, "source": "x"}},
+            "must be one of test/r2, ood/r2",
+        ),
         (changed(trainer={"warmup_steps": 5}), "larger than twice warmup_steps"),
         ({**GOOD, "trainer": {"max_steps": 10}}, "lacks trainer.learning_rate"),
         ({**GOOD, "expect": {"metric": "ood/r2"}}, "lacks expect.value"),
         (
             {**GOOD, "expect": {"metric": "odd/r2", "value": 1, "tolerance": 1, "source": "x"}},
-            "the splits are train, test, ood",
+            "must be one of test/r2",
         ),
     ],
 )
@@ -102,6 +119,18 @@ def test_a_wrong_recipe_is_refused_with_a_sentence(tmp_path, sections, message):
     with pytest.raises(ValueError, match=message) as refused:
         load_recipe(write(tmp_path, sections))
     assert "\n" not in str(refused.value)
+
+
+def test_a_recipe_of_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipes/logic/demo.yaml").name == load_recipe("logic/demo.yaml").name == "logic-demo"
+    with pytest.raises(FileNotFoundError, match=r"logic/dem\.yaml"):
+        load_recipe("logic/dem.yaml")
+
+
+def test_an_override_that_is_not_yaml_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"value of model\.qk_norm is not valid YAML"):
+        load_recipe(write(tmp_path, GOOD), {"model.qk_norm": "["})
 
 
 def test_an_override_of_nothing_is_refused(tmp_path):

@@ -48,7 +48,14 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_weights_code_recipe_and_record_and_no_pickle(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names >= {"model.safetensors", "config.json", "modeling_hyla.py", "recipe.yaml", "run.json", "checkpoints"}
+    assert names >= {
+        "model.safetensors",
+        "config.json",
+        "modeling_hyla.py",
+        "resolved_recipe.yaml",
+        "run.json",
+        "checkpoints",
+    }
     assert not [path for path in finished.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
@@ -103,15 +110,18 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
 def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, message):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    (run / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=message):
         train(recipe_in(tmp_path, **changes), run)
     assert json.loads((run / "run.json").read_text()) == json.loads((finished / "run.json").read_text())
     record = train(recipe_in(tmp_path, trainer={"max_steps": 6, "learning_rate": 0.5}), run, overwrite=True)
     assert record.steps == 6
+    assert (run / "notes.txt").read_text() == "mine"
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
+    (tmp_path / "recipe.yaml").write_text("mine too")
     with pytest.raises(FileExistsError, match="not empty and holds no run"):
         train(recipe_in(tmp_path / "recipe"), tmp_path, overwrite=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"

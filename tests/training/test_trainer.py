@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.tasks import get_task
@@ -87,15 +88,27 @@ def test_trained_weights_equal_a_plain_loop_of_the_references_optimiser(tmp_path
 
 
 def test_the_first_update_moves_nothing(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1, warmup_steps=0)
-    trainer.args.warmup_steps = 100
+    trainer = make_trainer(tmp_path, max_steps=5, warmup_steps=2)
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(ValueError, match="larger than twice warmup_steps"):
-        trainer.train()
-    trainer = make_trainer(tmp_path, max_steps=5, warmup_steps=2, model=trainer.model)
-    trainer.create_optimizer_and_scheduler(5)
-    assert trainer.lr_scheduler.get_last_lr() == [0.0, 0.0]
-    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+    after_step: list[bool] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            after_step.append(all(torch.equal(before[name], value) for name, value in model.state_dict().items()))
+
+    trainer.add_callback(Watch)
+    trainer.train()
+    assert after_step == [True, False, False, False, False]
+
+
+def test_a_run_shorter_than_its_schedule_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="larger than twice warmup_steps, got 4 and 2"):
+        make_trainer(tmp_path, max_steps=4, warmup_steps=2).train()
+
+
+def test_a_trainer_evaluates_before_it_trains(tmp_path):
+    trainer = make_trainer(tmp_path)
+    assert trainer.evaluate(get_task("logic", num_examples=4).dataset("test", 8))["eval_loss"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_training_at_its_step(tmp_path):
