@@ -78,11 +78,19 @@ class HylaConfig(PreTrainedConfig):
         attention_dropout (`float`, *optional*, defaults to 0.1):
             Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
-            Feed-forward: `"mlp"` (with biases) or `"swiglu"` (without).
+            Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
         intermediate_size (`int`, *optional*, defaults to 256):
-            Width of the feed-forward.
+            Width of the feed-forward, and of every expert.
         hidden_act (`str`, *optional*):
-            Nonlinearity of the feed-forward. `None` follows `ffn_type`: mlp `gelu_pytorch_tanh`, swiglu `silu`.
+            Nonlinearity of the feed-forward. `None` follows `ffn_type`: swiglu `silu`, the others `gelu_pytorch_tanh`.
+        num_experts (`int`, *optional*, defaults to 4):
+            Experts of a mixture. The paper gives neither this nor the next number: both are ours.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            Experts that a token is sent to.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether a mixture returns the routers' logits and the load-balancing loss, and adds the latter to the loss.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
+            Weight of the load-balancing loss.
         norm_type (`str`, *optional*, defaults to `"layer_norm"`):
             Norm inside the layers, `"layer_norm"` or `"rms_norm"`. The final norm is always a LayerNorm.
         norm_eps (`float`, *optional*, defaults to 1e-6):
@@ -105,6 +113,7 @@ class HylaConfig(PreTrainedConfig):
     ```"""
 
     model_type = "hyla"
+    keys_to_ignore_at_inference = ["aux_loss", "router_logits"]
 
     attention_type: Literal["hyla", "linear", "softmax"] = "hyla"
     score_norm: Literal["rms_head", "softmax", "none"] | None = None
@@ -128,9 +137,13 @@ class HylaConfig(PreTrainedConfig):
     is_causal: bool = False
     attention_dropout: float | int = 0.1
 
-    ffn_type: Literal["mlp", "swiglu"] = "mlp"
+    ffn_type: Literal["mlp", "swiglu", "moe"] = "mlp"
     intermediate_size: int = 256
     hidden_act: str | None = None
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.01
     norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     norm_eps: float | int = 1e-6
 
@@ -178,7 +191,7 @@ class HylaConfig(PreTrainedConfig):
     @property
     def effective_hidden_act(self) -> str:
         """`hidden_act`, or what follows from `ffn_type` where it is `None`."""
-        return self.hidden_act or {"mlp": "gelu_pytorch_tanh", "swiglu": "silu"}[self.ffn_type]
+        return self.hidden_act or ("silu" if self.ffn_type == "swiglu" else "gelu_pytorch_tanh")
 
     def validate_architecture(self):
         """Called by `@strict` after every construction; refuses settings that contradict each other."""
@@ -228,6 +241,11 @@ class HylaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={value!r} is not an activation that transformers knows{_nearest(value, [*ACT2FN, *also])}."
                 )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}: a token goes to "
+                "each expert once at most."
+            )
         generated = self.attention_type == "hyla"
         if self.value_depth == 2 and not generated:
             raise ValueError(
@@ -250,6 +268,9 @@ _LEAST = {
     "head_dim": 1,
     "value_head_dim": 1,
     "intermediate_size": 1,
+    "num_experts": 1,
+    "num_experts_per_tok": 1,
+    "router_aux_loss_coef": 0,
     "num_answers": 1,
     "norm_eps": 0,
 }

@@ -1,6 +1,7 @@
 """HYLA models: pre-norm layers around the attention of `attention_hyla`, and a classification head."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,13 +11,29 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hyla import activation_or_none, attended, eager_attention_forward, relative_position_buckets
 from .configuration_hyla import HylaConfig
+
+
+@dataclass
+class HylaModelOutput(BaseModelOutput):
+    """`BaseModelOutput` and, for mixtures of experts on request, `router_logits`: (batch * sequence, experts) a layer."""
+
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class HylaSequenceClassifierOutput(SequenceClassifierOutput):
+    """`SequenceClassifierOutput` and, for mixtures of experts on request, `router_logits` and their balancing loss."""
+
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 class HylaAttention(nn.Module):
@@ -105,6 +122,40 @@ class HylaMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
 
 
+class HylaRouter(nn.Module):
+    """Chooses the experts of every token, and their weights, which sum to 1."""
+
+    def __init__(self, config: HylaConfig):
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (batch * sequence, experts), and weights (batch, sequence, experts) that are 0 but for the chosen."""
+        logits = self.gate(hidden_states)
+        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        chosen = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        shares = chosen.values / chosen.values.sum(dim=-1, keepdim=True)
+        weights = torch.zeros_like(probabilities).scatter(-1, chosen.indices, shares)
+        return logits.flatten(0, 1), weights.to(hidden_states.dtype)
+
+
+class HylaMoE(nn.Module):
+    """A mixture of experts. All experts see all tokens: at these sizes cheaper than sorting tokens, and it compiles."""
+
+    def __init__(self, config: HylaConfig):
+        super().__init__()
+        self.router = HylaRouter(config)
+        self.up_proj = nn.Parameter(torch.empty(config.num_experts, config.intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.intermediate_size))
+        self.act_fn = ACT2FN[config.effective_hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _, weights = self.router(hidden_states)
+        hidden = self.act_fn(torch.einsum("bsd,efd->bsef", hidden_states, self.up_proj)) * weights.unsqueeze(-1)
+        return torch.einsum("bsef,edf->bsd", hidden, self.down_proj)
+
+
 class HylaLayer(GradientCheckpointingLayer):
     def __init__(self, config: HylaConfig, layer_idx: int):
         super().__init__()
@@ -112,7 +163,7 @@ class HylaLayer(GradientCheckpointingLayer):
         self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = HylaAttention(config, layer_idx)
         self.post_attention_layernorm = norm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = HylaMLP(config)
+        self.mlp = HylaMoE(config) if config.ffn_type == "moe" else HylaMLP(config)
 
     def forward(
         self,
@@ -136,7 +187,11 @@ class HylaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HylaLayer"]
-    _can_record_outputs = {"hidden_states": HylaLayer, "attentions": HylaAttention}
+    _can_record_outputs = {
+        "hidden_states": HylaLayer,
+        "attentions": HylaAttention,
+        "router_logits": OutputRecorder(HylaRouter, index=0),
+    }
     # HYLA mixes heads and RMSHead normalises over them, so that neither heads nor sequence can be split over devices.
     _supports_context_parallel = False
 
@@ -167,6 +222,9 @@ class HylaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HylaModel):
             if module.embed_bias is not None:
                 init.zeros_(module.embed_bias)
+        elif isinstance(module, HylaMoE):
+            _lecun_normal(module.up_proj, fan_in=module.up_proj.shape[-1])
+            _lecun_normal(module.down_proj, fan_in=module.down_proj.shape[-1])
         elif isinstance(module, HylaAttention):
             if module.relative_attention_bias is not None:
                 # Of a table (heads, buckets) the reference takes the last axis for the fan-in.
@@ -217,7 +275,7 @@ class HylaModel(HylaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> HylaModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape (batch, sequence), *optional*):
@@ -232,8 +290,8 @@ class HylaModel(HylaPreTrainedModel):
                 Continuous tokens, for models with `input_size`.
 
         Returns:
-            `BaseModelOutput` with `last_hidden_state` (batch, sequence, hidden_size); on request `hidden_states` and
-            `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key).
+            `HylaModelOutput` with `last_hidden_state` (batch, sequence, hidden_size); on request `hidden_states`,
+            `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key), and `router_logits`.
         """
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
         mask = self._pair_mask(hidden_states, attention_mask)
@@ -245,7 +303,7 @@ class HylaModel(HylaPreTrainedModel):
             )
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, position_buckets=position_buckets, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        return HylaModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def _pair_mask(self, hidden_states, attention_mask) -> torch.Tensor | None:
         """Mask (batch, 1, query, key) of padding, of the user and of causality; `None` where nothing is masked."""
@@ -346,7 +404,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
+    ) -> HylaSequenceClassifierOutput:
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds, input_values:
@@ -360,13 +418,13 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
                 batch divided by it. Without it the loss is the mean.
 
         Returns:
-            `SequenceClassifierOutput` with `logits` of shape (batch, num_labels), or (batch, num_answers, num_labels)
+            `HylaSequenceClassifierOutput` with `logits` of shape (batch, num_labels), or (batch, num_answers, num_labels)
             where `num_answers` is larger than 1.
 
         Raises:
             ValueError: if a sequence is shorter than `num_answers`, or labels do not fit the logits.
         """
-        outputs: BaseModelOutput = self.model(
+        outputs: HylaModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -379,8 +437,23 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels.to(logits.device), num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        aux_loss = None
+        if outputs.router_logits is not None:
+            is_token = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, is_token
+            )
+            if loss is not None:
+                # This batch's part of an update, so that accumulating batches does not multiply it.
+                share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        return HylaSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
         )
 
     def _answer_states(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:

@@ -1,0 +1,107 @@
+"""Loss scaling: accumulation and number of processes change neither loss nor gradient, for every kind of head."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+# Trains four updates of 16 samples, however they are cut up, and writes weights and log.
+WORKER = """
+import json, sys
+import torch
+from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.tasks import get_task
+from hf_hyla.training import HylaTrainer, HylaTrainingArguments
+
+batch, accumulation, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+HEADS = {
+    "several answers": {"num_answers": 2, "num_labels": 8},
+    "one class": {"num_answers": 1, "num_labels": 3},
+    "one number": {"num_answers": 1, "num_labels": 1},
+    "several numbers": {"num_answers": 1, "num_labels": 3, "problem_type": "regression"},
+    "several labels": {"num_answers": 2, "num_labels": 3, "problem_type": "multi_label_classification"},
+}
+
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, head):
+        self.head = head
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        draw = torch.Generator().manual_seed(index)
+        head = self.head
+        shape = (head["num_answers"],) if head["num_answers"] > 1 else ()
+        if head["num_labels"] == 1:
+            labels = torch.rand(shape, generator=draw)
+        elif "problem_type" in head:
+            labels = torch.randint(0, 2, (*shape, head["num_labels"]), generator=draw).float()
+        else:
+            labels = torch.randint(0, head["num_labels"], shape, generator=draw)
+            if shape and index % 3 == 0:
+                labels[0] = -100  # so that batches hold different numbers of labels
+        return {"input_ids": torch.randint(0, 9, (10,), generator=draw), "labels": labels}
+
+
+for kind, head in HEADS.items():
+    torch.manual_seed(0)
+    config = HylaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16,
+                        attention_dropout=0.0, **head)
+    args = HylaTrainingArguments(
+        output_dir=folder, max_steps=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1, logging_steps=1,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, eval_strategy="no",
+        save_strategy="no", disable_tqdm=True, use_cpu=True, optim="sgd",
+    )
+    trainer = HylaTrainer(model=HylaForSequenceClassification(config), args=args, train_dataset=Samples(head))
+    trainer.train()
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(f"{folder}/{kind}")
+        log = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
+        open(f"{folder}/{kind}/log.json", "w").write(json.dumps(log))
+"""
+KINDS = ["several answers", "one class", "one number", "several numbers", "several labels"]
+
+
+def train(folder, batch, accumulation, processes):
+    folder.mkdir()
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    result = subprocess.run(
+        [*launch, str(script), str(batch), str(accumulation), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "whole": train(folder / "whole", batch=16, accumulation=1, processes=1),
+        "accumulated": train(folder / "accumulated", batch=4, accumulation=4, processes=1),
+        "two processes": train(folder / "two", batch=8, accumulation=1, processes=2),
+    }
+
+
+@pytest.mark.parametrize("way", ["accumulated", "two processes"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_and_processes_change_neither_loss_nor_gradient(runs, kind, way):
+    expected_log, log = (json.loads((runs[run] / kind / "log.json").read_text()) for run in ("whole", way))
+    torch.testing.assert_close(torch.tensor(log), torch.tensor(expected_log), rtol=1e-4, atol=1e-5)
+    expected, weights = (load_file(runs[run] / kind / "model.safetensors") for run in ("whole", way))
+    for key in expected:
+        torch.testing.assert_close(weights[key], expected[key], rtol=1e-4, atol=1e-5)
