@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where the CPU build of torch lies; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint format lock clean
+.PHONY: setup demo test test-oldest lint format lock clean
 
 setup: .venv/ready
 
@@ -25,6 +25,16 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The oldest transformers of pyproject.toml, and the huggingface_hub that it needs, in an environment of their own.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest
+
+.venv-oldest/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) $$(grep ^torch== requirements.lock)
+	.venv-oldest/bin/pip install --quiet --editable . 'transformers==5.17.*' 'huggingface_hub<2' $$(grep ^pytest== requirements.lock)
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +51,4 @@ lock: setup
 	sed -i 's/+cpu//' requirements.lock
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest .cache runs

@@ -83,7 +83,7 @@ def _report(recipe, record) -> str:
 
     paper = paper_result(recipe.task, recipe.config)
     metric_names = [name for name in next(iter(record.metrics.values())) if name not in ("loss", "num_samples")]
-    lines = [f"{'split':<15}" + "".join(f"{name:>18}" for name in metric_names) + f"{'paper':>22}"]
+    lines = [f"{'split':<15}" + "".join(f"{name:>18}" for name in metric_names) + f"{'paper, full budget':>22}"]
     for split, scores in record.metrics.items():
         theirs = "-"
         if paper and paper.metric.startswith(f"{split}/"):

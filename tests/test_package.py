@@ -103,7 +103,7 @@ def test_version_and_entry_point_are_declared_once():
     assert f"version: {hf_hyla.__version__}" in (PROJECT / "CITATION.cff").read_text()
 
 
-def test_the_readme_names_every_file_of_the_package():
+def test_the_readme_names_every_python_file():
     readme = (PROJECT / "README.md").read_text()
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), *(PROJECT / "tests").rglob("*.py"), *(PROJECT / "recipes").glob("*/[a-z]*.py")]:
         assert path.name in readme, f"README.md does not name {path.relative_to(PROJECT)}"
