@@ -1,3 +1,16 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """HylaConfig: every choice that makes a HYLA, linear or softmax attention model."""
 
 import difflib
@@ -22,6 +35,8 @@ _UNDECLARED_KEYWORDS = frozenset((
 ))  # fmt: skip
 
 
+# The docstring is written by hand, with the paper's terms.
+# trf-ignore: TRF057
 @strict
 class HylaConfig(PreTrainedConfig):
     r"""
