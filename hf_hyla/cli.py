@@ -66,15 +66,19 @@ def _add_train(commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from .training import load_recipe, train
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     slug = "".join(f"-{key}={value}" for key, value in arguments.overrides.items())
     output = arguments.output or Path("runs") / (recipe.name + slug.replace("/", "_"))
-    print(f"{recipe.name}: {recipe.config.attention_type} attention on {recipe.task.name}, into {output}", flush=True)
+    # Of several processes one prints.
+    PartialState().print(
+        f"{recipe.name}: {recipe.config.attention_type} attention on {recipe.task.name}, into {output}", flush=True
+    )
     record = train(recipe, output, overwrite=arguments.overwrite)
-    print(_report(recipe, record))
-    print(f"Weights, code and run.json are in {output}")
+    PartialState().print(f"{_report(recipe, record)}\nWeights, code and run.json are in {output}")
 
 
 def _report(recipe, record) -> str:
@@ -82,7 +86,7 @@ def _report(recipe, record) -> str:
     from .paper import paper_result
 
     paper = paper_result(recipe.task, recipe.config)
-    metric_names = [name for name in next(iter(record.metrics.values())) if name not in ("loss", "num_samples")]
+    metric_names = recipe.task.metric_names
     lines = [f"{'split':<15}" + "".join(f"{name:>18}" for name in metric_names) + f"{'paper, full budget':>22}"]
     for split, scores in record.metrics.items():
         theirs = "-"
