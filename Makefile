@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where the CPU build of torch lies; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-oldest lint format lock clean
+.PHONY: setup demo test test-oldest test-common lint format lock clean
 
 setup: .venv/ready
 
@@ -34,6 +34,10 @@ test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/pip install --quiet --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) $$(grep ^torch== requirements.lock)
 	.venv-oldest/bin/pip install --quiet --editable . 'transformers==5.17.*' 'huggingface_hub<2' $$(grep ^pytest== requirements.lock)
 	touch $@
+
+# transformers' own model tests, of its source distribution, which pip fetches once into .cache/.
+test-common: setup
+	HYLA_COMMON_TESTS=1 $(BIN)/python -m pytest tests/common
 
 lint: setup
 	$(BIN)/ruff check .

@@ -105,5 +105,9 @@ def test_version_and_entry_point_are_declared_once():
 
 def test_the_readme_names_every_python_file():
     readme = (PROJECT / "README.md").read_text()
-    for path in [*PACKAGE.rglob("*.py"), *(PROJECT / "tests").rglob("*.py"), *(PROJECT / "recipes").glob("*/[a-z]*.py")]:
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *(PROJECT / "tests").rglob("*.py"),
+        *(PROJECT / "recipes").glob("*/[a-z]*.py"),
+    ]:
         assert path.name in readme, f"README.md does not name {path.relative_to(PROJECT)}"

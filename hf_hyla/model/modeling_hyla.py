@@ -298,7 +298,7 @@ class HylaModel(HylaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> HylaModelOutput:
+    ) -> BaseModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape (batch, sequence), *optional*):
@@ -430,7 +430,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> HylaSequenceClassifierOutput:
+    ) -> SequenceClassifierOutput:
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds, input_values:
@@ -464,7 +464,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         if labels is not None:
             loss = self._loss(logits, labels.to(logits.device), num_items_in_batch)
         aux_loss = None
-        if outputs.router_logits is not None:
+        if outputs.router_logits:  # empty where a model without routers is asked for them
             is_token = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, is_token
@@ -479,7 +479,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_loss=aux_loss,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.router_logits or None,
         )
 
     def _answer_states(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
