@@ -145,6 +145,18 @@ def test_a_four_dimensional_mask_means_the_same_in_every_dtype_and_never_lifts_c
         torch.testing.assert_close(model(ids(), attention_mask=mask).logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_a_token_that_may_attend_to_nothing_gives_no_nan(attention_type, dtype):
+    model = make(scale=0.5, attention_type=attention_type).to(dtype)
+    attends = torch.ones(3, 1, 10, 10, dtype=torch.bool)
+    attends[0, :, 9] = attends[1] = False
+    out = model(ids(), attention_mask=attends, labels=ids(length=4, vocab=8))
+    out.loss.backward()
+    assert out.logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_causal_models_do_not_see_the_future(attention_type):
     model = make(attention_type=attention_type, is_causal=True)

@@ -94,3 +94,10 @@ def test_experts_are_initialised_like_kernels_and_decayed():
 def test_more_experts_per_token_than_experts_are_refused():
     with pytest.raises(Exception, match="num_experts_per_tok=3 is more than num_experts=2"):
         HylaConfig(num_experts=2, num_experts_per_tok=3)
+
+
+def test_a_model_without_experts_has_no_router_logits():
+    out = HylaForSequenceClassification(HylaConfig(**{**SMALL, "ffn_type": "mlp"}))(
+        torch.randint(0, 9, (2, 6)), labels=torch.zeros(2, 4, dtype=torch.long), output_router_logits=True
+    )
+    assert out.router_logits is None and out.aux_loss is None
