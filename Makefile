@@ -32,7 +32,7 @@ test-oldest: .venv-oldest/ready
 .venv-oldest/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) $$(grep ^torch== requirements.lock)
-	.venv-oldest/bin/pip install --quiet --editable . 'transformers==5.17.*' 'huggingface_hub<2' $$(grep ^pytest== requirements.lock)
+	.venv-oldest/bin/pip install --quiet --editable '.[dev]' 'transformers==5.17.*' 'huggingface_hub<2'
 	touch $@
 
 # transformers' own model tests, of its source distribution, which pip fetches once into .cache/.
@@ -43,6 +43,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mlinter --no-progress hf_hyla/model
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -52,7 +53,7 @@ format: setup
 lock: setup
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-find-links --no-emit-index-url --no-header \
 		--constraint <(echo torch==2.13.0) --output-file requirements.lock pyproject.toml
-	sed -i 's/+cpu//' requirements.lock
+	sed -i 's/+cpu//; s|-c /dev/fd/[0-9]*|the Makefile|' requirements.lock
 
 clean:
 	rm -rf .venv .venv-oldest .cache runs

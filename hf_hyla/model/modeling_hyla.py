@@ -379,7 +379,10 @@ class HylaModel(HylaPreTrainedModel):
                 f"inputs_embeds must have the shape (batch, sequence, {self.config.hidden_size}), got "
                 f"{tuple(inputs_embeds.shape)}: the last number is the config's hidden_size."
             )
-        return inputs_embeds if self.embed_bias is None else inputs_embeds + self.embed_bias
+        if self.embed_bias is None:
+            return inputs_embeds
+        # A device map may put the bias, which belongs to no submodule, on another device than the table.
+        return inputs_embeds + self.embed_bias.to(inputs_embeds.device)
 
     def _check_ids(self, input_ids) -> None:
         if input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -455,6 +458,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self._answer_states(outputs.last_hidden_state, input_ids, attention_mask))
@@ -469,6 +473,12 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, is_token
             )
+            recomputing = self.model.gradient_checkpointing and self.training and torch.is_grad_enabled()
+            if recomputing and loss is not None and not aux_loss.requires_grad:
+                raise ValueError(
+                    "Gradient checkpointing with use_reentrant=True loses the gradient of the load-balancing loss: set "
+                    "use_reentrant=False, or output_router_logits=False."
+                )
             if loss is not None:
                 # This batch's part of an update, so that accumulating batches does not multiply it.
                 share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch

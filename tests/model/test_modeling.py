@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 import sys
 
@@ -186,18 +185,6 @@ def test_codes_and_hidden_states_are_returned_on_request(attention_type):
         torch.testing.assert_close(out.attentions[0].square().mean(dim=1), torch.ones(3, 10, 10), atol=1e-3, rtol=0)
 
 
-def test_gradient_checkpointing_gives_equal_gradients():
-    gradients = []
-    for checkpointing in (False, True):
-        model = make(attention_dropout=0.0).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model(ids(), labels=ids(length=4, vocab=8)).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
-
-
 @pytest.mark.parametrize(
     ("settings", "labels", "reference"),
     [
@@ -255,16 +242,3 @@ def test_continuous_inputs_of_the_wrong_width_are_refused():
     assert model(input_values=torch.zeros(2, 6, 5)).logits.shape == (2, 1)
     with pytest.raises(ValueError, match=r"\(batch, sequence, 5\), got \(2, 6, 4\)"):
         model(input_values=torch.zeros(2, 6, 4))
-
-
-def test_compiles_into_one_graph_and_exports_with_a_dynamic_batch():
-    if shutil.which("gcc") is None and shutil.which("cc") is None:
-        pytest.skip("torch.compile needs a C compiler")
-    model = make(num_hidden_layers=1)
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(ids()).logits, model(ids()).logits, atol=1e-4, rtol=1e-4)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(model, (ids(),), dynamic_shapes={"input_ids": {0: batch}}, strict=False)
-    torch.testing.assert_close(
-        exported.module()(ids(batch=7)).logits, model(ids(batch=7)).logits, atol=1e-4, rtol=1e-4
-    )

@@ -1,0 +1,159 @@
+"""A repository of the Hub: loaded by its id without this package, trained, saved and resumed there; and with it."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from test_modeling import ids, make
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
+
+
+REPOSITORY, COMMIT = "somebody/some-hyla", "0123456789abcdef0123456789abcdef01234567"
+CODE = {"attention_hyla.py", "configuration_hyla.py", "modeling_hyla.py"}
+
+
+class Repository:
+    """A saved model in the layout in which huggingface_hub keeps what it has downloaded."""
+
+    def __init__(self, home: Path):
+        self.home = home
+        self.cache = home / "hub"
+        self.snapshot = self.cache / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots" / COMMIT
+        self.model = make(value_depth=2, ffn_type="moe", pad_token_id=7, attention_dropout=0.1)
+        self.model.save_pretrained(self.snapshot)
+        reference = self.snapshot.parents[1] / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text(COMMIT)
+
+    def run(self, script: str) -> None:
+        """Runs a script in a process that cannot import the package and has nothing but the cache."""
+        start = f"""
+            import sys
+            sys.modules["hf_hyla"] = None  # any import of the package fails
+            import torch
+            from pathlib import Path
+            from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+            home, repository = Path(r"{self.home}"), "{REPOSITORY}"
+            """
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(script)],
+            cwd=self.home,
+            env={**environment, "HF_HOME": str(self.home), "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture
+def repository(tmp_path):
+    return Repository(tmp_path)
+
+
+def test_a_repository_loads_by_its_id_without_the_package_and_saves_itself_completely(repository):
+    x, mask = ids(), torch.ones(3, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    out = repository.model(x, attention_mask=mask, output_hidden_states=True)
+    torch.save((x, mask, out.logits.detach(), out.hidden_states[-1].detach()), repository.home / "expected.pt")
+    repository.run("""
+        x, mask, logits, states = torch.load(home / "expected.pt")
+        for auto in (AutoConfig, AutoModel, AutoModelForSequenceClassification):
+            try:
+                auto.from_pretrained(repository, trust_remote_code=False)
+            except ValueError as error:
+                assert "trust_remote_code=True" in str(error) and "custom code" in str(error), error
+            else:
+                raise AssertionError(f"{auto.__name__} ran a repository's code without leave")
+            try:
+                auto.from_pretrained(repository)  # nobody is there to be asked
+            except ValueError as error:
+                assert "trust_remote_code=True" in str(error), error
+            else:
+                raise AssertionError(f"{auto.__name__} ran a repository's code without asking")
+        assert not list((home / "modules").rglob("*_hyla.py"))
+
+        config = AutoConfig.from_pretrained(repository, trust_remote_code=True)
+        assert type(config).__name__ == "HylaConfig" and "transformers_modules" in type(config).__module__
+        for source in (repository, home / "again", home / "again base"):
+            base = AutoModel.from_pretrained(source, trust_remote_code=True).eval()
+            model = AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True).eval()
+            for loaded in (base, model):
+                assert "transformers_modules" in type(loaded).__module__, type(loaded)
+            assert torch.equal(base(x, attention_mask=mask).last_hidden_state, states)
+            if source != home / "again base":  # which has no head
+                assert torch.equal(model(x, attention_mask=mask).logits, logits)
+            if source == repository:
+                model.save_pretrained(home / "again")
+                base.save_pretrained(home / "again base")
+    """)
+    for folder in ("again", "again base"):
+        first, again = ({p.name: p for p in f.iterdir()} for f in (repository.snapshot, repository.home / folder))
+        assert set(first) == set(again) and set(first) > CODE
+        assert all(first[name].read_bytes() == again[name].read_bytes() for name in CODE)
+        # What is saved stands for itself, and does not send its reader back to where it came from.
+        first, again = (json.loads(files["config.json"].read_text()) for files in (first, again))
+        assert first["auto_map"] == again["auto_map"]
+
+
+def test_a_model_loaded_by_its_id_trains_and_resumes_without_the_package(repository):
+    repository.run("""
+        from transformers import Trainer, TrainingArguments, set_seed
+
+        draw = torch.Generator().manual_seed(0)
+        samples = [{"input_ids": torch.randint(0, 7, (10,), generator=draw),
+                    "labels": torch.randint(0, 8, (4,), generator=draw)} for _ in range(32)]
+
+        def train(folder, max_steps, resume=None):
+            set_seed(0)
+            model = AutoModelForSequenceClassification.from_pretrained(repository, trust_remote_code=True)
+            args = TrainingArguments(
+                output_dir=str(home / folder), max_steps=max_steps, save_steps=2, per_device_train_batch_size=4,
+                gradient_accumulation_steps=2, learning_rate=1e-2, lr_scheduler_type="constant", report_to="none",
+                disable_tqdm=True, use_cpu=True,
+            )
+            trainer = Trainer(model=model, args=args, train_dataset=samples)
+            trainer.train(resume_from_checkpoint=resume)
+            assert trainer.state.global_step == max_steps
+            return {name: p.detach() for name, p in model.named_parameters()}
+
+        two = train("run", 2)
+        checkpoint = home / "run" / "checkpoint-2"
+        four = train("run", 4, resume=str(checkpoint))
+        at_once = train("at once", 4)
+        for name, parameter in four.items():
+            assert torch.equal(parameter, at_once[name]), name
+        assert any(not torch.equal(parameter, two[name]) for name, parameter in four.items())
+        saved = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True)
+        for name, parameter in saved.named_parameters():
+            assert torch.equal(parameter, two[name]), name
+    """)
+    for folder in ("run/checkpoint-2", "run/checkpoint-4"):
+        saved = {p.name for p in (repository.home / folder).iterdir()}
+        assert saved > {p.name for p in repository.snapshot.iterdir()} >= CODE
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_with_the_package_its_classes_load_and_nothing_of_the_repository_runs(repository, monkeypatch, trust):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    for name in CODE:
+        (repository.snapshot / name).write_text("raise SystemExit('the code of the repository runs')\n")
+    where = {"cache_dir": repository.cache, "trust_remote_code": trust}
+    assert type(AutoConfig.from_pretrained(REPOSITORY, **where)) is HylaConfig
+    base = AutoModel.from_pretrained(REPOSITORY, **where)
+    model = AutoModelForSequenceClassification.from_pretrained(REPOSITORY, **where)
+    assert type(base) is HylaModel and type(model) is HylaForSequenceClassification
+    assert torch.equal(model(ids()).logits, repository.model(ids()).logits)
+    assert torch.equal(base(ids()).last_hidden_state, repository.model.model(ids()).last_hidden_state)
