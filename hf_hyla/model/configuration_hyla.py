@@ -227,10 +227,13 @@ class HylaConfig(PreTrainedConfig):
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
         if self.problem_type not in _PROBLEM_TYPES:
             raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {self.problem_type!r}.")
-        if self.format_version > FORMAT_VERSION:
+        if self.format_version != FORMAT_VERSION:
+            # Where the package is installed, transformers takes it rather than the code beside the weights.
+            remote = __name__.startswith("transformers_modules.")
             logger.warning_once(
-                f"This model was saved in format {self.format_version}, but this code reads format {FORMAT_VERSION} and may "
-                "misread it: update hf_hyla, or load with the code beside the weights (without hf_hyla installed)."
+                f"This model was saved in format {self.format_version}, but the code in use, "
+                f"{'which lies beside the weights' if remote else 'the installed package hf_hyla'}, reads format "
+                f"{FORMAT_VERSION} and may misread it: use the version of hf_hyla that saved the model."
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}.")
