@@ -11,34 +11,31 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""HYLA models: pre-norm layers around the attention of `attention_hyla`, and a classification head."""
+"""HYLA models: inputs, masks, the stack of layers, initialisation, and a classification head."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_hyla import activation_or_none, attended, eager_attention_forward, relative_position_buckets
+from .attention_hyla import attended, relative_position_buckets
 from .configuration_hyla import HylaConfig
+from .layers_hyla import HylaAttention, HylaLayer, HylaMoE, HylaRouter
 
 
 # What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
 # the official implementation.
-# trf-ignore: TRF041 config.qk_norm, config.position_type, config.value_depth, config.ffn_type, config.vocab_size
-# trf-ignore: TRF041 config.embedding_bias, config.is_causal, config.num_answers
+# trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers
 
 
 # trf-ignore: TRF057
@@ -56,152 +53,6 @@ class HylaSequenceClassifierOutput(SequenceClassifierOutput):
 
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
-
-
-class HylaAttention(nn.Module):
-    """
-    Multi-head attention read as a hypernetwork (arXiv 2406.05816, equations 1 to 7); `HylaConfig.attention_type` says
-    which of the three attentions it is.
-    """
-
-    def __init__(self, config: HylaConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.attention_type = config.attention_type
-        self.score_norm = config.effective_score_norm
-        self.value_activation = activation_or_none(config.effective_value_activation)
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.head_dim
-        self.value_head_dim = config.value_head_dim
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = config.is_causal
-
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_heads * self.value_head_dim)
-        self.o_proj = nn.Linear(self.num_heads * self.value_head_dim, config.hidden_size)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
-        self.relative_attention_bias = (
-            nn.Parameter(torch.empty(self.num_heads, config.relative_attention_num_buckets))
-            if config.position_type == "relative"
-            else None
-        )
-        self.value_mixing = (
-            nn.Parameter(torch.empty(self.num_heads, self.value_head_dim, self.value_head_dim))
-            if config.value_depth == 2
-            else None
-        )
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_buckets: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, length, _ = hidden_states.shape
-        query = self.q_norm(self.q_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
-
-        position_bias = None
-        if self.relative_attention_bias is not None:
-            position_bias = self.relative_attention_bias[:, position_buckets].unsqueeze(0)
-
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, codes = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            position_bias=position_bias,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(batch, length, -1)), codes
-
-
-class HylaMLP(nn.Module):
-    def __init__(self, config: HylaConfig):
-        super().__init__()
-        gated = config.ffn_type == "swiglu"
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=not gated)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=not gated)
-        self.act_fn = ACT2FN[config.effective_hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(up))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
-
-
-class HylaRouter(nn.Module):
-    """Chooses the experts of every token, and their weights, which sum to 1."""
-
-    def __init__(self, config: HylaConfig):
-        super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (batch * sequence, experts), and weights (batch, sequence, experts) that are 0 but for the chosen."""
-        logits = self.gate(hidden_states)
-        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        chosen = probabilities.topk(self.num_experts_per_tok, dim=-1)
-        shares = chosen.values / chosen.values.sum(dim=-1, keepdim=True)
-        weights = torch.zeros_like(probabilities).scatter(-1, chosen.indices, shares)
-        return logits.flatten(0, 1), weights.to(hidden_states.dtype)
-
-
-class HylaMoE(nn.Module):
-    """A mixture of experts. All experts see all tokens: at these sizes cheaper than sorting tokens, and it compiles."""
-
-    def __init__(self, config: HylaConfig):
-        super().__init__()
-        self.router = HylaRouter(config)
-        self.up_proj = nn.Parameter(torch.empty(config.num_experts, config.intermediate_size, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.intermediate_size))
-        self.act_fn = ACT2FN[config.effective_hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        _, weights = self.router(hidden_states)
-        hidden = self.act_fn(torch.einsum("bsd,efd->bsef", hidden_states, self.up_proj)) * weights.unsqueeze(-1)
-        return torch.einsum("bsef,edf->bsd", hidden, self.down_proj)
-
-
-class HylaLayer(GradientCheckpointingLayer):
-    def __init__(self, config: HylaConfig, layer_idx: int):
-        super().__init__()
-        norm = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[config.norm_type]
-        self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = HylaAttention(config, layer_idx)
-        self.post_attention_layernorm = norm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = HylaMoE(config) if config.ffn_type == "moe" else HylaMLP(config)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_buckets: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_buckets=position_buckets,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 # trf-ignore: TRF057
@@ -467,22 +318,11 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels.to(logits.device), num_items_in_batch)
-        aux_loss = None
-        if outputs.router_logits:  # empty where a model without routers is asked for them
-            is_token = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, is_token
-            )
-            recomputing = self.model.gradient_checkpointing and self.training and torch.is_grad_enabled()
-            if recomputing and loss is not None and not aux_loss.requires_grad:
-                raise ValueError(
-                    "Gradient checkpointing with use_reentrant=True loses the gradient of the load-balancing loss: set "
-                    "use_reentrant=False, or output_router_logits=False."
-                )
-            if loss is not None:
-                # This batch's part of an update, so that accumulating batches does not multiply it.
-                share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
-                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        aux_loss = self._balancing_loss(outputs.router_logits, attention_mask)
+        if aux_loss is not None and loss is not None:
+            # This batch's part of an update, so that accumulating batches does not multiply it.
+            share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+            loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         return HylaSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -515,6 +355,22 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         position = torch.arange(length, device=hidden_states.device)
         last = torch.where(is_token, position, -1).topk(num_answers, dim=-1).values.flip(-1).clamp(min=0)
         return hidden_states.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+    def _balancing_loss(self, router_logits, attention_mask) -> torch.Tensor | None:
+        """The load-balancing loss of a mixture of experts; `None` where there are no router logits."""
+        if not router_logits:  # empty where a model without routers is asked for them
+            return None
+        is_token = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        aux_loss = load_balancing_loss_func(
+            router_logits, self.config.num_experts, self.config.num_experts_per_tok, is_token
+        )
+        recomputing = self.model.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputing and not aux_loss.requires_grad:
+            raise ValueError(
+                "Gradient checkpointing with use_reentrant=True loses the gradient of the load-balancing loss: set "
+                "use_reentrant=False, or output_router_logits=False."
+            )
+        return aux_loss
 
     def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
         # transformers' ForSequenceClassificationLoss squeezes, writes into the config, knows no axis of answers, and

@@ -45,7 +45,10 @@ def test_misspelt_field_is_refused_with_the_nearest_name():
     ("settings", "message"),
     [
         ({"zebra": 1}, "no field 'zebra'"),
-        ({"format_version": 99}, "saved in format 99, but the code in use, the installed package hf_hyla, reads format 1"),
+        (
+            {"format_version": 99},
+            "saved in format 99, but the code in use, the installed package hf_hyla, reads format 1",
+        ),
         ({"vocab_size": 30}, "Token id 8 is the answer slot"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.model.modeling_hyla import HylaMoE
+from hf_hyla.model.layers_hyla import HylaMoE
 
 
 SMALL = {
