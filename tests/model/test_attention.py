@@ -54,7 +54,7 @@ def loop(row, query, key, value, mixing, attends, bias):
         score = [[None] * KEYS for _ in range(HEADS)]
         for h, k in itertools.product(range(HEADS), range(KEYS)):
             dot = sum(query[b, h, q, i] * key[b, h, k, i] for i in range(WIDTH)) / math.sqrt(WIDTH)
-            score[h][k] = dot + bias[0, h, q, k]
+            score[h][k] = dot if bias is None else dot + bias[0, h, q, k]
         code = [[None] * KEYS for _ in range(HEADS)]
         if score_norm == "softmax":
             for h in range(HEADS):
@@ -114,9 +114,10 @@ def masks():
     }
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("mask", masks())
 @pytest.mark.parametrize("row", ROWS, ids=["-".join(map(str, row)) for row in ROWS])
-def test_attention_and_its_gradients_equal_a_plain_loop(row, mask):
+def test_attention_and_its_gradients_equal_a_plain_loop(row, mask, with_bias):
     torch.manual_seed(0)
 
     def leaf(*shape):
@@ -131,9 +132,10 @@ def test_attention_and_its_gradients_equal_a_plain_loop(row, mask):
     }
     attends = masks()[mask]
     mixing = leaves["mixing"] if row[3] == 2 else None
+    bias = leaves["bias"] if with_bias else None
     cotangent = torch.randn(BATCH, QUERIES, HEADS, VALUE_WIDTH, dtype=torch.float64)
 
-    expected = loop(row, leaves["query"], leaves["key"], leaves["value"], mixing, attends, leaves["bias"])
+    expected = loop(row, leaves["query"], leaves["key"], leaves["value"], mixing, attends, bias)
     expected_grads = torch.autograd.grad((expected * cotangent).sum(), list(leaves.values()), allow_unused=True)
 
     additive = torch.zeros(attends.shape, dtype=torch.float64).masked_fill(~attends, torch.finfo(torch.float64).min)
@@ -145,7 +147,7 @@ def test_attention_and_its_gradients_equal_a_plain_loop(row, mask):
             leaves["value"],
             attention_mask,
             scaling=WIDTH**-0.5,
-            position_bias=leaves["bias"],
+            position_bias=bias,
         )
         grads = torch.autograd.grad((output * cotangent).sum(), list(leaves.values()), allow_unused=True)
         assert codes.shape == (BATCH, HEADS, QUERIES, KEYS)

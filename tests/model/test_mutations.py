@@ -34,7 +34,7 @@ SOFTMAX, LINEAR, HYLA, HYLA_PLUS = (
 
 def loop(row, mask="none"):
     """The comparison with a plain loop over pairs."""
-    return lambda golden: test_attention.test_attention_and_its_gradients_equal_a_plain_loop(row, mask)
+    return lambda golden: test_attention.test_attention_and_its_gradients_equal_a_plain_loop(row, mask, with_bias=True)
 
 
 def official(case):
