@@ -150,7 +150,7 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     config = _built(f"{source}: model", HylaConfig, {**task.model_defaults, **model_settings})
     task.check_model(config)
     for key, least in _LEAST_TRAINER.items():
-        if trainer.get(key, least) < least:
+        if trainer.get(key) is not None and trainer[key] < least:
             raise ValueError(f"{source}: trainer.{key} must be at least {least}, got {trainer[key]}.")
     check_schedule(trainer["warmup_steps"], trainer["max_steps"])
     # Refuses what only transformers can judge, such as the name of an optimiser.

@@ -71,6 +71,11 @@ def test_values_come_in_the_types_of_their_fields(tmp_path):
     assert recipe.settings["task"]["held_out"] == 0.5  # what a recipe leaves out is recorded too
 
 
+def test_a_key_may_be_null_where_its_field_may(tmp_path):
+    sections = changed(trainer={"eval_strategy": "no", "eval_steps": None})
+    assert load_recipe(write(tmp_path, sections)).trainer["eval_steps"] is None
+
+
 def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
     expect = {"metric": "ood/r2", "value": 0.8, "tolerance": 0.1, "source": "ours"}
     path = write(tmp_path, {**GOOD, "expect": expect})
