@@ -1,11 +1,12 @@
 """What a task is: its splits, its samples, how they become batches, and how answers are scored."""
 
 import dataclasses
+import hashlib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,8 +15,14 @@ from torch.utils.data import Dataset
 from .sampling import draw_words, stream_key
 
 
+if TYPE_CHECKING:
+    import datasets
+
+
 # A split that leaves some part unseen is drawn again, this often at most.
 _MAX_SPLIT_DRAWS = 20_000
+# The samples of every split that the fingerprint is made of: its first 64, and the last 64 of 20 million.
+_FINGERPRINT_INDICES = np.r_[0:64, 19_999_936:20_000_000]
 
 
 @dataclasses.dataclass
@@ -63,6 +70,22 @@ class Task(ABC):
         """Columns of the samples with these indices, each an array whose first axis are the samples."""
 
     @abstractmethod
+    def features(self) -> "datasets.Features":
+        """The columns of a published table of samples, see `to_table`."""
+
+    @abstractmethod
+    def to_table(self, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Samples as the columns that `features` names: what somebody who does not train our models wants to see."""
+
+    @abstractmethod
+    def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The samples that `to_table` made this table of."""
+
+    @abstractmethod
+    def show(self, sample: dict[str, np.ndarray]) -> str:
+        """One sample as text of a few lines."""
+
+    @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
         """Scores, by `metric_names`, of a model's logits on samples with these labels and inputs."""
 
@@ -70,6 +93,21 @@ class Task(ABC):
     def settings(self) -> dict[str, Any]:
         """The settings by name, as `get_task` takes them."""
         return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """
+        What shows that two machines draw the same data: `"sha256:"` and the digest, in hexadecimal, of the following bytes.
+
+        For every split in the order of `splits`, and for every column of `samples(split, indices)` in its order, where
+        indices are 0 to 63 and 19,999,936 to 19,999,999: the text `split/column dtype shape` and a line feed, such as
+        `train/labels int64 (128, 4)`, in ASCII; then the column in C order, its numbers little-endian.
+        """
+        digest = hashlib.sha256()
+        for split in self.splits:
+            for name, column in self.samples(split, _FINGERPRINT_INDICES).items():
+                digest.update(f"{split}/{name} {column.dtype} {column.shape}\n".encode("ascii"))
+                digest.update(column.astype(column.dtype.newbyteorder("<")).tobytes())
+        return f"sha256:{digest.hexdigest()}"
 
     def combinations(self, split: str) -> list[tuple[int, ...]]:
         """The combinations of a split, each a sorted tuple of ids."""
@@ -155,12 +193,22 @@ class Task(ABC):
         )
 
 
-class SampleList(list):
-    """A list of samples (dicts of arrays), which are views of `columns`."""
+class SampleList(Sequence):
+    """
+    The samples of a batch, each a dict of arrays that are views of `columns`; the dicts are made when asked for, since
+    `Task.collate` reads the columns whole and making them takes longer than drawing the samples.
+    """
 
     def __init__(self, columns: dict[str, np.ndarray]):
-        super().__init__(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return SampleList({name: column[index] for name, column in self.columns.items()})
+        return {name: column[index] for name, column in self.columns.items()}
 
 
 class TaskDataset(Dataset):
@@ -189,4 +237,7 @@ class TaskDataset(Dataset):
             raise IndexError(
                 f"Indices must lie in 0 to {self.num_samples - 1}, got {numbers.min()} to {numbers.max()}."
             )
-        return SampleList(self.task.samples(self.split, numbers))
+        return SampleList(self._samples(numbers))
+
+    def _samples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return self.task.samples(self.split, indices)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from huggingface_hub.dataclasses import strict
@@ -12,6 +12,9 @@ from ..metrics.functions import base_mse, logic_r2
 from .base import Task
 from .sampling import below, uniform
 
+
+if TYPE_CHECKING:
+    import datasets
 
 _SET_ASIDE = 0.25
 
@@ -115,6 +118,47 @@ class LogicTask(Task):
             "terms": terms,
             "base_mse": base_mse(values).astype(np.float32),
         }
+
+    def features(self) -> "datasets.Features":
+        from datasets import ClassLabel, Features, List, Value
+
+        number = Value("float32")
+        terms = ClassLabel(names=[self._term(term) for term in range(2**self.num_variables)])
+        return Features(
+            {
+                "points": List(List(number, length=self.num_variables), length=self.num_examples),
+                "values": List(number, length=self.num_examples - 1),
+                "target": number,
+                "terms": List(terms, length=self.num_terms),
+                "base_mse": number,
+            }
+        )
+
+    def to_table(self, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        points, values = samples["input_values"][..., :-1], samples["input_values"][:, :-1, -1]
+        described = {"terms": samples["terms"], "base_mse": samples["base_mse"]}
+        return {"points": points, "values": values, "target": samples["labels"], **described}
+
+    def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values = np.pad(table["values"], ((0, 0), (0, 1)))  # the asked value is not shown
+        input_values = np.concatenate([table["points"], values[..., None]], axis=-1)
+        described = {"terms": table["terms"], "base_mse": table["base_mse"]}
+        return {"input_values": input_values, "labels": table["target"], **described}
+
+    def show(self, sample: dict[str, np.ndarray]) -> str:
+        points = [
+            f"f({', '.join(f'{x:.2f}' for x in point[:-1])}) = {point[-1]:.2f}" for point in sample["input_values"]
+        ]
+        points[-1] = points[-1].partition(" = ")[0] + " = ?"
+        hidden = [f"... {len(points) - 4} more ..."] if len(points) > 4 else []
+        function = " or ".join(f"({self._term(int(term))})" for term in sample["terms"])
+        return "\n".join(
+            [*points[:3], *hidden, *points[3:][-1:], f"answer: {sample['labels']:.2f}", f"f = {function}"]
+        )
+
+    def _term(self, term: int) -> str:
+        bits = f"{term:0{self.num_variables}b}"
+        return " and ".join(f"x{i}" if bit == "1" else f"not x{i}" for i, bit in enumerate(bits, start=1))
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
         values = np.concatenate([inputs[:, :-1, -1], labels.reshape(-1, 1)], axis=1)

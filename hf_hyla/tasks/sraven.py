@@ -4,34 +4,26 @@ import dataclasses
 import itertools
 import math
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from huggingface_hub.dataclasses import strict
 
 from ..metrics.functions import sraven_accuracy
+from .ambiguity import ambiguity
 from .base import Task
+from .rules import DISTRIBUTE_THREE, GRID, INCREMENT, RULES, SIGN
 from .sampling import below
 
 
-GRID = 3
-# Of each rule: its name, what a row adds from column to column, and the sign of the second column in the third where the
-# second is free. A rule of another form, as the last, is drawn by a function of its own.
-_RULES = (
-    ("constant", 0, 0),
-    ("progression +1", 1, 0),
-    ("progression +2", 2, 0),
-    ("progression -1", -1, 0),
-    ("progression -2", -2, 0),
-    ("sum", 0, 1),
-    ("difference", 0, -1),
-    ("distribute three", 0, 0),
-)
-RULES = tuple(name for name, _, _ in _RULES)
-_INCREMENT = np.array([increment for _, increment, _ in _RULES])
-_SIGN = np.array([sign for _, _, sign in _RULES])
-_DISTRIBUTE_THREE = RULES.index("distribute three")
+if TYPE_CHECKING:
+    import datasets
+
 _ORDERS = np.array(list(itertools.permutations(range(GRID))))
+# Unambiguous tasks: a split without a unique puzzle among its first is refused, so that a sample hardly ever needs as
+# many draws as are made at most.
+_FIRST = 512
+_MAX_ATTEMPTS = 20_000
 
 
 @strict
@@ -51,6 +43,10 @@ class SravenTask(Task):
         num_values (`int`, *optional*, defaults to 8): values of a feature, at least 3; arithmetic is modulo this.
         held_out (`float`, *optional*, defaults to 0.25): fraction of the rule combinations held out of training.
         permute (`bool`, *optional*, defaults to `True`): whether columns permute the features.
+        unambiguous (`bool`, *optional*, defaults to `False`):
+            whether only puzzles with a unique answer are drawn, by the strict meaning of `ambiguity`. Sample i is then the
+            first such puzzle of those drawn for i, of which the first is sample i of the task as it is. Rules that are
+            mistaken for others more often become rarer.
         seed (`int`, *optional*, defaults to 0): of the held-out combinations and of all samples.
     """
 
@@ -61,12 +57,13 @@ class SravenTask(Task):
         "ood": "rule combinations that were held out, of rules that were trained",
     }
     model_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
-    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "feature_accuracy")
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "feature_accuracy", "accuracy_unique")
 
     num_features: int = 4
     num_values: int = 8
     held_out: float | int = 0.25
     permute: bool = True
+    unambiguous: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -77,6 +74,8 @@ class SravenTask(Task):
                 f"num_values must be at least {GRID}, since 'distribute three' needs three symbols, got {self.num_values}."
             )
         self._combinations  # noqa: B018  refuses an impossible split here rather than in training
+        if self.unambiguous:
+            self._check_unique_puzzles_exist()
 
     @property
     def num_samples(self) -> dict[str, int]:
@@ -113,8 +112,35 @@ class SravenTask(Task):
         return np.array(list(itertools.permutations(range(self.num_features))))
 
     def _sample(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+        samples = self._draw(split, indices)
+        if not self.unambiguous:
+            return samples
+        left = np.arange(len(indices))
+        for attempt in range(1, _MAX_ATTEMPTS):
+            drawn = samples if attempt == 1 else {name: column[left] for name, column in samples.items()}
+            left = left[self.ambiguous(drawn["input_ids"], drawn["labels"])[1]]
+            if not len(left):
+                return samples
+            for name, column in self._draw(split, indices[left], attempt).items():
+                samples[name][left] = column
+        raise ValueError(
+            f"No puzzle with a unique answer was found for sample {indices[left[0]]} of {split} in {_MAX_ATTEMPTS} draws: "
+            "choose a larger num_values or fewer features."
+        )
+
+    def _check_unique_puzzles_exist(self) -> None:
+        for split in self.splits:
+            first = self._draw(split, np.arange(_FIRST))
+            if self.ambiguous(first["input_ids"], first["labels"])[1].all():
+                raise ValueError(
+                    f"unambiguous=True needs puzzles with a unique answer, but none of the first {_FIRST} of {split} is one: "
+                    "choose a larger num_values or fewer features."
+                )
+
+    def _draw(self, split: str, indices: np.ndarray, attempt: int = 0) -> dict[str, np.ndarray]:
         count, features = len(indices), self.num_features
-        words = self._words(split, indices, 1 + GRID + features * 4 * GRID)
+        # The first attempt is the task's own stream.
+        words = self._words(f"{split}/{attempt}" if attempt else split, indices, 1 + GRID + features * 4 * GRID)
         combinations = self._combinations[split]
         rules = combinations[below(words[:, 0], len(combinations))]
         rows = self._rows(rules, words[:, 1 + GRID :].reshape(count, features, 4, GRID))
@@ -133,11 +159,11 @@ class SravenTask(Task):
         """Rows (sample, feature, row, column) that follow the rules (sample, feature), not yet permuted."""
         first = below(words[:, :, 0], self.num_values)
         free = below(words[:, :, 1], self.num_values)
-        increment, sign = _INCREMENT[rules][..., None], _SIGN[rules][..., None]
+        increment, sign = INCREMENT[rules][..., None], SIGN[rules][..., None]
         second = np.where(sign == 0, first + increment, free)
         third = np.where(sign == 0, first + 2 * increment, first + sign * free)
         rows = np.stack([first, second, third], axis=-1) % self.num_values
-        three = rules == _DISTRIBUTE_THREE
+        three = rules == DISTRIBUTE_THREE
         rows[three] = self._distributed(words[three][:, 2:])
         return rows
 
@@ -154,5 +180,58 @@ class SravenTask(Task):
         orders = _ORDERS[below(words[:, 1], len(_ORDERS))]
         return symbols[np.arange(len(symbols))[:, None, None], orders]
 
+    def features(self) -> "datasets.Features":
+        from datasets import ClassLabel, Features, List, Value
+
+        def numbers(*shape: int):
+            return List(numbers(*shape[1:]), length=shape[0]) if shape else Value("int64")
+
+        return Features(
+            {
+                "panels": numbers(GRID * GRID - 1, self.num_features),
+                "answer": numbers(self.num_features),
+                "rules": List(ClassLabel(names=list(RULES)), length=self.num_features),
+                "permutations": numbers(GRID, self.num_features),
+                "ambiguous_official": Value("bool"),
+                "ambiguous_strict": Value("bool"),
+            }
+        )
+
+    def to_table(self, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        official, strict = self.ambiguous(samples["input_ids"], samples["labels"])
+        panels = samples["input_ids"][:, : -self.num_features].reshape(-1, GRID * GRID - 1, self.num_features)
+        described = {"rules": samples["rules"], "permutations": samples["permutations"]}
+        ambiguous = {"ambiguous_official": official, "ambiguous_strict": strict}
+        return {"panels": panels, "answer": samples["labels"], **described, **ambiguous}
+
+    def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        answer = table["answer"]
+        shown = table["panels"].reshape(len(answer), -1)
+        input_ids = np.concatenate([shown, np.full_like(answer, self.num_values)], axis=1)
+        described = {"rules": table["rules"], "permutations": table["permutations"]}
+        return {"input_ids": input_ids, "labels": answer, **described}
+
+    def show(self, sample: dict[str, np.ndarray]) -> str:
+        panels = cells(sample["input_ids"][None], sample["labels"][None])[0].tolist()
+        width = len(str(self.num_values - 1))
+        texts = [[" ".join(f"{value:>{width}}" for value in panel) for panel in row] for row in panels]
+        answer, texts[-1][-1] = texts[-1][-1], "?"
+        rules = ", ".join(RULES[rule] for rule in sample["rules"])
+        return "\n".join([*("  |  ".join(row) for row in texts), f"answer: {answer}", f"rules: {rules}"])
+
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
-        return sraven_accuracy(logits.argmax(axis=-1), labels)
+        predictions = logits.argmax(axis=-1)
+        unique = ~self.ambiguous(inputs, labels)[1]
+        scores = sraven_accuracy(predictions, labels)
+        on_unique = sraven_accuracy(predictions[unique], labels[unique])["accuracy"] if unique.any() else math.nan
+        return scores | {"accuracy_unique": on_unique}
+
+    def ambiguous(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`ambiguity` of these samples: official and strict, each (samples,)."""
+        return ambiguity(cells(input_ids, labels), self.num_values, self.permute)
+
+
+def cells(input_ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The nine panels (samples, row, column, feature) of `input_ids` (samples, 9 · features) and `labels` (samples, features)."""
+    count, features = labels.shape
+    return np.concatenate([input_ids[:, :-features], labels], axis=1).reshape(count, GRID, GRID, features)

@@ -56,6 +56,26 @@ def test_every_term_of_ood_occurs_in_train(seed):
     assert set(itertools.chain(*task.combinations("ood"))) <= set(itertools.chain(*task.combinations("train")))
 
 
+def test_no_task_of_one_split_is_drawn_in_another():
+    task = get_task("logic", held_out=0.7)
+    drawn = {split: {tuple(terms) for terms in task.samples(split, np.arange(3000))["terms"]} for split in task.splits}
+    assert drawn["test"] == drawn["train"] == set(task.combinations("train"))
+    assert not drawn["train"] & drawn["ood"] and not (drawn["train"] | drawn["ood"]) & drawn["extrapolation"]
+
+
+def test_points_and_targets_are_distributed_as_in_the_official_generator(golden):
+    official = load_file(golden / "logic_samples.safetensors")
+    ours = get_task("logic").samples("train", np.arange(10_000))["input_values"][:, :-1]
+    # 256 tasks: the greatest distance of two distribution functions, points being independent and values of a task not.
+    for theirs, drawn, bound in (
+        (official["train.inputs"], ours[..., :-1], 2 / official["train.inputs"].size ** 0.5),
+        (official["train.targets"], ours[..., -1], 2 / 256**0.5),
+    ):
+        grid = np.linspace(0, 1, 101)
+        left, right = (np.searchsorted(np.sort(values.ravel()), grid) / values.size for values in (theirs, drawn))
+        assert np.abs(left - right).max() < bound
+
+
 def test_points_are_fresh_in_every_split():
     task = get_task("logic")
     points = [task.samples(split, np.arange(500))["input_values"][:, 0, 0] for split in task.splits]

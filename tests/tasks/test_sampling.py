@@ -14,6 +14,13 @@ def test_words_are_the_same_alone_in_any_order_and_in_any_batch():
     assert draw_words(key, np.array([], dtype=np.int64), 7).shape == (0, 7)
 
 
+def test_words_are_those_that_numpys_philox_draws_from_the_samples_counter():
+    key = stream_key("a", 1, "train")
+    for index in (0, 1, 7, 19_999_999, 2**40):
+        words = np.random.Philox(key=key, counter=3 * index).random_raw(12)
+        assert np.array_equal(draw_words(key, np.array([5, index]), 10)[1], words[:10])
+
+
 def test_words_are_pinned():
     # A change here changes every sample of every task: committed results would no longer be reproducible.
     words = draw_words(stream_key("logic", 0, "train"), np.array([0, 19_999_999]), 2)

@@ -127,6 +127,42 @@ def test_statistics_match_the_official_generator(golden):
         assert abs(left - right) < 5 * (max(right, 0.01) / 512) ** 0.5
 
 
+def chi_square_is_small(theirs: np.ndarray, ours: np.ndarray, categories: int) -> bool:
+    """Whether two samples of category numbers may come from one distribution: chi-square within five deviations."""
+    counts = np.array([np.bincount(values.ravel(), minlength=categories) for values in (theirs, ours)], dtype=float)
+    counts = counts[:, counts.sum(axis=0) > 0]
+    expected = counts.sum(axis=1, keepdims=True) * counts.sum(axis=0) / counts.sum()
+    freedom = counts.shape[1] - 1
+    return ((counts - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_rules_values_and_permutations_are_as_frequent_as_in_the_official_generator(golden):
+    theirs, ours = official_puzzles(golden), our_puzzles(get_task("sraven"), "train", 20_000)
+    for rule in range(NUM_RULES):
+        assert chi_square_is_small((theirs[1] == rule).sum(axis=1), (ours[1] == rule).sum(axis=1), 5)
+        # The comparison can tell: were every first rule this one, it would fail.
+        changed = np.where(np.arange(4) == 0, rule, ours[1])
+        assert not chi_square_is_small((theirs[1] == rule).sum(axis=1), (changed == rule).sum(axis=1), 5)
+    orders = np.array([64, 16, 4, 1])
+    for column in range(3):
+        assert chi_square_is_small(theirs[2][:, column] @ orders, ours[2][:, column] @ orders, 256)
+
+    def by_rule(panels, rules, permutations):
+        """Of each feature before it was permuted: its rule, and its nine cells."""
+        before = np.empty_like(panels, dtype=int)
+        np.put_along_axis(before, permutations[:, None].astype(int), panels.astype(int), axis=-1)
+        return rules.ravel(), before.transpose(0, 3, 1, 2).reshape(-1, 3, 3)
+
+    (their_rules, their_cells), (our_rules, our_cells) = by_rule(*theirs), by_rule(*ours)
+    for rule in range(NUM_RULES):
+        left, right = their_cells[their_rules == rule], our_cells[our_rules == rule]
+        # Values of each cell, and how two rows and two columns go together.
+        for row, column in itertools.product(range(3), repeat=2):
+            assert chi_square_is_small(left[:, row, column], right[:, row, column], 8)
+        assert chi_square_is_small(left[:, 0, :2] @ [8, 1], right[:, 0, :2] @ [8, 1], 64)
+        assert chi_square_is_small(left[:, :2, 0] @ [8, 1], right[:, :2, 0] @ [8, 1], 64)
+
+
 def test_splits_are_disjoint_sorted_and_of_the_papers_sizes():
     task = get_task("sraven")
     train, ood = task.combinations("train"), task.combinations("ood")
@@ -146,8 +182,15 @@ def test_no_puzzle_of_test_is_in_the_beginning_of_train():
     assert not {row.tobytes() for row in train} & {row.tobytes() for row in test}
 
 
-@pytest.mark.parametrize("held_out", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("num_features", [2, 4])
+@pytest.mark.parametrize("num_features", range(2, 9))
+def test_no_task_of_ood_is_drawn_in_train_or_test(num_features):
+    task = get_task("sraven", num_features=num_features)
+    drawn = {split: {tuple(rules) for rules in task.samples(split, np.arange(2000))["rules"]} for split in task.splits}
+    assert not drawn["ood"] & (drawn["train"] | drawn["test"])
+
+
+@pytest.mark.parametrize("held_out", [0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("num_features", [2, 4, 8])
 def test_every_rule_occurs_in_train_whatever_is_held_out(held_out, num_features):
     for seed in range(3):
         task = get_task("sraven", num_features=num_features, held_out=held_out, seed=seed)
@@ -167,7 +210,7 @@ def test_items_have_the_documented_form_alone_and_in_batches():
     dataset = get_task("sraven").dataset("ood")
     assert len(dataset) == 51_200 and len(get_task("sraven").dataset("train")) == 20_000_000
     batch = dataset.__getitems__([5, 0, 51_199])
-    assert isinstance(batch, list) and len(batch) == 3
+    assert len(batch) == 3
     for index, item in zip([5, 0, 51_199], batch, strict=True):
         alone = dataset[index]
         assert set(alone) == {"input_ids", "labels", "rules", "permutations"}
