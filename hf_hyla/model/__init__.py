@@ -2,6 +2,13 @@
 
 from .configuration_hyla import HylaConfig
 from .modeling_hyla import HylaForSequenceClassification, HylaModel, HylaPreTrainedModel
+from .pipeline_hyla import SymbolicReasoningPipeline
 
 
-__all__ = ["HylaConfig", "HylaForSequenceClassification", "HylaModel", "HylaPreTrainedModel"]
+__all__ = [
+    "HylaConfig",
+    "HylaForSequenceClassification",
+    "HylaModel",
+    "HylaPreTrainedModel",
+    "SymbolicReasoningPipeline",
+]

@@ -31,23 +31,72 @@ RMS_HEAD_EPS = 1e-6
 
 def relative_position_buckets(query_length: int, key_length: int, num_buckets: int, device=None) -> torch.Tensor:
     """
-    Distance bucket of every (query, key) pair, after T5 in its unidirectional form, which the reference uses for
-    non-causal tasks too: all later keys share bucket 0 with the query itself.
+    Distance buckets after T5 in its unidirectional form, which the reference uses for non-causal tasks too: all later
+    keys share bucket 0 with the query itself. The last query stands beside the last key.
 
     Distances up to `num_buckets // 2` have a bucket each; beyond, buckets widen logarithmically until distance
-    `num_buckets`, from which on all share the last one. The last query stands beside the last key.
+    `num_buckets`, from which on all share the last one.
 
     Returns:
-        `torch.LongTensor` of shape (query, key), values 0 to `num_buckets - 1`.
+        `torch.LongTensor` of shape (query + key - 1,), values 0 to `num_buckets - 1`, by diagonal as in `by_pair`.
     """
-    key_position = torch.arange(key_length, device=device)
-    query_position = torch.arange(key_length - query_length, key_length, device=device)
-    distance = (query_position[:, None] - key_position[None, :]).clamp(min=0)
+    distance = (key_length - 1 - torch.arange(query_length + key_length - 1, device=device)).clamp(min=0)
     num_exact = num_buckets // 2
     # Where the argument is below 1 the value is not used; the clamp keeps the logarithm finite there.
     relative = (distance.float() / num_exact).clamp(min=1.0)
     logarithmic = num_exact + (relative.log() / math.log(num_buckets / num_exact) * (num_buckets - num_exact)).long()
     return torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
+
+
+def by_pair(by_diagonal: torch.Tensor, query_length: int, key_length: int) -> torch.Tensor:
+    """
+    Numbers of (query, key) pairs that depend on key - query alone, written out.
+
+    Args:
+        by_diagonal (`torch.Tensor` of shape (..., query + key - 1)): entry `key - query + query_length - 1` belongs to the
+            pair.
+
+    Returns:
+        `torch.Tensor` of shape (..., query, key).
+    """
+    query = torch.arange(query_length, device=by_diagonal.device)
+    key = torch.arange(key_length, device=by_diagonal.device)
+    return by_diagonal[..., key[None, :] - query[:, None] + query_length - 1]
+
+
+def pair_dropout(
+    queries: torch.Tensor, keys: torch.Tensor, seed: torch.Tensor, dropout: float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """
+    What dropout multiplies the codes of pairs with: 0, or 1 / (1 - dropout). One number for the whole batch and all heads,
+    as in the reference: a pair is dropped, never a part of its code.
+
+    A pure function of the seed and the pair, so that every backend, and every process that draws the same seed, drops the
+    same pairs, and nothing of size query * key has to be kept for the backward.
+
+    Args:
+        queries, keys (`torch.LongTensor` of shapes (query,) and (key,)): positions.
+        seed (`torch.LongTensor` of shape (2,)): numbers from 0 to 2**31 - 1.
+
+    Returns:
+        `torch.Tensor` of shape (query, key).
+    """
+    words = _mix(_mix(queries ^ seed[0])[:, None] ^ _mix(keys ^ seed[1])[None, :])
+    return (words >= int(dropout * 2**32)).to(dtype) / (1 - dropout)
+
+
+def _mix(words: torch.Tensor) -> torch.Tensor:
+    # A permutation of 32-bit words in the manner of MurmurHash3's last step. In 64 bits no product overflows.
+    words = words ^ (words >> 16)
+    words = (words * 0x21F0AAAD) & 0xFFFFFFFF
+    words = words ^ (words >> 15)
+    words = (words * 0x735A2D97) & 0xFFFFFFFF
+    return words ^ (words >> 15)
+
+
+def dropout_seed(device) -> torch.Tensor:
+    """A seed for `pair_dropout`, from the generator of the device: one draw per layer and step, whatever the batch."""
+    return torch.randint(2**31, (2,), device=device)
 
 
 def attended(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -80,14 +129,15 @@ def attention_codes(
 
     Args:
         attention_mask (`torch.Tensor`, *optional*): broadcastable to (batch, 1, query, key), see `attended`.
-        position_bias (`torch.Tensor`, *optional*): broadcastable to (batch, heads, query, key).
+        position_bias (`torch.Tensor`, *optional*): (heads, query + key - 1), by diagonal as in `by_pair`, or broadcastable
+            to (batch, heads, query, key).
 
     Returns:
         `torch.Tensor` of shape (batch, heads, query, key), in the queries' dtype.
     """
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if position_bias is not None:
-        scores = scores + position_bias
+        scores = scores + (by_pair(position_bias, *scores.shape[-2:]) if position_bias.ndim == 2 else position_bias)
     # Half precision overflows in squares and exponentials; double precision stays what it is.
     norm_dtype = torch.promote_types(scores.dtype, torch.float32)
     if score_norm == "softmax":
@@ -147,13 +197,16 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    first_query: int = 0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The definition of all attention types, in the signature of transformers' attention functions.
 
     `module` says which: `score_norm`, `attention_type`, `value_activation` (a module or `None`) and `value_mixing` (a
-    parameter or `None`), as `HylaAttention` has them.
+    parameter or `None`), as `HylaAttention` has them. `seed` is that of `pair_dropout`, drawn here where it is `None`;
+    `first_query` is the position of the first of these queries, where they are a part of all.
 
     Returns:
         output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
@@ -161,8 +214,9 @@ def eager_attention_forward(
     codes = attention_codes(query, key, scaling, module.score_norm, attention_mask, position_bias)
     used = codes
     if dropout > 0.0:
-        # One mask for the whole batch and all heads, as in the reference: a pair is dropped, never a part of its code.
-        used = codes * nn.functional.dropout(codes.new_ones(codes.shape[-2:]), p=dropout)
+        seed = dropout_seed(codes.device) if seed is None else seed
+        queries, keys = (torch.arange(length, device=codes.device) for length in codes.shape[-2:])
+        used = codes * pair_dropout(queries + first_query, keys, seed, dropout, codes.dtype)
     if module.attention_type == "hyla":
         output = generated_values(used, value, module.value_activation, module.value_mixing)
     else:

@@ -178,6 +178,10 @@ class HylaConfig(PreTrainedConfig):
             "AutoModel": "modeling_hyla.HylaModel",
             "AutoModelForSequenceClassification": "modeling_hyla.HylaForSequenceClassification",
         }
+        # transformers would ask for leave to run the repository's pipeline even where the package has registered its own.
+        kwargs.pop("custom_pipelines", None)
+        if _is_remote_code():
+            kwargs["custom_pipelines"] = _custom_pipelines()
         super().__post_init__(**kwargs)
 
         for name in ("head_dim", "value_head_dim"):
@@ -188,6 +192,10 @@ class HylaConfig(PreTrainedConfig):
                         f"of {self.num_attention_heads}: set {name}, or change one of the two."
                     )
                 setattr(self, name, self.hidden_size // self.num_attention_heads)
+
+    def to_dict(self) -> dict:
+        # transformers puts classes, which are not JSON, into the entry of the config that it loads a pipeline by.
+        return super().to_dict() | {"custom_pipelines": _custom_pipelines()}
 
     def to_diff_dict(self) -> dict:
         # transformers does not write its default of two labels, and reading would then give our default of eight.
@@ -229,10 +237,9 @@ class HylaConfig(PreTrainedConfig):
             raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {self.problem_type!r}.")
         if self.format_version != FORMAT_VERSION:
             # Where the package is installed, transformers takes it rather than the code beside the weights.
-            remote = __name__.startswith("transformers_modules.")
             logger.warning_once(
                 f"This model was saved in format {self.format_version}, but the code in use, "
-                f"{'which lies beside the weights' if remote else 'the installed package hf_hyla'}, reads format "
+                f"{'which lies beside the weights' if _is_remote_code() else 'the installed package hf_hyla'}, reads format "
                 f"{FORMAT_VERSION} and may misread it: use the version of hf_hyla that saved the model."
             )
         if not 0 <= self.attention_dropout < 1:
@@ -275,6 +282,15 @@ class HylaConfig(PreTrainedConfig):
                 f"score_norm={self.score_norm!r} does not go with attention_type={self.attention_type!r}: softmax scores "
                 "with mixed values are attention_type='softmax', all others are 'linear'."
             )
+
+
+def _is_remote_code() -> bool:
+    return __name__.startswith("transformers_modules.")
+
+
+def _custom_pipelines() -> dict[str, dict]:
+    implementation = "pipeline_hyla.SymbolicReasoningPipeline"
+    return {"symbolic-reasoning": {"impl": implementation, "pt": ["AutoModelForSequenceClassification"]}}
 
 
 _LEAST = {

@@ -69,19 +69,30 @@ class HylaAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_buckets: torch.Tensor | None = None,
+        num_last: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Output (batch, query, hidden_size), and the codes (batch, heads, query, key) where they were asked for. The queries
+        are all tokens, or the last `num_last` of them.
+        """
         batch, length, _ = hidden_states.shape
-        query = self.q_norm(self.q_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
+        queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
+        query = self.q_norm(self.q_proj(queries).view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
 
         position_bias = None
         if self.relative_attention_bias is not None:
-            position_bias = self.relative_attention_bias[:, position_buckets].unsqueeze(0)
+            # By diagonal, of which fewer queries have fewer: those that count from the last key.
+            position_bias = self.relative_attention_bias[:, position_buckets[: queries.shape[1] + length - 1]]
+        if num_last is not None and attention_mask is not None and attention_mask.shape[2] > 1:
+            attention_mask = attention_mask[:, :, -num_last:]
 
+        # Only the eager form has the codes at hand to return.
+        codes_wanted = kwargs.get("output_attentions", self.config.output_attentions)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            "eager" if codes_wanted else self.config._attn_implementation, eager_attention_forward
         )
         output, codes = attention(
             self,
@@ -94,7 +105,7 @@ class HylaAttention(nn.Module):
             position_bias=position_bias,
             **kwargs,
         )
-        return self.o_proj(output.reshape(batch, length, -1)), codes
+        return self.o_proj(output.reshape(*queries.shape[:2], -1)), codes
 
 
 class HylaMLP(nn.Module):
@@ -161,13 +172,18 @@ class HylaLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_buckets: torch.Tensor | None = None,
+        num_last: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """Hidden states of all tokens, or of the last `num_last`, which see all."""
         attention_output, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_buckets=position_buckets,
+            num_last=num_last,
             **kwargs,
         )
+        if num_last is not None:
+            hidden_states = hidden_states[:, -num_last:]
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

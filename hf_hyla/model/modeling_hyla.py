@@ -28,8 +28,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hyla import attended, relative_position_buckets
+from .backends_hyla import BACKENDS
 from .configuration_hyla import HylaConfig
 from .layers_hyla import HylaAttention, HylaLayer, HylaMoE, HylaRouter
+from .pipeline_hyla import SymbolicReasoningPipeline
 
 
 # What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
@@ -68,6 +70,20 @@ class HylaPreTrainedModel(PreTrainedModel):
     }
     # HYLA mixes heads and RMSHead normalises over them, so that neither heads nor sequence can be split over devices.
     _supports_context_parallel = False
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """
+        The default is `"hyla"`, the fastest exact form; transformers' own functions would compute other attention.
+
+        Raises:
+            ValueError: for anything but the names of `BACKENDS`.
+        """
+        name = "hyla" if requested_attention is None else requested_attention
+        if name not in BACKENDS:
+            raise ValueError(
+                f"HYLA models have no attn_implementation {name!r}: expected one of {', '.join(BACKENDS)}."
+            )
+        return name
 
     # Every kind of module in this file is initialised here, none by the base class.
     # trf-ignore: TRF018
@@ -148,6 +164,7 @@ class HylaModel(HylaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
+        num_last: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
@@ -162,9 +179,11 @@ class HylaModel(HylaPreTrainedModel):
                 What `get_input_embeddings()` would return for the inputs.
             input_values (`torch.FloatTensor` of shape (batch, sequence, input_size), *optional*):
                 Continuous tokens, for models with `input_size`.
+            num_last (`int`, *optional*):
+                Compute the last layer for that many last tokens only, where nobody reads the others.
 
         Returns:
-            `HylaModelOutput` with `last_hidden_state` (batch, sequence, hidden_size); on request `hidden_states`,
+            `HylaModelOutput` with `last_hidden_state` (batch, sequence or num_last, hidden_size); on request `hidden_states`,
             `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key), and `router_logits`.
         """
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
@@ -175,8 +194,11 @@ class HylaModel(HylaPreTrainedModel):
             position_buckets = relative_position_buckets(
                 length, length, self.config.relative_attention_num_buckets, hidden_states.device
             )
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=mask, position_buckets=position_buckets, **kwargs)
+        for number, layer in enumerate(self.layers, start=1):
+            last = num_last if number == len(self.layers) else None
+            hidden_states = layer(
+                hidden_states, attention_mask=mask, position_buckets=position_buckets, num_last=last, **kwargs
+            )
         return HylaModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def _pair_mask(self, hidden_states, attention_mask) -> torch.Tensor | None:
@@ -309,6 +331,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
+            num_last=self._num_last(input_ids, attention_mask, kwargs),
             return_dict=True,
             **kwargs,
         )
@@ -331,6 +354,21 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             aux_loss=aux_loss,
             router_logits=outputs.router_logits or None,
         )
+
+    def _num_last(self, input_ids, attention_mask, kwargs) -> int | None:
+        """
+        How many last tokens of the last layer are read; `None` where padding may follow, where all were asked for, and in
+        the eager form, which takes no shortcut.
+        """
+        padded = (attention_mask is not None and attention_mask.ndim == 2) or (
+            self.config.pad_token_id is not None and input_ids is not None
+        )
+        recorded = any(
+            kwargs.get(name, getattr(self.config, name))
+            for name in ("output_hidden_states", "output_attentions", "output_router_logits")
+        )
+        plain = self.config._attn_implementation == "eager"
+        return None if padded or recorded or plain else self.config.num_answers
 
     def _answer_states(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
         """Hidden states (batch, num_answers, hidden_size) of each row's last `num_answers` tokens."""
@@ -415,4 +453,5 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
 HylaModel.register_for_auto_class("AutoModel")
 HylaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["HylaForSequenceClassification", "HylaModel", "HylaPreTrainedModel"]
+# The pipeline is of no use here, but what this file imports is saved with every model.
+__all__ = ["HylaForSequenceClassification", "HylaModel", "HylaPreTrainedModel", "SymbolicReasoningPipeline"]

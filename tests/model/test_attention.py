@@ -9,6 +9,7 @@ import torch
 from hf_hyla.model.attention_hyla import (
     RMS_HEAD_EPS,
     activation_or_none,
+    by_pair,
     eager_attention_forward,
     relative_position_buckets,
 )
@@ -32,7 +33,9 @@ ROWS = [
 
 
 class Layer:
-    """What `eager_attention_forward` reads of a layer."""
+    """What attention functions read of a layer."""
+
+    training = False
 
     def __init__(self, attention_type, score_norm, value_activation, value_mixing):
         self.attention_type = attention_type
@@ -205,17 +208,18 @@ def exact_bucket(distance: int, num_buckets: int) -> int:
 @pytest.mark.parametrize("num_buckets", [2, 3, 7, 16, 32, 36, 63, 64, 96, 128])
 def test_position_buckets_equal_t5_unidirectional(num_buckets):
     length = 2 * num_buckets + 1
-    buckets = relative_position_buckets(length, length, num_buckets)
+    buckets = by_pair(relative_position_buckets(length, length, num_buckets), length, length)
     for query, key in itertools.product(range(length), repeat=2):
         assert buckets[query, key] == exact_bucket(query - key, num_buckets), (query, key)
 
 
 def test_position_buckets_of_the_sraven_model_have_the_reference_quirks():
-    buckets = relative_position_buckets(36, 36, 36)
+    buckets = by_pair(relative_position_buckets(36, 36, 36), 36, 36)
     assert 21 not in buckets
     assert buckets[31, 0] == buckets[32, 0]
     assert (buckets.triu() == 0).all()  # all later keys share bucket 0
 
 
 def test_last_query_stands_beside_the_last_key():
-    torch.testing.assert_close(relative_position_buckets(3, 9, 16), relative_position_buckets(9, 9, 16)[-3:])
+    some, all_of_them = (by_pair(relative_position_buckets(n, 9, 16), n, 9) for n in (3, 9))
+    torch.testing.assert_close(some, all_of_them[-3:])

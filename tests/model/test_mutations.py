@@ -15,6 +15,7 @@ from hf_hyla.model.attention_hyla import (
     eager_attention_forward,
     generated_values,
     mixed_values,
+    pair_dropout,
     relative_position_buckets,
 )
 from hf_hyla.model.modeling_hyla import HylaAttention, HylaModel
@@ -133,7 +134,8 @@ MUTATIONS = {
     "position bias added after normalisation": (
         eager_attention_forward,
         "codes = attention_codes(query, key, scaling, module.score_norm, attention_mask, position_bias)",
-        "codes = attention_codes(query, key, scaling, module.score_norm, attention_mask) + position_bias",
+        "codes = attention_codes(query, key, scaling, module.score_norm, attention_mask) + (\n"
+        "        by_pair(position_bias, query.shape[2], key.shape[2]) if position_bias.ndim == 2 else position_bias)",
         [loop(SOFTMAX), loop(HYLA), official("raven_softmax_attention"), official("logic_linear_hypatt")],
     ),
     "position bias left out": (
@@ -148,13 +150,13 @@ MUTATIONS = {
         "torch.matmul(query,",
         [loop(SOFTMAX), loop(LINEAR), loop(HYLA), official("logic_linear_hypatt"), cross],
     ),
-    "dropout drawn per head": (eager_attention_forward, "codes.shape[-2:]", "codes.shape[1:]", [dropout]),
-    "dropout drawn per sample": (
+    "dropout drawn per head": (
         eager_attention_forward,
-        "codes.new_ones(codes.shape[-2:])",
-        "codes.new_ones(codes.shape[0], 1, *codes.shape[-2:])",
+        "used = codes * pair_dropout(",
+        "used = codes * torch.rand(*codes.shape[:2], 1, 1).round() * pair_dropout(",
         [dropout],
     ),
+    "dropout that scales nothing": (pair_dropout, ".to(dtype) / (1 - dropout)", ".to(dtype)", [dropout]),
     "dropout without effect": (eager_attention_forward, "if dropout > 0.0:", "if False:", [dropout]),
     "dropout in the returned codes": (
         eager_attention_forward,
@@ -165,7 +167,7 @@ MUTATIONS = {
     "bidirectional buckets: later keys share a bucket of their own": (
         relative_position_buckets,
         "return torch.where(",
-        "return (key_position[None, :] > query_position[:, None]) * num_exact + torch.where(",
+        "return (distance == 0) * num_exact + torch.where(",
         [buckets, official("logic_linear_hypatt")],
     ),
     "bidirectional buckets: later keys share those of earlier ones": (

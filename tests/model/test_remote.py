@@ -12,11 +12,11 @@ import torch
 from test_modeling import ids, make
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
+from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
 
 
 REPOSITORY, COMMIT = "somebody/some-hyla", "0123456789abcdef0123456789abcdef01234567"
-CODE = {"attention_hyla.py", "configuration_hyla.py", "modeling_hyla.py"}
+CODE = {"attention_hyla.py", "configuration_hyla.py", "layers_hyla.py", "modeling_hyla.py", "pipeline_hyla.py"}
 
 
 class Repository:
@@ -104,7 +104,35 @@ def test_a_repository_loads_by_its_id_without_the_package_and_saves_itself_compl
         assert all(first[name].read_bytes() == again[name].read_bytes() for name in CODE)
         # What is saved stands for itself, and does not send its reader back to where it came from.
         first, again = (json.loads(files["config.json"].read_text()) for files in (first, again))
-        assert first["auto_map"] == again["auto_map"]
+        assert first["auto_map"] == again["auto_map"] and first["custom_pipelines"] == again["custom_pipelines"]
+
+
+def test_the_pipeline_runs_by_the_repositorys_id_without_the_package(repository):
+    puzzle = [[[0, 1, 2, 3], [1, 1, 1, 1], [2, 0, 4, 6]]] * 2 + [[[0, 1, 2, 3], [1, 1, 1, 1], None]]
+    model = make(vocab_size=9, answer_token_id=8, num_labels=8)
+    model.save_pretrained(repository.snapshot)
+    solve = SymbolicReasoningPipeline(model=model, task="symbolic-reasoning", device="cpu")
+    (repository.home / "expected.json").write_text(json.dumps([puzzle, solve(puzzle)]))
+    repository.run("""
+        import json
+        from transformers import pipeline
+
+        puzzle, expected = json.loads((home / "expected.json").read_text())
+        try:
+            pipeline("symbolic-reasoning", model=repository, trust_remote_code=False)
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        else:
+            raise AssertionError("the repository's code ran without leave")
+        solve = pipeline("symbolic-reasoning", model=repository, trust_remote_code=True)
+        assert "transformers_modules" in type(solve).__module__ and type(solve).__module__.endswith("pipeline_hyla")
+        assert solve(puzzle) == expected and solve([puzzle] * 3, batch_size=2) == [expected] * 3
+        solve.model.config.to_json_string(use_diff=False)
+        for save in (solve.save_pretrained, solve.model.save_pretrained):
+            save(home / "again")
+            again = pipeline(model=str(home / "again"), trust_remote_code=True)
+            assert type(again).__name__ == "SymbolicReasoningPipeline" and again(puzzle) == expected
+    """)
 
 
 def test_a_model_loaded_by_its_id_trains_and_resumes_without_the_package(repository):

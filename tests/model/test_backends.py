@@ -1,0 +1,290 @@
+"""Every way to compute attention against the eager form in float64: output and gradients, by name."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_attention import ROWS, Layer
+
+from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.model import attention_cpu_hyla, backends_hyla
+from hf_hyla.model.attention_hyla import by_pair, dropout_seed, eager_attention_forward, pair_dropout
+from hf_hyla.model.backends_hyla import BACKENDS, fastest_backend
+
+
+pytest.importorskip("numba", reason="the fused CPU kernel is compiled by numba")
+
+ROW_IDS = ["-".join(map(str, row)) for row in ROWS]
+HYLA, LINEAR, SOFTMAX = (
+    ("hyla", "rms_head", "relu", 1),
+    ("linear", "none", "none", 1),
+    ("softmax", "softmax", "none", 1),
+)
+
+
+@dataclasses.dataclass
+class Case:
+    batch: int = 3
+    heads: int = 3
+    queries: int = 19
+    keys: int = 19
+    width: int = 5
+    value_width: int = 7
+    mask: str = "none"
+    dropout: float = 0.0
+
+    def tensors(self, row, dtype) -> dict[str, torch.Tensor]:
+        """Large random numbers, transposed as the projections of a model are."""
+        generator = torch.Generator().manual_seed(0)
+
+        def leaf(*shape):
+            return (1.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+        tensors = {
+            "query": leaf(self.batch, self.queries, self.heads, self.width).transpose(1, 2),
+            "key": leaf(self.batch, self.keys, self.heads, self.width).transpose(1, 2),
+            "value": leaf(self.batch, self.keys, self.heads, self.value_width).transpose(1, 2),
+            "position_bias": leaf(self.heads, self.queries + self.keys - 1),
+        }
+        if row[3] == 2:
+            tensors["value_mixing"] = leaf(self.heads, self.value_width, self.value_width)
+        return tensors
+
+    def masked(self) -> torch.Tensor | None:
+        everything = torch.ones(self.batch, 1, self.queries, self.keys, dtype=torch.bool)
+        if self.mask == "causal":
+            return everything[:1].tril(self.keys - self.queries)
+        if self.mask == "padding":
+            return torch.arange(self.keys)[None, :] < torch.tensor([self.keys, 1, 4])[: self.batch, None, None, None]
+        if self.mask == "random":  # one query sees nothing, one key is never seen
+            mask = torch.rand(everything.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+            mask[:, :, self.queries // 2], mask[:, :, :, 0] = False, False
+            return mask
+        return None
+
+
+def differentiate(backend, row, case, dtype):
+    """Output and gradients by name, all in float64."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(row, dtype).items()}
+    layer = Layer(*row[:3], leaves.get("value_mixing"))
+    torch.manual_seed(7)  # from which the backend draws its dropout
+    output, _ = backend(
+        layer,
+        leaves["query"],
+        leaves["key"],
+        leaves["value"],
+        case.masked(),
+        scaling=case.width**-0.5,
+        dropout=case.dropout,
+        position_bias=leaves["position_bias"],
+    )
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent.to(dtype))
+    return {"output": output.detach().double()} | {
+        name: gradient.double() for name, gradient in zip(leaves, gradients, strict=True)
+    }
+
+
+def assert_equal(got, expected, forward, backward):
+    for name, tensor in expected.items():
+        scale = tensor.abs().max()
+        error = (got[name] - tensor).abs().max()
+        assert error <= (forward if name == "output" else backward) * scale + 1e-12, f"{name}: {error / scale:.1e}"
+
+
+def compare(backend, row, case, dtype=torch.float64):
+    expected = differentiate(eager_attention_forward, row, case, torch.float64)
+    bounds = (1e-12, 1e-11) if dtype == torch.float64 else (1e-5, 1e-4)
+    assert_equal(differentiate(BACKENDS[backend], row, case, dtype), expected, *bounds)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of the lean form of three queries or so, the last of them shorter."""
+    monkeypatch.setattr(backends_hyla, "_BLOCK", 1200)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
+@pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
+def test_lean_form_equals_the_definition(row, mask, small_blocks):
+    compare("hyla_lean", row, Case(mask=mask, dropout=0.3 if mask == "random" else 0.0))
+    compare("hyla_lean", row, Case(queries=5, keys=19, mask=mask))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
+@pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
+def test_cpu_kernel_equals_the_definition(row, mask):
+    compare("hyla_cpu", row, Case(mask=mask, dropout=0.3 if mask == "random" else 0.0))
+    compare("hyla_cpu", row, Case(queries=5, keys=19, mask=mask))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("row", [HYLA, LINEAR], ids=["hyla", "linear"])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1, 1), (2, 2, 17), (1, 36, 36), (2, 63, 63), (1, 17, 129), (1, 129, 17), (1, 20, 1000)],
+    ids=lambda size: "x".join(map(str, size)),
+)
+def test_cpu_kernel_in_single_precision_at_odd_sizes(row, size, threads, monkeypatch):
+    # Fresh memory that holds NaN shows what was never written, and what is read before it was.
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled_with_nan(torch.Tensor.new_empty))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batch, queries, keys = size
+        compare("hyla_cpu", row, Case(batch, 5, queries, keys, 4, 3, dropout=0.1), torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def filled_with_nan(allocate):
+    def allocate_and_fill(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return allocate_and_fill
+
+
+def test_cpu_kernel_gives_the_same_bits_again_and_none_stored_of_size_query_times_key():
+    case = Case(batch=2, queries=300, keys=300, heads=5, width=4, value_width=3, dropout=0.2)
+    first, second = (differentiate(BACKENDS["hyla_cpu"], HYLA, case, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    saved = []
+    leaves = case.tensors(HYLA, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        for tensor in leaves.values():
+            tensor.requires_grad_()
+        BACKENDS["hyla_cpu"](Layer("hyla", "rms_head", "relu", None), *list(leaves.values())[:3], None, 0.5)
+    assert sum(saved) < 300 * 300
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
+def test_sdpa_equals_the_definition(mask):
+    compare("hyla_sdpa", SOFTMAX, Case(mask=mask))
+    compare("hyla_sdpa", SOFTMAX, Case(queries=5, keys=19, mask=mask))
+
+
+def test_what_a_backend_cannot_compute_it_refuses_with_the_reason():
+    query = torch.randn(1, 2, 3, 4)
+    calls = {
+        ("hyla_sdpa", ("hyla", "rms_head", "relu"), 0.0): "mixes plain values by softmax scores only",
+        ("hyla_sdpa", ("softmax", "softmax", "none"), 0.5): "cannot drop the same pairs for the whole batch",
+        ("hyla_cpu", ("hyla", "rms_head", "gelu"), 0.0): "value activation is relu or none, not GELU",
+    }
+    for (backend, row, dropout), message in calls.items():
+        with pytest.raises(ValueError, match=message):
+            BACKENDS[backend](Layer(*row, None), query, query, query, None, 0.5, dropout=dropout)
+    with pytest.raises(ValueError, match="position biases by diagonal"):
+        BACKENDS["hyla_cpu"](
+            Layer("hyla", "rms_head", "relu", None),
+            query,
+            query,
+            query,
+            None,
+            0.5,
+            position_bias=torch.zeros(1, 2, 3, 3),
+        )
+    with pytest.raises(ValueError, match="computes in float32 and float64"):
+        half = query.bfloat16()
+        BACKENDS["hyla_cpu"](Layer("hyla", "rms_head", "relu", None), half, half, half, None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "dropout", "expected"),
+    [
+        (("hyla", "rms_head", "relu"), (1, 5, 8, 4), 0.0, "eager"),  # too small to be worth compiling for
+        (("hyla", "rms_head", "relu"), (8, 5, 129, 4), 0.1, "hyla_cpu"),
+        (("linear", "none", "none"), (8, 5, 129, 4), 0.1, "hyla_cpu"),
+        (("hyla", "rms_head", "gelu"), (8, 5, 129, 4), 0.1, "eager"),
+        (("hyla", "rms_head", "gelu"), (8, 5, 900, 4), 0.1, "hyla_lean"),
+        (("softmax", "softmax", "none"), (8, 5, 129, 4), 0.0, "hyla_sdpa"),
+        (("softmax", "softmax", "none"), (8, 5, 129, 4), 0.1, "hyla_cpu"),
+    ],
+)
+def test_the_default_takes_the_fastest_form_that_can_serve(row, shape, dropout, expected):
+    query = torch.randn(shape)
+    assert fastest_backend(Layer(*row, None), query, query, query, None, 0.5, dropout=dropout) == expected
+
+
+def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_one_line(monkeypatch, caplog):
+    layer, query = Layer("hyla", "rms_head", "relu", None), torch.randn(8, 5, 129, 4)
+    monkeypatch.setattr(attention_cpu_hyla, "numba", None)
+    assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
+    with pytest.raises(ValueError, match=r"numba is not installed \(pip install hf-hyla\[cpu\]\)"):
+        BACKENDS["hyla_cpu"](layer, query, query, query, None, 0.5)
+    monkeypatch.undo()
+
+    def broken(*sizes):
+        raise RuntimeError("no code generator for this machine")
+
+    monkeypatch.setattr(attention_cpu_hyla, "compiled_forward", broken)
+    attention_cpu_hyla._compile_problem.cache_clear()
+    assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
+    assert "no code generator for this machine" in attention_cpu_hyla.cpu_problem(query, query, query)
+    attention_cpu_hyla._compile_problem.cache_clear()
+
+
+def test_without_numba_the_package_imports_and_trains():
+    script = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch, hf_hyla\n"
+        "model = hf_hyla.HylaForSequenceClassification(hf_hyla.HylaConfig(num_hidden_layers=1)).train()\n"
+        "ids = torch.randint(0, 8, (32, 36))\n"
+        "model(input_ids=ids, labels=ids[:, :4]).loss.backward()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_pairs_are_dropped_at_the_stated_rate_and_anew_for_every_seed():
+    torch.manual_seed(0)
+    positions = torch.arange(1000)
+    masks = [pair_dropout(positions, positions, dropout_seed("cpu"), 0.3) for _ in range(3)]
+    for mask in masks:
+        assert abs((mask == 0).double().mean() - 0.3) < 0.002
+        torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / 0.7))
+        assert ((mask == 0).double().mean(dim=0) - 0.3).abs().max() < 0.07  # no row or column of one kind
+        assert ((mask == 0).double().mean(dim=1) - 0.3).abs().max() < 0.07
+    both = ((masks[0] == 0) & (masks[1] == 0)).double().mean()
+    assert abs(both - 0.09) < 0.003  # of two seeds independent
+    part = pair_dropout(positions[10:20], positions, torch.tensor([5, 6]), 0.3)
+    assert torch.equal(part, pair_dropout(positions, positions, torch.tensor([5, 6]), 0.3)[10:20])
+
+
+def test_numbers_by_diagonal_belong_to_pairs_of_one_distance():
+    by_diagonal = torch.arange(7.0)[None]
+    expected = [[key - query + 3 for key in range(4)] for query in range(4)]
+    assert by_pair(by_diagonal, 4, 4)[0].tolist() == expected
+
+
+def test_a_model_answers_alike_by_every_backend_and_returns_codes_by_all():
+    torch.manual_seed(0)
+    config = HylaConfig(num_hidden_layers=2, num_attention_heads=5, attention_dropout=0.0)
+    model = HylaForSequenceClassification(config).eval()
+    ids = torch.randint(0, 8, (3, 36))
+    padding = (torch.arange(36)[None, :] >= torch.tensor([0, 5, 20])[:, None]).long()
+    assert model.config._attn_implementation == "hyla"
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=ids, attention_mask=padding, output_attentions=True)
+    for backend in ("hyla", "hyla_cpu", "hyla_lean"):
+        model.set_attn_implementation(backend)
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=padding).logits, expected.logits)
+        codes = model(input_ids=ids, attention_mask=padding, output_attentions=True).attentions
+        torch.testing.assert_close(codes, expected.attentions)
+    model.set_attn_implementation("hyla_sdpa")
+    with pytest.raises(ValueError, match="cannot compute this layer"):
+        model(input_ids=ids)
+
+
+def test_the_operators_of_the_kernel_keep_torch_s_contract():
+    case = Case(batch=2, heads=5, queries=9, keys=9, width=4, value_width=3)
+    tensors = [tensor.requires_grad_() for tensor in case.tensors(HYLA, torch.float32).values()]
+    arguments = (*tensors[:3], None, tensors[3], None, None, 0.5, "rms_head", "relu", True, 0.0)
+    torch.library.opcheck(
+        torch.ops.hyla.cpu_forward,
+        arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )

@@ -1,0 +1,416 @@
+"""The Triton kernels against the definition in float64: in Triton's interpreter anywhere, and on a GPU where one is.
+
+Triton decides when it is first imported whether kernels are interpreted, so those tests run in a child process.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_hyla.model import kernels_triton_hyla as kernels
+from hf_hyla.model.attention_hyla import attention_codes, generated_values, mixed_values
+
+
+triton = pytest.importorskip("triton")
+
+interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the child process with the interpreter")
+compiled = pytest.mark.skipif(kernels.INTERPRETED, reason="kernels are interpreted in this process")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or kernels.INTERPRETED, reason="needs a CUDA device")
+
+SHARED_MEMORY = 227 * 1024  # bytes of an H100 that one program can have
+NETWORKS = {  # generated, activation, value_mixing
+    "hyla": (True, "relu", False),
+    "hyla without activation": (True, "none", False),
+    "hyla+": (True, "relu", True),
+    "hyla+ without activation": (True, "none", True),
+    "mixed": (False, "none", False),
+    "mixed with relu": (False, "relu", False),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """torch fills new memory by NaN in this mode, so that what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@compiled
+def test_kernels_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0 and re.search(r"[3-9]\d passed", result.stdout), result.stdout + result.stderr
+
+
+def kept(queries, keys, seed, dropout):
+    """Pair dropout as it is defined, in integers of 64 bits held to 32: True where a pair is kept."""
+
+    def mix(x):
+        x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+        return x ^ (x >> 15)
+
+    words = mix(mix(torch.arange(queries) ^ seed[0])[:, None] ^ mix(torch.arange(keys) ^ seed[1])[None, :])
+    return words >= int(dropout * 2**32)
+
+
+def masks(kind, batch, queries, keys):
+    padding = torch.arange(keys) < torch.tensor([max(keys - 4, 0), keys, 1][:batch])[:, None]
+    if kind == "padding":  # a row of the batch may have one key only, and its rows of short lengths none
+        return padding[:, None, None, :]
+    if kind == "pairs":
+        mask = torch.rand(batch, 1, queries, keys) > 0.4
+        mask[:, :, queries // 2] = False  # nothing attends
+        return mask
+    if kind == "causal":
+        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+    return None
+
+
+def problem(batch, heads, queries, keys, width, value_width, mixing, bias, scale=2.0):
+    """Large random inputs in float64, by name, and the gradient of the output."""
+    inputs = {
+        "query": torch.randn(batch, heads, queries, width, dtype=torch.float64) * scale,
+        "key": torch.randn(batch, heads, keys, width, dtype=torch.float64) * scale,
+        "value": torch.randn(batch, heads, keys, value_width, dtype=torch.float64) * scale,
+    }
+    if bias:
+        inputs["position_bias"] = torch.randn(heads, queries + keys - 1, dtype=torch.float64) * scale
+    if mixing:
+        inputs["value_mixing"] = torch.randn(heads, value_width, value_width, dtype=torch.float64)
+    return inputs, torch.randn(batch, queries, heads, value_width, dtype=torch.float64)
+
+
+def defined(inputs, gradient, mask, network, score_norm, scaling, dropout, seed):
+    """Output and gradients by the functions that define HYLA, in float64."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    queries, keys = leaves["query"].shape[2], leaves["key"].shape[2]
+    bias = leaves.get("position_bias")
+    if bias is not None:
+        distance = torch.arange(keys)[None, :] - torch.arange(queries)[:, None]
+        bias = bias[:, distance + queries - 1]
+    codes = attention_codes(leaves["query"], leaves["key"], scaling, score_norm, mask, bias)
+    if dropout:
+        codes = codes * kept(queries, keys, seed, dropout) / (1 - dropout)
+    generated, activation, _ = NETWORKS[network]
+    phi = torch.nn.ReLU() if activation == "relu" else None
+    if generated:
+        output = generated_values(codes, leaves["value"], phi, leaves.get("value_mixing"))
+    else:
+        output = mixed_values(codes, leaves["value"], phi)
+    output = output.transpose(1, 2)
+    return output, dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), gradient), strict=True))
+
+
+def fused(inputs, mask, network, score_norm, scaling, dropout=0.0, seed=None):
+    generated, activation, _ = NETWORKS[network]
+    return kernels.triton_attention(
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        mask,
+        inputs.get("position_bias"),
+        inputs.get("value_mixing"),
+        seed,
+        scaling=scaling,
+        score_norm=score_norm,
+        activation=activation,
+        generated=generated,
+        dropout=dropout,
+    )
+
+
+def compare(inputs, gradient, mask, network, score_norm, dtype, tolerances, dropout=0.0, device="cpu"):
+    """Runs both and compares by name, relative to the largest number of each."""
+    scaling, seed = 0.3, torch.tensor([123456789, 2**31 - 1]) if dropout else None
+    inputs = {name: tensor.to(dtype).double() for name, tensor in inputs.items()}
+    gradient = gradient.to(dtype).double()
+    output, expected = defined(inputs, gradient, mask, network, score_norm, scaling, dropout, seed)
+
+    leaves = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in inputs.items()}
+    mask, seed = (None if tensor is None else tensor.to(device) for tensor in (mask, seed))
+    result = fused(leaves, mask, network, score_norm, scaling, dropout, seed)
+    assert result.dtype == dtype and result.is_contiguous()
+    gradients = torch.autograd.grad(result, list(leaves.values()), gradient.to(device, dtype))
+    assert all(got.dtype == dtype for got in gradients)
+    found = dict(zip(leaves, gradients, strict=True))
+    for name, reference, got, tolerance in [
+        ("output", output, result, tolerances[0]),
+        *((name, expected[name], found[name], tolerances[1]) for name in expected),
+    ]:
+        error = (got.detach().cpu().double() - reference).abs().max() / reference.abs().max().clamp(min=1e-6)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+# batch, heads, queries, keys, head_dim, value_head_dim
+SIZES = [
+    (1, 3, 17, 20, 4, 2),
+    (1, 8, 33, 9, 16, 4),
+    (2, 3, 1, 17, 2, 16),
+    (3, 4, 18, 1, 20, 5),
+    (1, 2, 9, 33, 3, 20),
+]
+COMBINATIONS = [(norm, network) for network in NETWORKS for norm in ("rms_head", "none", "softmax")]
+MASKS = ["padding", "pairs", None, "causal"]
+CASES = [
+    # Sizes, masks, bias and dropout go round beside the combinations, all of which occur.
+    (*combination, SIZES[i % 5], MASKS[i % 4], i % 3 > 0, 0.25 * (i % 7 in (1, 3)))
+    for i, combination in enumerate(COMBINATIONS)
+]
+
+
+@interpreted
+@pytest.mark.parametrize("norm, network, size, mask, bias, dropout", CASES)
+def test_output_and_gradients_in_double_precision(norm, network, size, mask, bias, dropout):
+    torch.manual_seed(0)
+    if NETWORKS[network][2]:
+        size = (*size[:5], min(size[5], 16))  # wider ones are refused in double precision
+    inputs, gradient = problem(*size, NETWORKS[network][2], bias)
+    mask = masks(mask, size[0], *size[2:4])
+    compare(inputs, gradient, mask, network, norm, torch.float64, (1e-12, 1e-11), dropout)
+
+
+@interpreted
+@pytest.mark.parametrize("norm, network, mask", [("rms_head", "hyla", "pairs"), ("softmax", "hyla+", "padding")])
+@pytest.mark.parametrize(
+    "dtype, tolerances",
+    [(torch.float32, (1e-5, 1e-4)), (torch.bfloat16, (1e-2, 1e-2)), (torch.float16, (2e-3, 2e-3))],
+)
+def test_output_and_gradients_in_lower_precision(dtype, tolerances, norm, network, mask):
+    torch.manual_seed(0)
+    inputs, gradient = problem(2, 3, 9, 20, 4, 6, network == "hyla+", bias=True, scale=1.0)
+    compare(inputs, gradient, masks(mask, 2, 9, 20), network, norm, dtype, tolerances, dropout=0.1)
+
+
+@interpreted
+@pytest.mark.parametrize("network", ["hyla", "mixed with relu"])
+def test_wide_heads_are_processed_in_chunks(network):
+    torch.manual_seed(0)
+    inputs, gradient = problem(1, 17, 17, 5, 40, 24, False, bias=False)
+    compare(inputs, gradient, None, network, "rms_head", torch.float64, (1e-12, 1e-11))
+
+
+@interpreted
+@pytest.mark.parametrize("norm", ["rms_head", "none", "softmax"])
+def test_a_request_without_any_attending_pair(norm):
+    torch.manual_seed(0)
+    inputs, gradient = problem(1, 3, 5, 18, 4, 4, False, bias=True)
+    nothing = torch.zeros(1, 1, 5, 18, dtype=torch.bool)
+    compare(inputs, gradient, nothing, "hyla", norm, torch.float64, (1e-12, 1e-11))
+
+
+def example(batch=1, keys=8):
+    torch.manual_seed(0)
+    inputs, _ = problem(batch, 3, 5, keys, 4, 4, mixing=True, bias=True)
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+@interpreted
+def test_strides_do_not_matter():
+    inputs = {name: tensor.detach() for name, tensor in example(batch=2, keys=18).items()}
+    strided = {
+        "query": inputs["query"].transpose(0, 2).contiguous().transpose(0, 2),
+        "key": torch.stack([inputs["key"]] * 2, -1)[..., 1],
+        "value": inputs["value"].flip(3).contiguous().flip(3).transpose(1, 2).contiguous().transpose(1, 2),
+        "position_bias": inputs["position_bias"].T.contiguous().T,
+        "value_mixing": inputs["value_mixing"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    }
+    mask = torch.rand(2, 1, 18, 5).gt(0.3).transpose(2, 3)
+    weights = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    results = []
+    for tensors, attends, gradient in [
+        (inputs, mask.contiguous(), weights),
+        (strided, mask, weights.transpose(0, 3).contiguous().transpose(0, 3)),
+    ]:
+        leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+        output = fused(leaves, attends, "hyla+", "softmax", 0.5)
+        results.append([output, *torch.autograd.grad(output, list(leaves.values()), gradient)])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=0, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("only", ["query", "key", "value", "position_bias", "value_mixing"])
+def test_a_single_gradient_is_the_same_as_among_all(only):
+    leaves = example()
+    together = torch.autograd.grad(fused(leaves, None, "hyla+", "rms_head", 0.5).square().sum(), leaves[only])[0]
+    alone = {name: tensor.detach().requires_grad_(name == only) for name, tensor in leaves.items()}
+    fused(alone, None, "hyla+", "rms_head", 0.5).square().sum().backward()
+    assert torch.equal(alone[only].grad, together)
+
+
+def as_module(**settings):
+    module = torch.nn.Module()
+    module.forward = lambda query, key, value, bias: kernels.triton_attention(
+        query,
+        key,
+        value,
+        None,
+        bias,
+        None,
+        None,
+        scaling=0.5,
+        activation="relu",
+        generated=True,
+        dropout=0.0,
+        **settings,
+    )
+    return module
+
+
+@interpreted
+def test_operators_keep_the_rules_of_torch():
+    leaves = example()
+    inputs = (*(leaves[name] for name in ("query", "key", "value")), None, leaves["position_bias"])
+    arguments = (*inputs, None, None, 0.5, "softmax", "relu", True, 0.0)
+    torch.library.opcheck(torch.ops.hyla.triton_forward.default, arguments)
+
+
+@interpreted
+def test_compile_and_export_see_one_node():
+    leaves = example()
+    arguments = tuple(leaves[name] for name in ("query", "key", "value", "position_bias"))
+    module = as_module(score_norm="softmax")
+    expected = module(*arguments)
+    result = torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments)
+    for got, want in zip(
+        torch.autograd.grad(result.square().sum(), arguments),
+        torch.autograd.grad(expected.square().sum(), arguments),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+    exported = torch.export.export(module, tuple(tensor.detach() for tensor in arguments))
+    calls = [node for node in exported.graph.nodes if node.op == "call_function" and "hyla" in str(node.target)]
+    assert [str(node.target) for node in calls] == ["hyla.triton_forward.default"]
+    torch.testing.assert_close(exported.module()(*arguments), expected)
+
+
+def test_the_file_can_be_imported_twice_in_silence():
+    spec = importlib.util.spec_from_file_location("hf_hyla.model.second_copy", kernels.__file__)
+    second = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec.loader.exec_module(second)
+    assert second.triton_problem is not kernels.triton_problem
+
+
+def test_what_cannot_run_is_said_in_one_sentence(monkeypatch):
+    query = torch.zeros(1, 8, 3, 4)
+    if not kernels.INTERPRETED:
+        assert "not on cpu" in kernels.triton_problem(query)
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    assert kernels.triton_problem(query) is None
+    assert "torch.int64" in kernels.triton_problem(query.long())
+    assert "65" in kernels.triton_problem(torch.zeros(1, 65, 3, 4))
+    assert "not 40" in kernels.triton_problem(query, torch.zeros(8, 40, 40))
+    monkeypatch.setattr(kernels, "triton", None)
+    assert "not installed" in kernels.triton_problem(query)
+
+
+COMPILED = [  # dtype, heads, width, score_norm, network, kernels (all where none is named)
+    (torch.bfloat16, 16, 64, "rms_head", "hyla", ()),
+    (torch.float32, 16, 64, "rms_head", "hyla", ("key_gradient_kernel",)),
+    (torch.float32, 16, 4, "rms_head", "hyla", ("forward_kernel", "query_gradient_kernel")),
+    (torch.bfloat16, 8, 16, "softmax", "hyla+", ("softmax_statistics_kernel", "value_gradient_kernel")),
+]
+
+
+@compiled
+@pytest.mark.skipif(
+    not any(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*")), reason="Triton came without ptxas"
+)
+@pytest.mark.parametrize("dtype, heads, width, norm, network, names", COMPILED)
+def test_kernels_compile_for_hopper_within_its_shared_memory(monkeypatch, dtype, heads, width, norm, network, names):
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    compiled_kernels = {}
+
+    def compile_only(kernel, programs, chunks, form, *arguments):
+        name = kernel.fn.__name__
+        if not names or name in names:
+            options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
+            compiled_kernels[name] = kernel.warmup(*arguments, form=form, grid=(programs, chunks), **options)
+
+    monkeypatch.setattr(kernels, "_launch", compile_only)
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, Triton 3.9 warns
+    target = GPUTarget("cuda", 90, 32)
+    hopper = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+    )
+    generated, activation, mixing = NETWORKS[network]
+    tensors = [torch.zeros(2, 100, heads, width, dtype=dtype).transpose(1, 2) for _ in range(3)]
+    mixing = torch.zeros(heads, width, width, dtype=dtype) if mixing else None
+    tensors += [None, torch.zeros(heads, 199, dtype=dtype), mixing, torch.zeros(2, dtype=torch.int64)]
+    options = (0.5, norm, activation, generated, 0.1)
+    monkeypatch.setattr(driver, "_active", hopper)
+    output, *statistics = kernels._forward(*tensors, *options)
+    kernels._backward(output, *tensors, *statistics, [True] * 4 + [mixing is not None], *options)
+    assert set(compiled_kernels) == set(names) if names else len(compiled_kernels) == 5
+    for name, kernel in compiled_kernels.items():
+        assert kernel.metadata.shared <= SHARED_MEMORY, f"{name}: {kernel.metadata.shared} bytes"
+        if dtype == torch.bfloat16:
+            assert "mma" in kernel.asm["ptx"], f"{name} does not use tensor cores"
+
+
+@on_gpu
+@pytest.mark.parametrize("norm", ["rms_head", "none", "softmax"])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "size", [(2, 8, 63, 129, 16, 16), (2, 16, 36, 36, 4, 4), (2, 3, 1, 2, 2, 5), (1, 12, 300, 300, 20, 20)], ids=str
+)
+def test_output_and_gradients_on_a_gpu_in_single_precision(norm, network, size):
+    torch.manual_seed(0)
+    inputs, gradient = problem(*size, NETWORKS[network][2], bias=True, scale=1.0)
+    mask = masks("pairs", size[0], *size[2:4])
+    compare(inputs, gradient, mask, network, norm, torch.float32, (1e-5, 1e-4), dropout=0.1, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 5e-3), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("norm, network", [("rms_head", "hyla"), ("none", "mixed"), ("softmax", "hyla")])
+def test_output_and_gradients_on_a_gpu_with_wide_heads(norm, network, dtype, tolerance):
+    torch.manual_seed(0)
+    inputs, gradient = problem(2, 16, 129, 200, 64, 64, False, bias=True, scale=1.0)
+    compare(inputs, gradient, None, network, norm, dtype, (tolerance, tolerance), dropout=0.1, device="cuda")
+
+
+@on_gpu
+def test_a_gpu_gives_the_same_bits_twice():
+    torch.manual_seed(0)
+    inputs, _ = problem(2, 8, 130, 130, 16, 16, mixing=True, bias=True)
+    leaves = {name: tensor.to("cuda", torch.float32).requires_grad_() for name, tensor in inputs.items()}
+
+    def run():
+        output = fused(leaves, None, "hyla+", "rms_head", 0.5)
+        return [output, *torch.autograd.grad(output.square().sum(), list(leaves.values()))]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@on_gpu
+def test_memory_on_a_gpu_grows_linearly_with_the_length():
+    peaks = []
+    for length in (1024, 4096):
+        shape = (1, 8, length, 16)
+        leaves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        as_module(score_norm="rms_head").forward(*leaves, None).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 5 * peaks[0]
