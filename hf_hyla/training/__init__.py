@@ -3,7 +3,17 @@
 from .recipe import Recipe, load_recipe
 from .record import RunRecord
 from .run import evaluate, train
+from .stopping import Stopped
 from .trainer import HylaTrainer, HylaTrainingArguments
 
 
-__all__ = ["HylaTrainer", "HylaTrainingArguments", "Recipe", "RunRecord", "evaluate", "load_recipe", "train"]
+__all__ = [
+    "HylaTrainer",
+    "HylaTrainingArguments",
+    "Recipe",
+    "RunRecord",
+    "Stopped",
+    "evaluate",
+    "load_recipe",
+    "train",
+]

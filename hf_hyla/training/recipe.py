@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..model import HylaConfig
 from ..tasks import TASKS, Task, get_task, nearest
 from .trainer import HylaTrainingArguments, check_schedule
+from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 
 
 SECTIONS = ("task", "model", "trainer", "expect")
@@ -20,23 +21,30 @@ _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay
 # Keys that a recipe may not have, and why.
 _BY_THE_RUN = "is set by the run itself"
 _BY_MAX_STEPS = "has no effect: a run is max_steps long and follows the reference's schedule"
-_NOT_PUBLISHED = "is not supported: a run stays local, and checkpoints hold pickles that must not be published"
+_PUBLISHED_ONCE = (
+    "has no effect: a run is published once, when it is finished, and never its checkpoints, which hold pickles"
+)
+_BY_THE_LAUNCH = "belongs to the launch: write it into the --config_file of accelerate launch"
+_NOT_EXACT = "is not supported: an interrupted run would not go on exactly"
 _REFUSED_TRAINER = {
     "output_dir": "is set by --output",
-    **dict.fromkeys(("resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"), _BY_THE_RUN),
-    **dict.fromkeys(("num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio"), _BY_MAX_STEPS),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _BY_THE_LAUNCH),
     **dict.fromkeys(
         (
-            "push_to_hub",
-            "hub_model_id",
-            "hub_strategy",
-            "hub_token",
-            "hub_private_repo",
-            "hub_always_push",
-            "hub_revision",
+            "save_only_model",
+            "ignore_data_skip",
+            "eval_on_start",
+            "auto_find_batch_size",
+            "restore_callback_states_from_checkpoint",
+            "enable_jit_checkpoint",
         ),
-        _NOT_PUBLISHED,
+        _NOT_EXACT,
     ),
+    "load_best_model_at_end": "is not supported: a run is scored with the weights of its last step",
+    **dict.fromkeys(("resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"), _BY_THE_RUN),
+    **dict.fromkeys(("num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio"), _BY_MAX_STEPS),
+    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _PUBLISHED_ONCE),
+    "hub_token": "must never lie in a file: log in by `hf auth login`, or set HF_TOKEN",
 }
 # Fields of a config that say what was saved, not what to build.
 _REFUSED_MODEL = dict.fromkeys(
@@ -61,12 +69,16 @@ _LEAST_TRAINER = {
 
 @dataclasses.dataclass
 class Expectation:
-    """What a recipe should reach: `metric` (`split/name`) within `tolerance` of `value`; `source` says who found it."""
+    """
+    What a recipe should reach: `metric` (`split/name`) within `tolerance` of `value`; `source` says who found it, and
+    `budget` after how many training samples, by default the recipe's own number.
+    """
 
     metric: str
     value: float
     tolerance: float
     source: str
+    budget: int | None = None
 
 
 @dataclasses.dataclass
@@ -74,7 +86,9 @@ class Recipe:
     """
     A checked recipe. `settings` is what the run record keeps: the four sections, overrides applied.
 
-    `expect` is `None` where the recipe names nothing, or an override made it another run than the one it is about.
+    `expect` is `None` where the recipe names nothing, or an override other than of a seed made it another run than the one
+    it is about. `data` is the folder that training samples are read from, made by `hyla data`; `None` where they are drawn.
+    It is not among the settings: what is read is what would be drawn, so it is the same run.
     """
 
     name: str
@@ -83,6 +97,7 @@ class Recipe:
     trainer: dict[str, Any]
     expect: Expectation | None
     settings: dict[str, Any]
+    data: Path | None = None
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -134,40 +149,62 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
                 f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key."
             )
         sections.setdefault(section, {})[name] = _value(key, text)
-    return check_recipe(sections, name=f"{path.parent.name}-{path.stem}", source=str(path), overridden=overrides or ())
+    return check_recipe(
+        sections, name=f"{path.parent.name}-{path.stem}".lstrip("-"), source=str(path), overridden=overrides or ()
+    )
 
 
 def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: Collection[str] = ()) -> Recipe:
     """The `Recipe` of these sections; see `load_recipe`. `source` is what errors call it."""
     model_settings = _checked(
-        f"{source}: model", sections["model"], HylaConfig, refused=_REFUSED_MODEL, also={"num_labels": int}
+        f"{source}: model",
+        sections["model"],
+        HylaConfig,
+        refused=_REFUSED_MODEL,
+        also={"num_labels": int, **CHECKPOINT_KEYS},
     )
     trainer = _checked(f"{source}: trainer", sections["trainer"], HylaTrainingArguments, refused=_REFUSED_TRAINER)
     for required in _REQUIRED_TRAINER:
         if required not in trainer:
             raise ValueError(f"{source} lacks trainer.{required}.")
-    task = checked_task(f"{source}: task", sections["task"])
-    config = _built(f"{source}: model", HylaConfig, {**task.model_defaults, **model_settings})
-    task.check_model(config)
+    task_settings = dict(sections["task"])
+    data = _in_type(f"{source}: task.data", task_settings.pop("data", None), str | None)
+    task = checked_task(f"{source}: task", task_settings)
+    if "model_name_or_path" in model_settings:
+        config = config_of_checkpoint(f"{source}: model", model_settings, task)
+    elif "revision" in model_settings:
+        raise ValueError(f"{source}: model.revision is of a model_name_or_path, which is missing: add it.")
+    else:
+        config = _built(f"{source}: model", HylaConfig, {**task.model_defaults, **model_settings})
+        task.check_model(config)
     for key, least in _LEAST_TRAINER.items():
         if trainer.get(key) is not None and trainer[key] < least:
             raise ValueError(f"{source}: trainer.{key} must be at least {least}, got {trainer[key]}.")
     check_schedule(trainer["warmup_steps"], trainer["max_steps"])
+    if trainer.get("push_to_hub") and "/" not in (trainer.get("hub_model_id") or ""):
+        raise ValueError(
+            f"{source}: trainer.push_to_hub needs trainer.hub_model_id, the repository as ORG/NAME, got "
+            f"{trainer.get('hub_model_id')!r}."
+        )
     # Refuses what only transformers can judge, such as the name of an optimiser.
     _built(f"{source}: trainer", HylaTrainingArguments, {**trainer, "output_dir": "unused"})
 
     expect = None
     if "expect" in sections:
         expected = _checked(f"{source}: expect", sections["expect"], Expectation)
-        for field in dataclasses.fields(Expectation):
-            if field.name not in expected:
+        for field in ("metric", "value", "tolerance", "source"):
+            if field not in expected:
                 raise ValueError(
-                    f"{source} lacks expect.{field.name}: expected all of metric, value, tolerance and source."
+                    f"{source} lacks expect.{field}: expected all of metric, value, tolerance and source."
                 )
+        for field, least in (("tolerance", 0), ("budget", 1)):
+            if expected.get(field) is not None and expected[field] < least:
+                raise ValueError(f"{source}: expect.{field} must be at least {least}, got {expected[field]}.")
         scored = [f"{split}/{metric}" for split in task.splits if split != "train" for metric in task.metric_names]
         if expected["metric"] not in scored:
             raise ValueError(f"{source}: expect.metric={expected['metric']!r} must be one of {', '.join(scored)}.")
-        if not any(key.startswith(("task.", "model.", "trainer.")) for key in overridden):
+        other_runs = (key for key in overridden if key.startswith(("task.", "model.", "trainer.")))
+        if all(key.endswith(".seed") or key == "task.data" for key in other_runs):
             expect = Expectation(**expected)
     settings = {
         "task": {"name": task.name, **task.settings},
@@ -175,7 +212,15 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
         "trainer": dict(trainer),
         **({"expect": dataclasses.asdict(expect)} if expect else {}),
     }
-    return Recipe(name=name, task=task, config=config, trainer=trainer, expect=expect, settings=settings)
+    return Recipe(
+        name=name,
+        task=task,
+        config=config,
+        trainer=trainer,
+        expect=expect,
+        settings=settings,
+        data=Path(data) if data else None,
+    )
 
 
 def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str] | None = None) -> Task:

@@ -31,7 +31,10 @@ class RunRecord:
         curve: log entries in order; each has `step` and `seconds`, training entries `loss` and `learning_rate`, evaluation
             entries scores named `split/metric`.
         environment, hardware: see `environment` and `hardware`.
-        schema_version: of this format.
+        data_fingerprint: `Task.fingerprint`, which proves what was trained and scored on; `None` in records that were made
+            before there was one.
+        schema_version: of this format; it rises when a field goes or changes its meaning. New fields have a default, so
+            that older records load.
     """
 
     name: str
@@ -45,6 +48,7 @@ class RunRecord:
     curve: list[dict[str, float]]
     environment: dict[str, Any]
     hardware: dict[str, Any]
+    data_fingerprint: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def save(self, folder: Path) -> None:
@@ -54,13 +58,15 @@ class RunRecord:
         temporary.replace(folder / RECORD_NAME)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "RunRecord":
+    def load(cls, path: str | Path) -> "RunRecord":
         """
+        The record in a run's folder, or in a JSON file.
+
         Raises:
             OSError: if there is no run.json.
             ValueError: if it is not a record of this schema.
         """
-        path = Path(folder) / RECORD_NAME
+        path = Path(path) if Path(path).is_file() else Path(path) / RECORD_NAME
         try:
             return cls(**json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:

@@ -2,61 +2,89 @@
 
 import inspect
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import yaml
 from accelerate import PartialState
 from transformers import EvalPrediction, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 
 from ..model import HylaForSequenceClassification
-from ..tasks import Task
+from ..plots import can_draw, learning_curve
+from ..tasks import Task, TaskDataset
+from .checkpoint import LOCK, claim, last_whole, write_whole
+from .processes import check_launch, on_main, share_of_batch
 from .recipe import Recipe
 from .record import RECORD_NAME, RunRecord, environment, hardware
+from .stopping import StopRequests
 from .trainer import HylaTrainer, HylaTrainingArguments, RunProgress
+from .weights import initial_model
 
 
 RECIPE_NAME = "resolved_recipe.yaml"
 CHECKPOINTS = "checkpoints"
+CURVE_NAME = "learning_curve.png"
 
 
-def train(recipe: Recipe, output: Path, overwrite: bool = False) -> RunRecord:
+def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: float | None = None) -> RunRecord:
     """
-    Trains the recipe's model, evaluates every split but the one it trained on, and writes weights, code, recipe and
-    run.json into `output`.
+    Trains the recipe's model, evaluates every split but the one it trained on, and writes weights, code, recipe,
+    run.json and learning_curve.png into `output`; with `push_to_hub` the run is then published. Several processes share the
+    recipe's batch. A recipe whose card would not be valid is refused before anything starts.
 
     A run that was interrupted goes on from its last whole checkpoint, under `output/checkpoints`.
+
+    Args:
+        max_minutes: stop, with a checkpoint saved, before training has taken so long.
 
     Raises:
         FileExistsError: if `output` holds a finished run, or one of another recipe, and `overwrite` is not set.
         ValueError, OSError: if something cannot be used or written.
-        FloatingPointError: if the loss is not finite.
+        FloatingPointError: if loss, gradient or weights are not finite, or the loss grows a hundredfold.
+        Stopped: if it was stopped by SIGTERM or `max_minutes`; the same call goes on.
     """
+    # Imported here: what follows a run reads its record, which is part of this package.
+    from ..hub.publish import check_before_training
+
+    check_launch()
+    check_before_training(recipe)
+    stop = StopRequests(max_minutes)
     task = recipe.task
     args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **recipe.trainer)
-    processes = PartialState()
-    with processes.main_process_first():
-        resume_from = _prepare_folder(recipe, output, overwrite and processes.is_main_process)
+    if missing := sorted(set(args.report_to or ()) - set(get_available_reporting_integrations())):
+        raise ValueError(f"trainer.report_to names {missing[0]}, which is not installed: install it, or write 'none'.")
+    num_samples = training_samples(args)
+    train_dataset = _training_data(recipe, num_samples)
+    args.per_device_train_batch_size = share_of_batch(args.per_device_train_batch_size, args.world_size, args.n_gpu)
+    held: list[IO[str] | None] = []  # the lock of the folder, for as long as this call runs
+    resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, held))
 
     set_seed(args.seed)
-    model = HylaForSequenceClassification(recipe.config)
+    model = initial_model(recipe)
     evaluated = [split for split in task.splits if split != "train"]
     trainer = HylaTrainer(
         model=model,
         args=args,
-        train_dataset=task.dataset("train", num_samples=_training_samples(args)),
+        train_dataset=train_dataset,
         eval_dataset={split: task.dataset(split, args.eval_samples) for split in evaluated},
         data_collator=task.collate,
         compute_metrics=_metrics_of(task),
+        callbacks=[stop],
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(RunProgress)
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-
-    metrics = {split: _evaluate_split(trainer, task, split) for split in evaluated}
+    if resume_from:
+        _say_how_it_goes_on(resume_from, args.world_size)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        stop.check(trainer.state)
+        metrics = {split: _evaluate_split(trainer, task, split) for split in evaluated}
     curve = _curve(trainer.state.log_history, evaluated)
     record = RunRecord(
         name=recipe.name,
@@ -64,16 +92,24 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False) -> RunRecord:
         seeds={"task": task.seed, "trainer": args.seed},
         num_parameters=model.num_parameters(),
         steps=trainer.state.global_step,
-        samples_seen=_training_samples(args),
+        samples_seen=num_samples,
         seconds=max((entry["seconds"] for entry in curve), default=0.0),
         metrics=metrics,
         curve=curve,
         environment=environment(),
         hardware=hardware(),
+        data_fingerprint=task.fingerprint(),
     )
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, where they are sharded
     if trainer.is_world_process_zero():
-        model.save_pretrained(output)
-        record.save(output)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output, state_dict=weights)
+        if can_draw():
+            (output / CURVE_NAME).write_bytes(learning_curve(record))
+        else:
+            _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
+        record.save(output)  # last: it says that the run is finished
+    if args.push_to_hub:
+        _say(trainer.push_to_hub())
     return record
 
 
@@ -97,35 +133,70 @@ def evaluate(
         return _evaluate_split(trainer, task, split, num_samples)
 
 
-def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool) -> Path | None:
-    """Makes the folder and writes the recipe into it; the checkpoint to go on from, if there is one."""
+def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, held: list) -> Path | None:
+    """Makes and claims the folder and writes the recipe into it; the checkpoint to go on from, if there is one."""
     written = output / RECIPE_NAME
-    if output.exists() and not written.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty and holds no run: choose another --output.")
-    if overwrite:
-        _remove_run(output)
-    elif written.exists() and yaml.safe_load(written.read_text()) != recipe.settings:
-        raise FileExistsError(f"{output} holds a run of another recipe: choose another --output, or pass --overwrite.")
-    elif (output / RECORD_NAME).exists():
-        raise FileExistsError(f"{output} holds a finished run: choose another --output, or pass --overwrite.")
-    output.mkdir(parents=True, exist_ok=True)
-    written.write_text(yaml.safe_dump(recipe.settings, sort_keys=False))
+    ours = {LOCK, f"{RECIPE_NAME}.tmp"}
+    try:
+        others = [path for path in output.iterdir() if path.name not in ours] if output.exists() else []
+        if others and not written.exists():
+            raise FileExistsError(f"{output} is not empty and holds no run: choose another --output.")
+        output.mkdir(parents=True, exist_ok=True)
+        held.append(claim(output))
+        if overwrite:
+            _remove_run(output)
+        elif written.exists() and yaml.safe_load(written.read_text()) != recipe.settings:
+            raise FileExistsError(
+                f"{output} holds a run of another recipe: choose another --output, or pass --overwrite."
+            )
+        elif (output / RECORD_NAME).exists():
+            raise FileExistsError(f"{output} holds a finished run: choose another --output, or pass --overwrite.")
+        write_whole(written, yaml.safe_dump(recipe.settings, sort_keys=False))
+        checkpoint, said = last_whole(output / CHECKPOINTS)
+    except OSError as error:
+        if error.errno is None:  # ours
+            raise
+        raise OSError(f"{output} cannot be used ({error.strerror}): choose another --output.") from error
+    for line in said:
+        _say(line)
+    return checkpoint
 
-    # The Trainer writes its state last: without it a checkpoint is not whole.
-    whole = [state.parent for state in (output / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+def _say_how_it_goes_on(checkpoint: Path, num_processes: int) -> None:
+    before = len(list(checkpoint.glob("sitting_*.pt")))
+    if before == num_processes:
+        _say(f"Goes on from {checkpoint.name}.")
+    else:
+        _say(
+            f"Goes on from {checkpoint.name}, which was written with {before} process{'es' * (before > 1)}, with "
+            f"{num_processes}: the result will be equal to rounding, not bit by bit."
+        )
+
+
+def _say(line: str) -> None:
+    PartialState().print(line, file=sys.stderr, flush=True)
 
 
 def _remove_run(output: Path) -> None:
     """Removes what a run writes, and nothing else."""
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
-    for name in (RECORD_NAME, "config.json", "model.safetensors", *code, RECIPE_NAME):
+    for name in (RECORD_NAME, CURVE_NAME, "config.json", "model.safetensors", "README.md", *code, RECIPE_NAME):
         (output / name).unlink(missing_ok=True)
 
 
-def _training_samples(args: HylaTrainingArguments) -> int:
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+def _training_data(recipe: Recipe, num_samples: int) -> TaskDataset:
+    if recipe.data is None:
+        return recipe.task.dataset("train", num_samples)
+    # datasets is slow to import and not needed otherwise.
+    from ..tasks.data import FolderDataset
+
+    return FolderDataset(recipe.data, recipe.task, "train", num_samples)
+
+
+def training_samples(args: HylaTrainingArguments) -> int:
+    """Samples of a run whose recipe has these arguments."""
+    return args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 def _metrics_of(task: Task):

@@ -2,16 +2,25 @@
 
 import functools
 import math
+import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+
+from .checkpoint import UNFINISHED, publish
+from .record import RECORD_NAME
 
 
 @dataclass
@@ -47,6 +56,7 @@ class HylaTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False
     report_to: str | list[str] | None = "none"
+    hub_strategy: str = "end"
 
 
 def check_schedule(warmup_steps: float, max_steps: int) -> None:
@@ -74,17 +84,21 @@ def reference_schedule(step: int, warmup_steps: int, max_steps: int) -> float:
 
 class HylaTrainer(Trainer):
     """
-    `Trainer` with the reference's choice of decayed parameters and its learning-rate curve; it stops at a loss that is
-    not finite, and notes the seconds spent in every log entry.
+    `Trainer` with the reference's choice of decayed parameters and its learning-rate curve. It stops at numbers that are
+    not finite, notes the seconds spent in every log entry, and its checkpoints are whole or not there and hold all that
+    an exact continuation needs. It publishes finished runs only, with the card of `hyla card`, and no pickle.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._writing_aside = False
         self._start_clock()
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()
         self._seconds_before: float | None = None
+        # On an accelerator, where looking at a number waits for it: the first step at fault, and the number.
+        self._at_fault: dict[str, torch.Tensor] = {}
 
     def train(self, *args, **kwargs):
         self._start_clock()
@@ -109,19 +123,216 @@ class HylaTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} in step {self.state.global_step + 1}: look for numbers in the inputs that are "
-                "not finite, or lower the learning rate; checkpoints before this step are intact."
-            )
+        self._watch("loss", loss)
         return loss
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called in every step, before the update: weights are still those of the step before.
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # which skips such updates itself
+            self._watch("norm of the gradient", torch.as_tensor(norm))
+        return norm
+
+    def _watch(self, what: str, number: torch.Tensor) -> None:
+        step = self.state.global_step + 1
+        if number.device.type in _READ_AT_ONCE:
+            if not torch.isfinite(number):
+                raise _not_finite(what, number.item(), step)
+            return
+        found = torch.stack([torch.full_like(number, step), number]).detach()
+        known = self._at_fault.get(what, torch.zeros_like(found))
+        self._at_fault[what] = torch.where((known[0] > 0) | torch.isfinite(number), known, found)
+
+    def _check_watched(self) -> None:
+        for what, found in self._at_fault.items():
+            step, number = found.tolist()
+            if step:
+                raise _not_finite(what, number, int(step))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._check_watched()
+        if "loss" in logs:
+            first = next((entry["loss"] for entry in self.state.log_history if "loss" in entry), logs["loss"])
+            if logs["loss"] > _DIVERGED * first:
+                raise FloatingPointError(
+                    f"The loss is {logs['loss']:.4g} in step {self.state.global_step}, more than {_DIVERGED} times the "
+                    f"{first:.4g} of the first log entry: training diverges, lower the learning rate; {_INTACT}."
+                )
+        logs["seconds"] = round(self._seconds(), 3)
+        super().log(logs, start_time)
+
+    def _seconds(self) -> float:
         if self._seconds_before is None:
             # After a resume the history is the checkpoint's.
             self._seconds_before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
-        logs["seconds"] = round(self._seconds_before + time.perf_counter() - self._started, 3)
-        super().log(logs, start_time)
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        # The Trainer's loss is a mean over batches, of which the last may be shorter or, with several processes, hold
+        # samples twice.
+        if output.label_ids is not None and output.metrics is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            logits, labels = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = model._loss(
+                logits, labels, None
+            ).item()
+        return output
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._writing_aside else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._check_watched()
+        self._check_state(model)
+        folder = Path(self._get_output_dir(trial))
+        aside = folder / UNFINISHED
+        try:
+            self._writing_aside = True
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                name = f"checkpoint-{self.state.global_step}"
+                publish(aside / name, folder / name)
+                aside.rmdir()
+                rotate_checkpoints(str(folder), self.args.save_total_limit)
+        except Exception as error:  # the libraries that write raise what they like when a disk is full
+            shutil.rmtree(aside, ignore_errors=True)
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written ({reason}): free some space or "
+                f"choose another --output; {_INTACT}."
+            ) from error
+        finally:
+            self._writing_aside = False
+        self.accelerator.wait_for_everyone()
+
+    def _check_state(self, model: nn.Module) -> None:
+        """Weights and moments that are not finite are never saved, whatever the loss has been."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]  # type: ignore[union-attr]
+        tensors = [value for value in (*model.parameters(), *moments) if torch.is_tensor(value)]
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        finite = torch.stack([torch.isfinite(t).all().to(self.args.device) for t in local]).all()
+        if not finite:
+            raise FloatingPointError(
+                f"After step {self.state.global_step} a weight or a moment of the optimiser is not finite: lower the "
+                f"learning rate; {_INTACT}."
+            )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Each process writes this, beside its random state: the losses since the last log entry, which the Trainer
+        # forgets; and the state that attention dropout is drawn from, which is the same on every process.
+        super()._save_rng_state(output_dir)
+        sitting = {
+            "loss": self._tr_loss.cpu(),
+            "last_logged": self._globalstep_last_logged,
+            "seconds": self._seconds(),
+            "random": torch.random.get_rng_state(),
+        }
+        torch.save(sitting, os.path.join(output_dir, f"sitting_{self.args.process_index}.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.args.device.type != "cpu" or self.args.world_size == 1:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # transformers before 5.23 asks for the device cpu:0 here, which torch cannot load onto.
+        for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            state = torch.load(os.path.join(checkpoint, name), map_location="cpu", weights_only=True)
+            part.load_state_dict(state)  # type: ignore[union-attr]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        paths = sorted(Path(checkpoint or "").glob("sitting_*.pt"))
+        sittings = [torch.load(path, weights_only=True, map_location="cpu") for path in paths]
+        if not sittings:  # a checkpoint of another Trainer
+            return
+        if len(sittings) == self.args.world_size:
+            own = sittings[paths.index(Path(checkpoint or "") / f"sitting_{self.args.process_index}.pt")]
+        else:
+            own = sittings[0]
+            # What is logged is the mean over processes.
+            own["loss"] = torch.stack([sitting["loss"] for sitting in sittings]).mean()
+            torch.random.set_rng_state(own["random"])
+        self._tr_loss.copy_(own["loss"])
+        self._globalstep_last_logged = own["last_logged"]
+        self._seconds_before = own["seconds"]
+
+
+# Devices whose numbers are there as soon as they are asked for.
+_READ_AT_ONCE = ("cpu",)
+# A run whose mean loss grows to this many times that of its beginning will not come back.
+_DIVERGED = 100
+_INTACT = "checkpoints before this step are intact"
+
+
+def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"The {what} is {number} in step {step}: look for numbers in the inputs that are not finite, or lower the learning "
+        f"rate; {_INTACT}."
+    )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Calls nobody: a repository is made when there is something to put into it."""
+        strategy = HubStrategy(self.args.hub_strategy)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={strategy.value!r} would publish checkpoints, which hold pickles: use 'end', which "
+                "publishes the finished run."
+            )
+        self.hub_model_id = self.args.hub_model_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publishes nothing: transformers would upload training_args.bin, and weights that have no results yet."""
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the card that `hyla card` writes into the folder of the run, which must be finished."""
+        from ..hub.card import write_card
+
+        if self.is_world_process_zero():
+            folder = self._finished_run()
+            write_card(folder, folder, self.args.hub_model_id)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> str | None:
+        """
+        Publishes the finished run as `hyla publish` does, to `args.hub_model_id`; what it did, in a line. Only `token` and
+        `private` are used: the card says everything that transformers' other arguments are for.
+
+        Raises:
+            ValueError, OSError: if something must not be published, or the Hub refuses; see `hf_hyla.hub.publish`.
+        """
+        from ..hub.publish import plan, publish
+
+        if not self.is_world_process_zero():
+            return None
+        if self.args.hub_model_id is None:
+            raise ValueError("hub_model_id is not set: name the repository to publish to as ORG/NAME.")
+        private = self.args.hub_private_repo if private is None else private
+        folder = self._finished_run()
+        try:
+            [line] = publish(plan(folder, self.args.hub_model_id), private, token=token or self.args.hub_token)
+        except OSError as error:
+            later = f"hyla publish {folder} --repo-id {self.args.hub_model_id}"
+            raise OSError(f"{error} The run itself is finished; `{later}` publishes it.") from None
+        return line
+
+    def _finished_run(self) -> Path:
+        output = Path(self.args.output_dir or ".")
+        for folder in (output, output.parent):
+            if (folder / RECORD_NAME).exists():
+                return folder
+        raise ValueError(
+            f"{output} belongs to no finished run, and a card is made from a run's {RECORD_NAME}: train by `hyla train` or "
+            "hf_hyla.training.train, which publish at their end."
+        )
 
 
 class RunProgress(ProgressCallback):

@@ -8,7 +8,7 @@ from hf_hyla.training import load_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-ALL = sorted(RECIPES.glob("*/*.yaml"))
+ALL = sorted(path for part in ("logic", "sraven", "ablations") for path in RECIPES.glob(f"{part}/*.yaml"))
 GOOD = {
     "task": {"name": "logic", "num_examples": 4},
     "model": {"attention_type": "hyla"},
@@ -37,7 +37,7 @@ def test_every_recipe_loads_and_names_its_hardware_first(path):
     paper = paper_result(recipe.task, recipe.config)
     if path.stem != "demo":
         assert (recipe.expect.metric, recipe.expect.value) == (paper.metric, paper.mean)
-        assert recipe.trainer["max_steps"] * 128 == paper.num_samples
+        assert recipe.trainer["max_steps"] * 128 == paper.num_samples == recipe.expect.budget
 
 
 @pytest.mark.parametrize("task", ["logic", "sraven"])
@@ -104,7 +104,9 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(trainer={"max_steps": 2.5}), "max_steps must be int, got 2.5"),
         (changed(trainer={"max_steps": True}), "max_steps must be int, got True"),
         (changed(trainer={"output_dir": "x"}), "'output_dir', which is set by --output"),
-        (changed(trainer={"push_to_hub": True}), "pickles that must not be published"),
+        (changed(trainer={"push_to_hub": True}), "push_to_hub needs trainer.hub_model_id"),
+        (changed(trainer={"hub_strategy": "checkpoint"}), "never its checkpoints, which hold pickles"),
+        (changed(trainer={"hub_token": "x"}), "must never lie in a file"),
         (changed(trainer={"num_train_epochs": 3}), "'num_train_epochs', which has no effect"),
         (changed(trainer={"optim": "foo"}), "foo is not a valid OptimizerNames"),
         (changed(trainer={"per_device_train_batch_size": 0}), "per_device_train_batch_size must be at least 1, got 0"),
@@ -113,6 +115,20 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (
             {**GOOD, "expect": {"metric": "ood/r3", "value": 1, "tolerance": 1, "source": "x"}},
             "must be one of test/r2, ood/r2",
+        ),
+        (changed(trainer={"fsdp": "full_shard"}), "'fsdp', which belongs to the launch"),
+        (
+            changed(trainer={"save_only_model": True}),
+            "'save_only_model', which is not supported: an interrupted run would",
+        ),
+        (changed(trainer={"load_best_model_at_end": True}), "scored with the weights of its last step"),
+        (
+            {**GOOD, "expect": {"metric": "ood/r2", "value": 1, "tolerance": -1, "source": "x"}},
+            "expect.tolerance must be at least 0, got -1",
+        ),
+        (
+            {**GOOD, "expect": {"metric": "ood/r2", "value": 1, "tolerance": 1, "source": "x", "budget": 0}},
+            "expect.budget must be at least 1, got 0",
         ),
         (changed(trainer={"warmup_steps": 5}), "larger than twice warmup_steps"),
         ({**GOOD, "trainer": {"max_steps": 10}}, "lacks trainer.learning_rate"),

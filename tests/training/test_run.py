@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({}, "holds a finished run"), ({"trainer": {"learning_rate": 0.5}}, "holds a run of another recipe")],
+    [({}, "holds a finished run"), ({"trainer": {"learning_rate": 5e-3}}, "holds a run of another recipe")],
 )
 def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, message):
     run = tmp_path / "run"
@@ -114,7 +114,7 @@ def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, mess
     with pytest.raises(FileExistsError, match=message):
         train(recipe_in(tmp_path, **changes), run)
     assert json.loads((run / "run.json").read_text()) == json.loads((finished / "run.json").read_text())
-    record = train(recipe_in(tmp_path, trainer={"max_steps": 6, "learning_rate": 0.5}), run, overwrite=True)
+    record = train(recipe_in(tmp_path, trainer={"max_steps": 6, "learning_rate": 5e-3}), run, overwrite=True)
     assert record.steps == 6
     assert (run / "notes.txt").read_text() == "mine"
 

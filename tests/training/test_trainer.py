@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.tasks import get_task
+from hf_hyla.training.checkpoint import fault
 from hf_hyla.training.trainer import HylaTrainer, HylaTrainingArguments, reference_schedule
 
 
@@ -116,6 +117,73 @@ def test_a_loss_that_is_not_finite_stops_training_at_its_step(tmp_path):
     with torch.no_grad():
         trainer.model.classifier.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="The loss is nan in step 1"):
+        trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path):
+    trainer = make_trainer(tmp_path)
+    weights = copy.deepcopy(trainer.model.state_dict())
+    trainer.model.classifier.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"The norm of the gradient is .* in step 1:"):
+        trainer.train()
+    assert all(torch.equal(weights[name], value) for name, value in trainer.model.state_dict().items())
+
+
+class SpoilLoss(TrainerCallback):
+    """Makes the loss of one step, and of every later one, not a number."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                model.classifier.bias.fill_(float("nan"))
+
+
+def test_the_step_at_fault_is_named_and_the_checkpoint_before_it_kept(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.add_callback(SpoilLoss(4))
+    with pytest.raises(
+        FloatingPointError, match=r"The loss is nan in step 4:.*checkpoints before this step are intact"
+    ):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert fault(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("looks", ["log", "_save_checkpoint"])
+def test_an_accelerator_is_asked_seldom_and_names_the_step_all_the_same(tmp_path, monkeypatch, looks):
+    monkeypatch.setattr("hf_hyla.training.trainer._READ_AT_ONCE", ())
+    settings = {"log": {"logging_steps": 5}, "_save_checkpoint": {"save_strategy": "steps", "save_steps": 5}}[looks]
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.add_callback(SpoilLoss(3))
+    with pytest.raises(FloatingPointError, match="The loss is nan in step 3:"):
+        trainer.train()
+    assert trainer.state.global_step == 5 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["weight", "moment"])
+def test_what_is_not_finite_is_never_saved_even_with_a_finite_loss(tmp_path, part):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=3, max_grad_norm=0.0)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+            if state.global_step == 3:
+                weight = model.classifier.weight
+                spoilt = weight if part == "weight" else optimizer.state[weight]["exp_avg_sq"]
+                with torch.no_grad():
+                    spoilt.view(-1)[0] = float("inf")
+
+    trainer.add_callback(Spoil)
+    with pytest.raises(FloatingPointError, match="After step 3 a weight or a moment of the optimiser is not finite"):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_grows_a_hundredfold_stops_training(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=100.0, logging_steps=1, max_steps=20)
+    with pytest.raises(FloatingPointError, match=r"in step \d+, more than 100 times the .* of the first log entry"):
         trainer.train()
 
 

@@ -1,0 +1,72 @@
+"""What a run of several processes needs besides the Trainer."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+
+Result = TypeVar("Result")
+
+# What accelerate's launcher sets, and what it stands for.
+_SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def check_launch() -> None:
+    """
+    To be called before anything asks accelerate how this process was launched.
+
+    Raises:
+        ValueError: if the launcher asks for what would not happen: accelerate trains unsharded, without a word, where
+            there is no accelerator.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    asked = [name for variable, name in _SHARDED.items() if parse_flag_from_env(variable)]
+    if asked and on_cpu:
+        raise ValueError(
+            f"{asked[0]} needs an accelerator, and there is none here, where training would go on unsharded: launch with "
+            "recipes/accelerate/ddp_cpu.yaml."
+        )
+    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Without it every process would train for itself, into the same folder.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def share_of_batch(batch_size: int, num_processes: int, num_devices: int) -> int:
+    """
+    Each process's share of a recipe's batch, so that an update is the same whatever it is computed on.
+
+    Raises:
+        ValueError: if the processes cannot share the batch evenly, or one process would drive several devices.
+    """
+    if num_devices > 1:
+        raise ValueError(
+            f"This process sees {num_devices} devices, and a run takes one each: start it by accelerate launch (see "
+            "recipes/accelerate), or set CUDA_VISIBLE_DEVICES=0."
+        )
+    if batch_size % num_processes:
+        raise ValueError(
+            f"{num_processes} processes cannot share batches of {batch_size} samples evenly: choose a number of processes "
+            "that divides trainer.per_device_train_batch_size."
+        )
+    return batch_size // num_processes
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """What `function` returns on the main process, on every process; what it raises there is raised on every one."""
+    processes = PartialState()
+    result: Result | None = None
+    error: Exception | None = None
+    if processes.is_main_process:
+        try:
+            result = function()
+        except (ValueError, OSError) as raised:
+            error = raised
+    if processes.num_processes > 1:
+        result, error = broadcast_object_list([result, error])
+    if error:
+        raise error
+    return result  # type: ignore[return-value]

@@ -1,0 +1,102 @@
+"""Stopping before the end, at the end of a step and with its checkpoint saved: SIGTERM and a limit of time."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from time import monotonic
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from transformers import TrainerCallback
+
+
+# Steps between two questions of several processes whether one of them wants to stop: each waits for all.
+_STEPS_PER_QUESTION = 10
+
+
+SIGTERM = "by SIGTERM"
+OUT_OF_TIME = "at --max-minutes"
+
+
+class Stopped(Exception):
+    """A run that was stopped before its end, and goes on when it is started again."""
+
+    def __init__(self, reason: str, step: int, max_steps: int):
+        share = f"{step / max_steps:.0%}"
+        super().__init__(
+            f"Stopped {reason} after step {step:,} of {max_steps:,} ({share}), whose checkpoint is saved: the same command "
+            "goes on from there."
+        )
+        self.by_signal = reason == SIGTERM
+
+
+class StopRequests(TrainerCallback):
+    """
+    Saves and stops at the end of a step when the process was sent SIGTERM, or when `max_minutes` would be over before
+    the next chance to do so. transformers' own callback for SIGTERM saves in the middle of a step, from where a run does
+    not go on exactly.
+    """
+
+    def __init__(self, max_minutes: float | None = None):
+        self.reason: str | None = None
+        self._signalled = False  # apart from `reason`, which a signal must not lose a race with
+        self.step = self.max_steps = 0
+        self._in_training = True
+        self._deadline = float("inf") if max_minutes is None else monotonic() + 60 * max_minutes
+        self._last = monotonic()
+        self._longest = 0.0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it SIGTERM is a request; Python lets only the main thread listen."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._requested)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _requested(self, number, frame) -> None:
+        self._signalled = True
+        if not self._in_training:
+            raise Stopped(SIGTERM, self.step, self.max_steps)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._last = monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = monotonic()
+        # Evaluations and checkpoints are part of the step that they follow.
+        self._longest, self._last = max(self._longest, now - self._last), now
+        processes = PartialState()
+        steps = 1 if processes.num_processes == 1 else _STEPS_PER_QUESTION
+        if state.global_step % steps:
+            return
+        out_of_time = now + (steps + 1) * self._longest > self._deadline
+        wish = SIGTERM if self._signalled else OUT_OF_TIME if out_of_time else None
+        self.reason = wish if processes.num_processes == 1 else self._agreed(wish, processes)
+        if self.reason and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def _agreed(self, wish: str | None, processes: PartialState) -> str | None:
+        """What one process wishes, all do, at the same step."""
+        wishes = (None, OUT_OF_TIME, SIGTERM)
+        strongest = reduce(torch.tensor(wishes.index(wish), device=processes.device), reduction="max")
+        return wishes[int(strongest)]
+
+    def check(self, state) -> None:
+        """
+        After training, whose checkpoint at the end is saved: from here on SIGTERM stops at once.
+
+        Raises:
+            Stopped: if training was stopped before its end.
+        """
+        self.step, self.max_steps = state.global_step, state.max_steps
+        self._in_training = False
+        reason = self.reason if self.step < self.max_steps else SIGTERM if self._signalled else None
+        if reason:
+            raise Stopped(reason, self.step, self.max_steps)

@@ -1,0 +1,117 @@
+"""Where a model's weights come from: a checkpoint, or a fresh initialisation."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from ..model import HylaConfig, HylaForSequenceClassification
+from ..tasks import Task
+
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+# Keys of a recipe's model section that name a checkpoint to start from.
+CHECKPOINT_KEYS = {"model_name_or_path": str, "revision": str}
+# Fields that give weights neither a shape nor a meaning: a run may set them anew.
+_OF_THE_RUN = ("attention_dropout", "num_answers", "problem_type", "output_router_logits", "router_aux_loss_coef")
+
+
+def load_model(name: str | Path, **kwargs: Any):
+    """
+    The classification model of a folder or repository; `kwargs` are those of `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: if there is none, or it is damaged or not whole; pickles and remote code are not loaded.
+    """
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{name} holds no model: expected a folder with config.json and model.safetensors.")
+    if folder.exists() and not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{name} holds no weights: expected model.safetensors beside config.json.")
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+    except (SafetensorError, StrictDataclassError, RuntimeError, HTTPError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks weights, {missing[0]} among them: its scores would be those of random numbers."
+        )
+    return model
+
+
+def initial_model(recipe: "Recipe") -> HylaForSequenceClassification:
+    """The model that the recipe's run starts with: its checkpoint's weights, or fresh ones."""
+    settings = recipe.settings["model"]
+    if "model_name_or_path" not in settings:
+        return HylaForSequenceClassification(recipe.config)
+    # Training is in single precision whatever the checkpoint was saved in.
+    return load_model(
+        settings["model_name_or_path"],
+        revision=settings.get("revision"),
+        config=recipe.config,
+        dtype=torch.float32,
+    )
+
+
+def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> HylaConfig:
+    """
+    The config of the checkpoint that a recipe's model section names, made ready for the task.
+
+    What shapes the weights is taken from the checkpoint, and `settings` must agree with it; how many answers are read
+    is the task's.
+
+    Args:
+        where: what errors call the section.
+        settings: the section; its `revision` is replaced by the commit of the repository that was found, so that a run
+            goes on from the same weights.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or settings or task do not go with it.
+    """
+    name = settings["model_name_or_path"]
+    if "revision" in settings and Path(name).exists():
+        raise ValueError(
+            f"{where}.revision: {name} is a folder, and only repositories have revisions: remove the key."
+        )
+    try:
+        if not Path(name).exists():
+            found = cached_file(name, "config.json", revision=settings.get("revision"))
+            settings["revision"] = extract_commit_hash(found, None)
+        config = AutoConfig.from_pretrained(name, revision=settings.get("revision"), trust_remote_code=False)
+    except (OSError, ValueError, HTTPError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{where}.model_name_or_path: {name} cannot be loaded ({reason}): expected the folder of a run or the id of "
+            "a repository on the Hub."
+        ) from None
+    if not isinstance(config, HylaConfig):
+        raise ValueError(f"{where}.model_name_or_path: {name} is a {config.model_type} model, expected a hyla model.")
+
+    asked = {key: value for key, value in settings.items() if key not in CHECKPOINT_KEYS}
+    try:
+        wanted = HylaConfig.from_dict(config.to_dict() | asked)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+    for field in asked:
+        if field not in _OF_THE_RUN and _effective(wanted, field) != _effective(config, field):
+            raise ValueError(
+                f"{where}.{field} is {asked[field]!r}, but the weights of {name} were trained with "
+                f"{_effective(config, field)!r}: remove the key, or model_name_or_path to start from fresh weights."
+            )
+    of_the_task = {name: task.model_defaults[name] for name in ("num_answers", "problem_type") if name not in asked}
+    config = HylaConfig.from_dict(wanted.to_dict() | of_the_task)
+    task.check_model(config)
+    return config
+
+
+def _effective(config: HylaConfig, field: str) -> Any:
+    return getattr(config, f"effective_{field}", getattr(config, field))

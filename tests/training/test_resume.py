@@ -1,0 +1,271 @@
+"""A run that dies at any moment ends, started again, with the weights, the curve and the scores of one that did not."""
+
+import functools
+import hashlib
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from forks import in_children
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from hf_hyla import HylaForSequenceClassification
+from hf_hyla.tasks import get_task
+from hf_hyla.training import RunRecord, Stopped, load_recipe, train, trainer
+from hf_hyla.training import checkpoint as checkpoints
+from hf_hyla.training.trainer import HylaTrainer
+
+
+STEPS = 12
+SECTIONS = {
+    "task": {"name": "logic", "num_examples": 4},
+    "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},  # attention dropout is on
+    "trainer": {
+        "max_steps": STEPS, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "disable_tqdm": True,
+        "per_device_train_batch_size": 4, "eval_samples": 16, "eval_steps": 4, "save_steps": 2, "logging_steps": 3,
+    },
+}  # fmt: skip
+# Where a run can die: at the n-th call of one of these.
+PLACES = {
+    "step": (Trainer, "training_step"),
+    "save": (torch, "save"),
+    "hash": (hashlib, "file_digest"),
+    "rename": (Path, "rename"),
+    "rotate": (trainer, "rotate_checkpoints"),
+    "weights": (HylaForSequenceClassification, "save_pretrained"),
+    "predict": (Trainer, "predict"),
+    "record": (RunRecord, "save"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_splits():
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = property(lambda self: dict.fromkeys(self.splits, 64))
+        patch.setattr(type(get_task("logic")), "num_samples", sizes)
+        yield
+
+
+def recipe_in(folder: Path):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SECTIONS))
+    return load_recipe(folder / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(recipe_in(folder), folder / "run")
+    yield folder / "run"
+    torch.set_num_threads(threads)
+
+
+def in_child(folder: Path, prepare) -> tuple[int, str]:
+    (result,) = in_children(folder, ["train", "recipe.yaml", "--output", "run"], prepare=lambda rank: prepare())
+    return result
+
+
+def signalling(place: str, count: int, number: signal.Signals):
+    """Makes the `count`-th call at that place send this process a signal."""
+    owner, name = PLACES[place]
+    function = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == count:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    return lambda: setattr(owner, name, call)
+
+
+def assert_same_run(run: Path, expected: Path):
+    weights, others = (load_file(folder / "model.safetensors") for folder in (run, expected))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    record, other = RunRecord.load(run), RunRecord.load(expected)
+    assert record.metrics == other.metrics and record.steps == other.steps == STEPS
+    assert without_seconds(record.curve) == without_seconds(other.curve)
+
+
+def without_seconds(curve):
+    return [{name: value for name, value in point.items() if name != "seconds"} for point in curve]
+
+
+# In the middle of a step, between the files of a checkpoint, before its seal, before it has its name, before the old
+# ones are removed, and between training and record.
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [("step", 6), ("save", 8), ("hash", 12), ("rename", 3), ("rotate", 3), ("weights", STEPS // 2 + 1), ("record", 1)],
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(uninterrupted, tmp_path, place, count):
+    recipe = recipe_in(tmp_path)
+    code, errors = in_child(tmp_path, signalling(place, count, signal.SIGKILL))
+    assert code == -signal.SIGKILL, errors
+    assert not (tmp_path / "run/run.json").exists()
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HYLA_SOAK", "1"))))
+def test_a_run_killed_again_and_again_at_random_times_ends_as_if_it_had_not_been(uninterrupted, tmp_path, seed):
+    """HYLA_SOAK=N does this for N seeds."""
+    recipe = recipe_in(tmp_path)
+    draw = random.Random(seed)
+    for _ in range(3):
+        # The alarm kills like SIGKILL: nothing handles it.
+        delay = draw.uniform(0.05, 1.0)
+        code, errors = in_child(tmp_path, functools.partial(signal.setitimer, signal.ITIMER_REAL, delay))
+        assert code in (-signal.SIGALRM, 0), errors
+        if (tmp_path / "run/run.json").exists():
+            break
+    if not (tmp_path / "run/run.json").exists():
+        train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_sigterm_saves_says_where_it_stopped_and_ends_with_143(uninterrupted, tmp_path):
+    recipe = recipe_in(tmp_path)
+    code, errors = in_child(tmp_path, signalling("step", 5, signal.SIGTERM))
+    assert code == 143, errors
+    assert "Stopped by SIGTERM after step 5 of 12 (42%)" in errors
+    assert (tmp_path / "run/checkpoints/checkpoint-5").is_dir()  # neither a step that logs nor one that saves
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_sigterm_during_the_last_evaluation_stops_at_once(uninterrupted, tmp_path):
+    recipe = recipe_in(tmp_path)
+    code, errors = in_child(tmp_path, signalling("predict", 2, signal.SIGTERM))
+    assert code == 143, errors
+    assert "after step 12 of 12 (100%)" in errors
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_limit_of_time_saves_and_stops_and_changes_nothing(uninterrupted, tmp_path, monkeypatch):
+    recipe = recipe_in(tmp_path)
+    clock = [0.0]
+    step = HylaTrainer.training_step
+
+    def minute_long_step(*args, **kwargs):
+        clock[0] += 60
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr("hf_hyla.training.stopping.monotonic", lambda: clock[0])
+    monkeypatch.setattr(HylaTrainer, "training_step", minute_long_step)
+    for reached in (3, 6, 9):
+        clock[0] = 0.0
+        with pytest.raises(Stopped, match=f"Stopped at --max-minutes after step {reached} of 12") as stopped:
+            train(recipe, tmp_path / "run", max_minutes=4.5)
+        assert not stopped.value.by_signal
+    clock[0] = 0.0
+    train(recipe, tmp_path / "run", max_minutes=4.5)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def truncate(folder):
+    (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:100])
+
+
+def flip_a_bit(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "holds 100 of the"),
+        (flip_a_bit, "holds a model.safetensors whose bytes have changed"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "lacks rng_state.pth"),
+        (lambda folder: (folder / checkpoints.SEAL).unlink(), "has no seal.json"),
+        (lambda folder: (folder / checkpoints.SEAL).write_text("{"), "has a damaged seal.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(uninterrupted, tmp_path, capfd, damage, said):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "run.json").unlink()
+    damage(run / "checkpoints" / f"checkpoint-{STEPS}")
+    train(recipe_in(tmp_path), run)
+    lines = capfd.readouterr().err.splitlines()
+    assert any(f"checkpoint-{STEPS} is damaged and not used: it {said}" in line for line in lines)
+    assert f"Goes on from checkpoint-{STEPS - 2}." in lines
+    assert_same_run(run, uninterrupted)
+
+
+def test_of_checkpoints_the_last_ones_stay_and_each_is_whole(uninterrupted):
+    folder = uninterrupted / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-12"]
+    assert [checkpoints.fault(path) for path in folder.iterdir()] == [None, None]
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_the_checkpoint_before_it_used(uninterrupted, tmp_path):
+    save = HylaTrainer._save_checkpoint
+
+    def full(self, model, trial):
+        if self.state.global_step == 4:  # below the size of optimizer.pt, above that of the small files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        save(self, model, trial)
+
+    def prepare():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        HylaTrainer._save_checkpoint = full
+
+    recipe = recipe_in(tmp_path)
+    code, errors = in_child(tmp_path, prepare)
+    assert code == 2, errors
+    assert "hyla: The checkpoint of step 4 could not be written (" in errors.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-2"]
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_dies(uninterrupted, tmp_path):
+    recipe = recipe_in(tmp_path)
+    ready, write = os.pipe()
+    other = os.fork()
+    if other == 0:
+        HylaTrainer.training_step = lambda *args, **kwargs: (os.write(write, b"."), signal.pause())
+        try:
+            train(recipe, tmp_path / "run")
+        finally:
+            os._exit(99)
+    os.read(ready, 1)
+    with pytest.raises(FileExistsError, match="Another process trains in"):
+        train(recipe, tmp_path / "run", overwrite=True)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="takes the right to give up rights")
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
+    recipe = recipe_in(tmp_path)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(OSError, match=r"run cannot be used \(Permission denied\): choose another --output"):
+            train(recipe, tmp_path / "run")
+    finally:
+        os.seteuid(0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_inside_a_file_is_refused(tmp_path):
+    recipe = recipe_in(tmp_path)
+    with pytest.raises(OSError, match=r"cannot be used \(Not a directory\): choose another --output"):
+        train(recipe, tmp_path / "recipe.yaml" / "run")

@@ -1,0 +1,134 @@
+"""Runs that start from a checkpoint: its weights, its shape, and what does not go with it."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.tasks import get_task
+from hf_hyla.training import load_recipe, train
+from hf_hyla.training.weights import initial_model
+
+
+PROJECT = Path(__file__).parents[2]
+TRAINER = {
+    "max_steps": 4, "learning_rate": 0.0, "warmup_steps": 1, "weight_decay": 0.1, "per_device_train_batch_size": 4,
+    "eval_steps": 4, "save_steps": 4, "logging_steps": 2, "eval_samples": 8, "disable_tqdm": True,
+}  # fmt: skip
+SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of puzzles with two features."""
+    task = get_task("sraven", num_features=2)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    HylaForSequenceClassification(HylaConfig(**task.model_defaults | SMALL)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(checkpoint, tmp_path):
+    """Makes a recipe that starts from the checkpoint, by `recipe(task, **changes of the model section)`."""
+
+    def make(task=None, **model):
+        path = tmp_path / "tiny.yaml"
+        model = {"model_name_or_path": str(checkpoint), **model}
+        path.write_text(yaml.safe_dump({"task": task or PUZZLES, "model": model, "trainer": TRAINER}))
+        return load_recipe(path)
+
+    return make
+
+
+PUZZLES = {"name": "sraven", "num_features": 3}
+
+
+def test_a_run_starts_from_the_checkpoints_weights_and_keeps_its_shape(recipe, checkpoint, tmp_path, monkeypatch):
+    sizes = property(lambda self: dict.fromkeys(self.splits, 16))
+    monkeypatch.setattr(type(get_task("sraven")), "num_samples", sizes)
+    record = train(recipe(attention_dropout=0.3), tmp_path / "run")
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "run"))
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert record.recipe["model"] == {"model_name_or_path": str(checkpoint), "attention_dropout": 0.3}
+    config = HylaConfig.from_pretrained(tmp_path / "run")
+    assert (config.num_answers, config.attention_dropout, config.relative_attention_num_buckets) == (3, 0.3, 18)
+
+
+def test_the_fine_tuning_script_takes_a_folder_and_compares(checkpoint, tmp_path, monkeypatch, capsys):
+    sizes = property(lambda self: dict.fromkeys(self.splits, 16))
+    monkeypatch.setattr(type(get_task("sraven")), "num_samples", sizes)
+    monkeypatch.setattr("hf_hyla.training.record._git_commit", lambda: "0" * 40)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("somebody was called"))
+    changes = [f"trainer.{name}={value}" for name, value in (TRAINER | {"learning_rate": 0.1}).items()]
+    script = PROJECT / "recipes" / "sraven" / "finetune.py"
+    monkeypatch.setattr("sys.argv", [str(script), str(checkpoint), str(tmp_path / "run"), "org/five", *changes])
+    runpy.run_path(str(script))
+    printed = capsys.readouterr().out
+    scores = re.findall(r"^(?:test|ood) +(?:feature_)?accuracy +(\S+) +(\S+)$", printed, re.MULTILINE)
+    assert len(scores) == 4 and any(before != after for before, after in scores)
+    assert "cannot be published" in printed
+    assert HylaConfig.from_pretrained(tmp_path / "run").num_answers == 5
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_single_precision(recipe, checkpoint, tmp_path):
+    half = HylaForSequenceClassification.from_pretrained(checkpoint).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    model = initial_model(recipe(model_name_or_path=str(tmp_path / "half")))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.classifier.weight, half.classifier.weight.float())
+
+
+def test_settings_that_hold_anyway_may_be_repeated(recipe):
+    config = recipe(attention_type="hyla", score_norm="rms_head", hidden_size=16).config
+    assert (config.effective_score_norm, config.hidden_size) == ("rms_head", 16)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "message"),
+    [
+        (None, {"attention_type": "softmax"}, "model.attention_type is 'softmax', but the weights of .* with 'hyla'"),
+        (None, {"score_norm": "none"}, "model.score_norm is 'none', but the weights of .* with 'rms_head'"),
+        (None, {"hidden_size": 32}, "model.hidden_size is 32, but the weights of .* with 16"),
+        (None, {"hiden_size": 32}, "has no key 'hiden_size'"),
+        (None, {"num_answers": 5}, "its num_answers is 5"),
+        (PUZZLES | {"num_values": 6}, {}, "does not fit the task sraven: its vocab_size is 9"),
+        ({"name": "logic"}, {}, "does not fit the task logic"),
+        (None, {"model_name_or_path": "no/such-model"}, "no/such-model cannot be loaded"),
+        (None, {"model_name_or_path": 3}, "must be str"),
+        (None, {"revision": "main"}, "is a folder, and only repositories have revisions"),
+        (None, {"attention_dropout": 1.5}, "attention_dropout must lie in"),
+    ],
+)
+def test_what_does_not_go_with_the_checkpoint_is_refused(recipe, monkeypatch, task, model, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=message) as refused:
+        recipe(task, **model)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_classifier_of_another_shape_is_refused(recipe, tmp_path):
+    config = HylaConfig(**get_task("sraven").model_defaults | SMALL | {"num_labels": 5})
+    HylaForSequenceClassification(config).save_pretrained(tmp_path / "five")
+    with pytest.raises(ValueError, match="its num_labels is 5, but"):
+        recipe(model_name_or_path=str(tmp_path / "five"))
+
+
+def test_other_models_weights_that_are_missing_and_a_revision_of_nothing_are_refused(recipe, checkpoint, tmp_path):
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=9, **tiny)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is a bert model, expected a hyla model"):
+        recipe(model_name_or_path=str(tmp_path / "bert"))
+    HylaConfig.from_pretrained(checkpoint).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="holds no weights"):
+        initial_model(recipe(model_name_or_path=str(tmp_path / "bare")))
+    path = tmp_path / "fresh.yaml"
+    path.write_text(yaml.safe_dump({"task": PUZZLES, "model": {"revision": "main"}, "trainer": TRAINER}))
+    with pytest.raises(ValueError, match="revision is of a model_name_or_path, which is missing"):
+        load_recipe(path)
