@@ -1,0 +1,358 @@
+"""A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
+
+import contextlib
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+
+from .. import plots
+from ..model import HylaConfig
+from ..paper import PaperResult, paper_result
+from ..tasks import Task, get_task
+from ..training.record import RECORD_NAME, RunRecord
+
+
+TASK_TITLES = {"logic": "fuzzy logic", "sraven": "SRAVEN, symbolic Raven's progressive matrices"}
+LICENSE = "apache-2.0"
+CITATION = """\
+@inproceedings{schug2025attention,
+  title={Attention as a Hypernetwork},
+  author={Schug, Simon and Kobayashi, Seijin and Akram, Yassir and Sacramento, Jo{\\~a}o and Pascanu, Razvan},
+  booktitle={International Conference on Learning Representations},
+  year={2025},
+  url={https://arxiv.org/abs/2406.05816}
+}"""
+# Of the recipe's training settings, those that say where a run goes and not what it is.
+_HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo")
+
+
+def card_files(
+    run: str | Path, repo_id: str | None = None, others: Sequence[str | Path] = ()
+) -> dict[str, str | bytes]:
+    """
+    The card of a finished run, as files by name: README.md, its pictures, and `.eval_results/`.
+
+    Args:
+        run: the run's folder. Its model answers the question that the card shows.
+        repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from `run`.
+        others: records of the same recipe with other seeds (folders of runs, or JSON files), for the spread.
+
+    Raises:
+        ValueError: if the run has no results, or `others` are runs of something else.
+        OSError: if something is missing, run.json above all.
+    """
+    run = Path(run)
+    record = finished_record(run)
+    task = get_task(**record.recipe["task"])
+    config = model_config(run)
+    seeds = [record, *(_same_recipe(record, RunRecord.load(other), other) for other in others)]
+    if len({json.dumps(one.seeds) for one in seeds}) < len(seeds):
+        raise ValueError("Two of the records have the same seeds: name each run once, and not the card's own.")
+
+    text = _render(record, task, config, repo_id, str(run), seeds, printed="")
+    printed = run_snippet(text, {f'"{repo_id or run}"': repr(str(run))})
+    text = _render(record, task, config, repo_id, str(run), seeds, printed)
+    check_card(text)
+    metric = task.metric_names[0]
+    return {
+        "README.md": text,
+        "results.png": plots.scores(record, metric, _paper(record, task, config)),
+        "learning_curve.png": plots.learning_curve(record),
+        f".eval_results/{task.name}.yaml": _eval_results(record, task, repo_id),
+    }
+
+
+def write_card(
+    run: str | Path, output: str | Path, repo_id: str | None = None, others: Sequence[str | Path] = ()
+) -> list[Path]:
+    """Writes what `card_files` returns into `output`; the paths."""
+    written = []
+    for name, content in card_files(run, repo_id, others).items():
+        path = Path(output) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        written.append(path)
+    return written
+
+
+def check_card_before_training(name: str, settings: dict[str, Any], task: Task, config: HylaConfig) -> None:
+    """
+    Renders and checks the card of a run that is yet to come, with zeros for results, so that no wrong field is found
+    after hours of training.
+
+    Raises:
+        ValueError: if the card would not be valid.
+    """
+    scored = {split: dict.fromkeys(task.metric_names, 0.0) for split in task.splits if split != "train"}
+    record = RunRecord(
+        name=name,
+        recipe=settings,
+        seeds={"task": task.seed, "trainer": 0},
+        num_parameters=0,
+        steps=1,
+        samples_seen=1,
+        seconds=0.0,
+        metrics={split: scores | {"num_samples": 1} for split, scores in scored.items()},
+        curve=[],
+        environment={},
+        hardware={},
+    )
+    repo_id = settings["trainer"].get("hub_model_id")
+    check_card(_render(record, task, config, repo_id, name, [record], printed=""))
+
+
+def finished_record(run: Path) -> RunRecord:
+    """
+    The record of a run.
+
+    Raises:
+        ValueError: if the run is not finished or has no results.
+        OSError: if it cannot be read.
+    """
+    if not (run / RECORD_NAME).exists():
+        raise FileNotFoundError(
+            f"{run} holds no finished run: expected {RECORD_NAME}; give the command that trains it (again)."
+        )
+    record = RunRecord.load(run)
+    if record.steps < record.recipe["trainer"]["max_steps"]:
+        raise ValueError(
+            f"{run} is not finished: it made {record.steps} of {record.recipe['trainer']['max_steps']} updates; train it "
+            "to its end."
+        )
+    task = get_task(**record.recipe["task"])
+    for split in (split for split in task.splits if split != "train"):
+        for name in (*task.metric_names, "num_samples"):
+            value = record.metrics.get(split, {}).get(name)
+            if value is None or not math.isfinite(value):
+                raise ValueError(
+                    f"{run / RECORD_NAME} has no result {split}/{name}, got {value}: train the run to its end."
+                )
+    return record
+
+
+def model_config(run: Path) -> HylaConfig:
+    """
+    The config of a run's model.
+
+    Raises:
+        ValueError: if it is not one.
+        OSError: if it is missing.
+    """
+    try:
+        return HylaConfig.from_pretrained(run)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'config.json'} is no config of a model: {error}") from None
+
+
+def check_card(text: str) -> None:
+    """
+    Raises:
+        ValueError: if the card's metadata cannot be read back as what the Hub expects.
+    """
+    data = ModelCard(text).data
+    for field in ("license", "library_name", "tags", "datasets", "metrics", "eval_results"):
+        if not data.get(field):
+            raise ValueError(f"The card's metadata lack {field}: it needs the task's name and its metrics.")
+    for dataset in data["datasets"]:
+        validate_repo_id(dataset)
+
+
+def run_snippet(text: str, replacements: dict[str, str], names: dict[str, Any] | None = None) -> str:
+    """
+    What the first Python snippet of a card prints.
+
+    Args:
+        text: the card.
+        replacements: what stands for what while it runs, so that it needs no network.
+        names: that the snippet finds defined.
+
+    Raises:
+        ValueError: if it fails.
+    """
+    code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]  # type: ignore[index]
+    for shown, real in replacements.items():
+        code = code.replace(shown, real)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            exec(compile(code, "README.md", "exec"), dict(names or {}))
+    except Exception as error:
+        raise ValueError(
+            f"The snippet of the card fails ({type(error).__name__}: {error}): the model beside the record cannot be used."
+        ) from error
+    return printed.getvalue().rstrip()
+
+
+def template(name: str) -> str:
+    """The text of a template, in a checkout or in the installed package."""
+    package = Path(__file__).parents[1]
+    folder = next(folder for folder in (package.parent, package) if (folder / "hub_cards" / name).exists())
+    return (folder / "hub_cards" / name).read_text(encoding="utf-8")
+
+
+def sibling_repo(repo_id: str | None, name: str) -> str:
+    """`name` in the organisation of `repo_id`."""
+    return f"{repo_id.partition('/')[0]}/{name}" if repo_id else name
+
+
+def _render(
+    record: RunRecord,
+    task: Task,
+    config: HylaConfig,
+    repo_id: str | None,
+    run: str,
+    seeds: list[RunRecord],
+    printed: str,
+) -> str:
+    base_model = record.recipe["model"].get("model_name_or_path")
+    title = repo_id.partition("/")[2] if repo_id else record.name
+    data = ModelCardData(
+        license=LICENSE,
+        library_name="transformers",
+        tags=["hyla", f"{config.attention_type}-attention", "compositional-generalization", task.name],
+        datasets=[sibling_repo(repo_id, task.name)],
+        metrics=list(task.metric_names),
+        # A folder is no repository, which is what the Hub would take it for.
+        base_model=None if base_model and Path(base_model).exists() else base_model,
+        model_name=title,
+        eval_results=_model_index(record, task, repo_id),
+    )
+    return str(
+        ModelCard.from_template(
+            data,
+            template_str=template("model_card.md"),
+            title=title,
+            model_id=repo_id or run,
+            record=record,
+            task=task,
+            task_title=TASK_TITLES.get(task.name, task.name),
+            config=config,
+            paper=_paper(record, task, config),
+            base_model=base_model,
+            full_budget=task.num_samples["train"],
+            share=record.samples_seen / task.num_samples["train"],
+            percent=_percent,
+            shown=_shown,
+            num_seeds=len(seeds),
+            spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
+            example=_example(task),
+            printed=printed,
+            command=_command(record),
+            different=_different(task, config),
+            environment={**record.environment, **record.hardware},
+            citation=CITATION,
+        )
+    )
+
+
+def _paper(record: RunRecord, task: Task, config: HylaConfig) -> PaperResult | None:
+    """The paper's result for the run's model, which was trained from random weights."""
+    return None if "model_name_or_path" in record.recipe["model"] else paper_result(task, config)
+
+
+def _shown(value: Any) -> str:
+    """A setting as a reader would write it: the types of a recipe make floats of some whole numbers."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _model_index(record: RunRecord, task: Task, repo_id: str | None) -> list[EvalResult]:
+    """Every score as the card's metadata have it."""
+    return [
+        EvalResult(
+            task_type="other",
+            task_name=TASK_TITLES.get(task.name, task.name),
+            dataset_type=sibling_repo(repo_id, task.name),
+            dataset_name=TASK_TITLES.get(task.name, task.name),
+            dataset_split=split,
+            metric_type=name,
+            metric_value=scores[name],
+        )
+        for split, scores in record.metrics.items()
+        for name in task.metric_names
+    ]
+
+
+def _eval_results(record: RunRecord, task: Task, repo_id: str | None) -> str:
+    """The headline metric of every split, each split being a task of the dataset, as .eval_results/ has it."""
+    share = _percent(record.samples_seen / task.num_samples["train"])
+    entries = [
+        EvalResultEntry(
+            dataset_id=sibling_repo(repo_id, task.name),
+            task_id=split,
+            value=scores[task.metric_names[0]],
+            notes=f"{task.metric_names[0]}, one seed, {share} of the paper's training samples",
+        )
+        for split, scores in record.metrics.items()
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
+def _example(task: Task) -> dict[str, Any]:
+    """What the usage snippet asks: an unseen combination of parts."""
+    if task.name == "logic":
+        terms = task.combinations("ood")[0]
+        return {"terms": [[int(bit) for bit in f"{term:0{task.settings['num_variables']}b}"] for term in terms]}
+    sample = task.dataset("ood")[0]
+    rows: list[list[Any]] = sample["input_ids"].reshape(3, 3, -1).tolist()
+    rows[-1][-1] = None
+    return {"rows": rows, "answer": sample["labels"].tolist()}
+
+
+def _different(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:
+    """Settings of task and model that are not the default: name, value, default."""
+    defaults = get_task(task.name).settings
+    papers = HylaConfig(**task.model_defaults)
+    of_task = [(f"task.{name}", value, defaults[name]) for name, value in task.settings.items()]
+    of_model = [
+        (f"model.{name}", getattr(config, name), getattr(papers, name)) for name in sorted(HylaConfig.__annotations__)
+    ]
+    return [(name, value, default) for name, value, default in of_task + of_model if value != default]
+
+
+def _command(record: RunRecord) -> str:
+    processes = record.hardware.get("num_processes", 1)
+    launched = f"accelerate launch --num_processes {processes} -m hf_hyla" if processes > 1 else "hyla"
+    stays = " --trainer.push_to_hub false" if record.recipe["trainer"].get("push_to_hub") else ""
+    return f"{launched} train resolved_recipe.yaml --output run{stays}"
+
+
+def _same_recipe(record: RunRecord, other: RunRecord, path: str | Path) -> RunRecord:
+    if _without_seeds(other.recipe) != _without_seeds(record.recipe):
+        raise ValueError(
+            f"{path} is a run of another recipe: the spread is over runs that differ in nothing but their seeds."
+        )
+    return other
+
+
+def _without_seeds(recipe: dict[str, Any]) -> dict[str, Any]:
+    left_out = {"task": ("seed",), "trainer": ("seed", *_HUB_SETTINGS)}
+    return {
+        section: {name: value for name, value in recipe[section].items() if name not in left_out.get(section, ())}
+        for section in ("task", "model", "trainer")
+    }
+
+
+def _spread(seeds: list[RunRecord], metric: str) -> dict[str, str]:
+    """Mean ± standard error over the records, per split."""
+    spread = {}
+    for split in seeds[0].metrics:
+        values = [record.metrics[split][metric] for record in seeds]
+        mean = math.fsum(values) / len(values)
+        variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        spread[split] = f"{mean:.4f} ± {math.sqrt(variance / len(values)):.4f}"
+    return spread

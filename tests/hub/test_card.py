@@ -1,0 +1,250 @@
+"""A card says what run.json holds, what its snippet prints, and nothing else; it is checked before a run starts."""
+
+import re
+import socket
+import sys
+import types
+
+import jinja2
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, SpaceCard, parse_eval_result_entries
+from jinja2 import meta
+
+from hf_hyla import plots
+from hf_hyla.cli import main
+from hf_hyla.hub import card, spaces
+from hf_hyla.hub.card import card_files, template
+from hf_hyla.hub.publish import check_before_training
+from hf_hyla.paper import paper_result
+from hf_hyla.tasks import get_task
+from hf_hyla.training import RunRecord, load_recipe, train
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def table_row(text, first):
+    """The cells of the row whose first cell this is."""
+    return next(
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if f"| {first} |" in line
+    )
+
+
+@pytest.fixture(scope="module")
+def demo_card(demo_run):
+    return card_files(demo_run, "org/hyla-logic-demo")
+
+
+def test_the_card_shows_the_records_scores_beside_the_papers(demo_run, demo_card):
+    record = RunRecord.load(demo_run)
+    for split, scores in record.metrics.items():
+        row = table_row(demo_card["README.md"], f"`{split}`")
+        assert row[2:4] == [f"{scores['num_samples']:,}", f"{scores['r2']:.4f}"]
+        assert row[4] == ("0.8113 ± 0.0777" if split == "ood" else "–")
+    for name, value in {**record.environment, **record.hardware, **record.recipe["trainer"]}.items():
+        [_, shown] = table_row(demo_card["README.md"].replace("`", ""), name)
+        assert shown == ("none" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def test_a_budget_below_the_papers_is_said_in_the_first_lines(demo_card, logic_run, copied):
+    text = ModelCard(demo_card["README.md"]).text
+    assert "> Trained on 512,000 samples, 8 % of the paper's 6,400,000" in "\n".join(text.splitlines()[:6])
+    whole = card_files(copied(logic_run, samples_seen=6_400_000))["README.md"]
+    assert "WARNING" not in whole and "The paper reports no result for this model on this task" in whole
+
+
+def test_other_numbers_in_the_record_give_other_numbers_in_the_card(demo_run, copied):
+    record = RunRecord.load(demo_run)
+    record.metrics["ood"]["r2"] = 0.12345
+    files = card_files(copied(demo_run, metrics=record.metrics, samples_seen=6_400_000), "org/x")
+    assert table_row(files["README.md"], "`ood`")[3] == "0.1235" and "WARNING" not in files["README.md"]
+    assert "value: 0.12345" in files["README.md"] and "value: 0.12345" in files[".eval_results/logic.yaml"]
+
+
+def test_metadata_and_eval_results_read_back_as_the_record(demo_run, demo_card):
+    data = ModelCard(demo_card["README.md"]).data
+    assert (data.license, data.library_name, data.datasets) == ("apache-2.0", "transformers", ["org/logic"])
+    assert data.metrics == ["r2"] and "hyla" in data.tags and data.model_name == "hyla-logic-demo"
+    metrics = RunRecord.load(demo_run).metrics
+    expected = {split: scores["r2"] for split, scores in metrics.items()}
+    assert {result.dataset_split: result.metric_value for result in data.eval_results} == expected
+    entries = parse_eval_result_entries(yaml.safe_load(demo_card[".eval_results/logic.yaml"]))
+    assert {entry.task_id: entry.value for entry in entries} == expected
+    assert {entry.dataset_id for entry in entries} == {"org/logic"}
+
+
+def test_a_model_that_was_trained_further_is_not_compared_with_the_paper(demo_run, copied, monkeypatch):
+    recipe = RunRecord.load(demo_run).recipe
+    recipe["model"]["model_name_or_path"] = "org/base"
+    text = card_files(copied(demo_run, recipe=recipe))["README.md"]
+    assert ModelCard(text).data.base_model == "org/base" and "from the weights of `org/base`" in text
+    assert "a model that was trained further" in text and "0.8113" not in text
+
+
+def test_only_settings_that_differ_from_the_default_are_listed_as_such(sraven_run):
+    text = card_files(sraven_run, "org/x")["README.md"]
+    differing = text.partition("differ from the default")[2].partition("The recipe sets")[0]
+    assert re.findall(r"^\| `([\w.]+)` \| (\S+) \| (\S+) \|", differing, flags=re.MULTILINE) == [
+        ("task.num_features", "2", "4"),
+        ("model.hidden_size", "16", "128"),
+        ("model.intermediate_size", "16", "256"),
+        ("model.num_hidden_layers", "1", "4"),
+    ]
+
+
+@pytest.mark.parametrize("task", ["logic", "sraven"])
+def test_snippets_print_what_the_cards_show(request, task):
+    run = request.getfixturevalue(f"{task}_run")
+    text = card_files(run)["README.md"]
+    [(code, shown)] = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
+    assert f'model="{run}", trust_remote_code=True' in code and "answer" in shown
+    assert card.run_snippet(text, {}) == shown.strip()
+    # The puzzle and its answer are a sample of the split that it is said to be of.
+    if task == "sraven":
+        sample = get_task("sraven", num_features=2).dataset("ood")[0]
+        assert str(sample["labels"].tolist()) in shown
+        values = [int(word) for word in re.findall(r"\d+", code.partition("puzzle = [")[2].partition("None")[0])]
+        assert values == sample["input_ids"].tolist()[:-2]
+
+
+def test_the_command_of_the_card_repeats_the_run(logic_run):
+    text = card_files(logic_run)["README.md"]
+    [command] = re.findall(r"```bash\n(.*?)\n```", text, flags=re.DOTALL)
+    assert command == "hyla train resolved_recipe.yaml --output run"
+    assert load_recipe(logic_run / "resolved_recipe.yaml").settings == RunRecord.load(logic_run).recipe
+
+
+def test_the_spread_is_the_standard_error_over_the_seeds(logic_run, other_seed):
+    text = card_files(logic_run, others=[other_seed / "run.json"])["README.md"]
+    first, second = (RunRecord.load(run).metrics["ood"]["r2"] for run in (logic_run, other_seed))
+    # Of two values, the standard error is half their distance.
+    expected = f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}"
+    assert table_row(text, "`ood`")[3:5] == [f"{first:.4f}", expected]
+    assert "how far they vary from seed to seed is not known" not in text
+
+
+def test_a_spread_over_something_else_is_refused(logic_run, sraven_run, other_seed):
+    with pytest.raises(ValueError, match="is a run of another recipe"):
+        card_files(logic_run, others=[sraven_run])
+    with pytest.raises(ValueError, match="have the same seeds"):
+        card_files(logic_run, others=[other_seed, logic_run])
+
+
+def test_rendering_needs_no_network_changes_nothing_and_gives_the_same_files_again(logic_run, monkeypatch):
+    def connect(*_):
+        raise AssertionError("a card must need no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    before = files_in(logic_run)
+    first = card_files(logic_run, "org/x")
+    assert first == card_files(logic_run, "org/x")
+    assert files_in(logic_run) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": {}}, "has no result test/r2"),
+        ({"metrics": {"test": {"r2": float("nan"), "num_samples": 1}}}, "has no result test/r2, got nan"),
+        ({"steps": 5}, "made 5 of 6 updates"),
+    ],
+)
+def test_a_run_without_results_gets_no_card(logic_run, copied, changes, message):
+    with pytest.raises(ValueError, match=message):
+        card_files(copied(logic_run, **changes))
+
+
+def test_a_run_that_is_not_finished_gets_no_card(logic_run, copied):
+    run = copied(logic_run)
+    (run / "run.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no finished run"):
+        card_files(run)
+
+
+def test_a_model_that_cannot_be_loaded_gets_no_card(logic_run, copied):
+    run = copied(logic_run)
+    (run / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(ValueError, match=r"snippet of the card fails \(SafetensorError"):
+        card_files(run)
+
+
+def test_the_pictures_show_the_record(demo_run, monkeypatch):
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    record = RunRecord.load(demo_run)
+    recipe = load_recipe("recipes/logic/demo.yaml")
+    [axes] = plots.scores(record, "r2", paper_result(recipe.task, recipe.config)).axes
+    assert [bar.get_height() for bar in axes.patches] == [scores["r2"] for scores in record.metrics.values()]
+    assert axes.containers[1][0].get_ydata() == [0.8113]
+    losses, scored = plots.learning_curve(record).axes
+    assert losses.lines[0].get_ydata().tolist() == [point["loss"] for point in record.curve if "loss" in point]
+    assert losses.lines[0].get_xdata()[-1] == record.samples_seen
+    assert [line.get_label() for line in scored.lines] == list(record.metrics)
+
+
+def test_without_matplotlib_the_message_says_what_to_install(logic_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install hf-hyla\[analysis\]"):
+        card_files(logic_run)
+
+
+def test_every_name_of_the_template_is_given(logic_run, monkeypatch):
+    given = {}
+    render = ModelCard.from_template.__func__
+    monkeypatch.setattr(
+        ModelCard,
+        "from_template",
+        classmethod(lambda cls, data, **values: given.update(values) or render(cls, data, **values)),
+    )
+    card_files(logic_run)
+    named = meta.find_undeclared_variables(jinja2.Environment().parse(template("model_card.md")))
+    assert named <= {*given, "card_data"} and set(given) <= {*named, "template_str"}
+
+
+def test_a_card_that_is_not_valid_stops_a_run_before_it_starts(logic_run, tmp_path, monkeypatch):
+    recipe = load_recipe(logic_run / "resolved_recipe.yaml")
+    check_before_training(recipe)
+    monkeypatch.setattr(card, "LICENSE", None)
+    with pytest.raises(ValueError, match="metadata lack license"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_writes_the_card_beside_the_model_or_elsewhere(logic_run, copied, tmp_path, capsys):
+    run = copied(logic_run)
+    assert main(["card", str(run)]) == 0
+    assert main(["card", str(run), "--repo-id", "org/x", "--output", str(tmp_path / "else")]) == 0
+    assert {"README.md", "results.png", "learning_curve.png"} < {path.name for path in run.iterdir()}
+    assert 'model="org/x"' in (tmp_path / "else" / "README.md").read_text()
+    assert main(["card", str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+
+
+def test_the_space_asks_the_model_and_answers_a_bad_puzzle_with_a_sentence(sraven_run, monkeypatch):
+    task = get_task("sraven", num_features=2)
+    files = spaces.demo_files(task, "org/x")
+    assert SpaceCard(files["README.md"]).data.models == ["org/x"]
+    gradio = types.ModuleType("gradio")
+    gradio.Error = type("Error", (Exception,), {})
+    gradio.Textbox = gradio.Interface = lambda *_, **__: None
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    app = {"__name__": "app"}
+    exec(compile(files["app.py"].replace("org/x", str(sraven_run)), "app.py", "exec"), app)
+    right = app["solve"].model(input_ids=torch.tensor(task.dataset("ood")[0]["input_ids"])[None]).logits
+    assert app["answer"](app["EXAMPLE"]) == " ".join(map(str, right[0].argmax(-1).tolist()))
+    for puzzle, message in [
+        ("", "Expected eight panels of whole numbers"),
+        ("1 2\n" * 9, "Expected eight panels of whole numbers"),
+        ("a b\n" * 8, "Expected eight panels of whole numbers"),
+        ("1 9\n" * 8, "integers in 0 to 7"),
+        ("1 2 3\n" * 8, "must hold 2 features"),
+    ]:
+        with pytest.raises(gradio.Error, match=message):
+            app["answer"](puzzle)
+
+
+def test_a_space_for_another_task_is_refused():
+    with pytest.raises(ValueError, match="asks SRAVEN puzzles, and this run is of the task logic"):
+        spaces.demo_files(get_task("logic"), "org/x")

@@ -1,0 +1,383 @@
+"""What is published, what is refused, and what happens when the Hub fails; over HTTP, against the loopback Hub."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
+
+from hf_hyla import HylaForSequenceClassification
+from hf_hyla.cli import main
+from hf_hyla.hub.card import card_files
+from hf_hyla.hub.publish import check_before_training, plan, publish
+from hf_hyla.tasks import get_task
+from hf_hyla.training import HylaTrainer, HylaTrainingArguments, load_recipe
+
+
+REPO = "org/hyla-logic"
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A folder like those of `hyla data`."""
+    folder = tmp_path / "data"
+    for split in ("train", "ood"):
+        folder.mkdir(exist_ok=True)
+        Dataset.from_dict({"labels": [[1, 2]]}).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n# SRAVEN\n\nload_dataset('path/to/this/folder')\n"
+    )
+    settings = {"name": "sraven", **get_task("sraven", num_features=2).settings}
+    (folder / "task.json").write_text(json.dumps({"task": settings}))
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned(logic_run):
+    """The model's repository, for tests of what happens to it."""
+    return plan(logic_run, REPO)
+
+
+def contents(repository):
+    return {name: c.read_bytes() if isinstance(c, Path) else c for name, c in repository.files.items()}
+
+
+def published(repo):
+    return {name: data for name, data in repo.files().items() if name != ".gitattributes"}
+
+
+def test_a_run_is_published_whole_in_one_commit_and_not_twice(hub_here, logic_run, planned):
+    [line] = publish(planned)
+    repo = hub_here.repo(REPO)
+    assert [commit.title for commit in repo.commits] == ["initial commit", "Publish with hf_hyla"]
+    assert published(repo) == contents(planned[0])
+    assert {"README.md", "config.json", "model.safetensors", "modeling_hyla.py", "run.json", "results.png",
+            "learning_curve.png", "resolved_recipe.yaml", ".eval_results/logic.yaml"} <= set(published(repo))  # fmt: skip
+    assert not [name for name in published(repo) if Path(name).suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert "published" in line
+    [line] = publish(plan(logic_run, REPO))
+    assert len(repo.commits) == 2 and f"unchanged, {hub_here.endpoint}/{REPO}/commit/{repo.head}" in line
+
+
+def test_everything_beside_the_model_is_linked_and_not_made_twice(hub_here, sraven_run, dataset, capsys):
+    command = [
+        "publish",
+        str(sraven_run),
+        "--repo-id",
+        "org/hyla-sraven",
+        "--dataset",
+        str(dataset),
+        "--metric",
+        "--space",
+    ]
+    assert main([*command, "--collection", "HYLA"]) == 0
+    heads = {key: repo.head for key, repo in hub_here.repos.items()}
+    assert set(heads) == {
+        ("dataset", "org/sraven"),
+        ("space", "org/hyla_sraven_accuracy"),
+        ("model", "org/hyla-sraven"),
+        ("space", "org/hyla-sraven-demo"),
+    }
+    assert all(len(repo.commits) == 2 for repo in hub_here.repos.values())
+    assert set(published(hub_here.repo("org/sraven", "dataset"))) == {
+        "README.md", "task.json", "ood-00000-of-00001.parquet", "train-00000-of-00001.parquet"
+    }  # fmt: skip
+    assert b"load_dataset('org/sraven')" in published(hub_here.repo("org/sraven", "dataset"))["README.md"]
+    printed = capsys.readouterr().out
+    assert "left out  notes.txt" in printed and printed.count(": published, http") == 4
+    [collection] = hub_here.collections.values()
+    assert {(item["type"], item["id"]) for item in collection["items"]} == set(heads)
+    assert main([*command, "--collection", "HYLA"]) == 0
+    assert heads == {key: repo.head for key, repo in hub_here.repos.items()}
+    assert len(hub_here.collections) == 1 and len(collection["items"]) == 4
+
+
+def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub_here, logic_run, capsys):
+    assert main(["publish", str(logic_run), "--repo-id", REPO, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf" {(logic_run / 'model.safetensors').stat().st_size:,}  model\.safetensors", printed)
+    assert "left out  checkpoints/" in printed
+    assert hub_here.requests == []
+
+
+def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub, logic_run, hub_here, tmp_path):
+    publish(plan(logic_run, REPO, metric=True))
+    sraven = plan_metric("sraven", hub_here)
+    cards = [hub.repo(REPO), hub.repo("org/hyla_logic_r2", "space"), sraven]
+    snippets = [
+        re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", repo.files()["README.md"].decode(), re.DOTALL).groups()
+        for repo in cards
+    ]
+    home = tmp_path / "empty"
+    home.mkdir()
+    script = "\nprint('next')\n".join(code for code, _ in snippets)
+    quiet = "import os, sys\nos.environ['HF_UPDATE_DOWNLOAD_COUNTS'] = '0'\nsys.modules['hf_hyla'] = None\n"
+    printed = hub.run(quiet + script, home)
+    assert printed.split("next\n") == [shown for _, shown in snippets]
+
+
+def plan_metric(task, hub):
+    """Publishes the metric of a task alone."""
+    from hf_hyla.hub.publish import _of_contents
+    from hf_hyla.hub.spaces import metric_files, metric_repo
+
+    name = metric_repo(get_task(task), REPO)
+    publish([_of_contents(name, "space", metric_files(get_task(task), REPO))])
+    return hub.repo(name, "space")
+
+
+def test_private_repositories_are_private_and_a_public_one_is_not_filled(hub_here, planned):
+    publish(planned, private=True)
+    assert hub_here.repo(REPO).private
+    HfApi().delete_repo(REPO)
+    HfApi().create_repo(REPO)
+    with pytest.raises(ValueError, match="is public already, so nothing was sent"):
+        publish(planned, private=True)
+    assert published(hub_here.repo(REPO)) == {}
+
+
+def test_files_of_an_earlier_model_go_and_those_of_others_stay(hub_here, planned):
+    api = HfApi()
+    api.create_repo(REPO)
+    for name in ("model-00001-of-00002.safetensors", "old_hyla.py", ".eval_results/sraven.yaml", "notes.md"):
+        api.upload_file(repo_id=REPO, path_or_fileobj=b"old", path_in_repo=name)
+    publish(planned)
+    assert set(published(hub_here.repo(REPO))) == {*planned[0].files, "notes.md"}
+
+
+@pytest.fixture(scope="module")
+def other_seed_planned(other_seed):
+    return plan(other_seed, REPO)
+
+
+FAULTS = [
+    ("POST /api/repos/create", 429, "too many requests"),
+    (f"GET /api/models/{REPO}", 500, "in trouble (status 500)"),
+    ("preupload", 401, "log in by `hf auth login`"),
+    ("preupload", 503, "in trouble (status 503)"),
+    ("PUT /storage", 500, "in trouble (status 500)"),
+    ("PUT /storage", "cut", "cannot be reached"),
+    ("commit/main", 403, "may not write there"),
+    ("commit/main", 409, "changed by somebody else"),
+    ("commit/main", 500, "in trouble (status 500)"),
+    ("commit/main", "stale", "changed it in the meantime"),
+    ("commit/main", "cut", "cannot be reached"),
+    ("commit/main", "lost answer", "cannot be reached"),
+]
+
+
+@pytest.mark.parametrize(("request_", "fault", "message"), FAULTS)
+def test_a_fault_is_one_sentence_and_the_same_command_succeeds_afterwards(
+    hub_here, planned, other_seed_planned, request_, fault, message
+):
+    publish(other_seed_planned)
+    repo = hub_here.repo(REPO)
+    old, new = published(repo), contents(planned[0])
+    # Often enough to outlast the tries of huggingface_hub.
+    hub_here.fail(request_, with_=fault, times=1 if fault in ("stale", "lost answer") else 20)
+    with pytest.raises(OSError, match=f"^Publishing the model {REPO} failed") as error:
+        publish(planned)
+    assert message in str(error.value) and hub_here.token not in str(error.value)
+    now = {name: data for name, data in published(repo).items() if name != "else.txt"}
+    assert now == (new if fault == "lost answer" else old)
+    hub_here.heal()
+    publish(planned)
+    assert {name: data for name, data in published(repo).items() if name != "else.txt"} == new
+
+
+def test_what_was_published_before_a_fault_is_said(hub_here, logic_run, capsys):
+    hub_here.fail(f"models/{REPO}/commit", with_=500, times=20)
+    assert main(["publish", str(logic_run), "--repo-id", REPO, "--metric"]) == 2
+    assert "Before it came: space org/hyla_logic_r2." in capsys.readouterr().err
+    assert published(hub_here.repo(REPO)) == {}
+
+
+def test_a_wrong_token_or_none_or_anothers_organisation_is_a_sentence(hub_here, logic_run, capsys, monkeypatch):
+    for token, repo_id, message in [
+        (hub_here.read_token, REPO, "may not write there"),
+        (hub_here.token, "other/x", "may not write there"),
+        ("hf_" + "wrong" * 8, REPO, "log in by"),
+    ]:
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert main(["publish", str(logic_run), "--repo-id", repo_id]) == 2
+        error = capsys.readouterr().err
+        assert message in error and token not in error
+    assert hub_here.repos == {}
+
+
+def spoil_weights(run):
+    tensors = load_file(run / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+
+
+def spoil_config(run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"value_depth": 2}))
+
+
+def append(name, text):
+    def spoil(run):
+        with (run / name).open("ab") as file:
+            file.write(text)
+
+    return spoil
+
+
+TOKEN = b"hf_" + b"Secret" * 6
+SPOILT = [
+    (spoil_weights, "holds NaN or infinite numbers"),
+    (spoil_config, "the weights are not those of config.json"),
+    (lambda run: (run / "config.json").write_text('{"model_type": "hyla", "value_depth": 7}'), "no config of a model"),
+    (append("training_args.bin", b"x"), "training_args.bin is a pickle"),
+    (append("notes.md", b""), None),
+    (lambda run: (run / "notes.md").write_bytes(b"\x80\x04\x95x"), "notes.md is a pickle"),
+    (lambda run: (run / "model.safetensors").write_bytes(b"PK\x03\x04x"), "model.safetensors is a pickle"),
+    (lambda run: (run / "model.safetensors").write_bytes(b"x" * 99), "is damaged"),
+    (lambda run: (run / "model.safetensors").unlink(), "holds no model"),
+    (lambda run: (run / "run.json").unlink(), "holds no finished run"),
+    (lambda run: (run / "resolved_recipe.yaml").unlink(), "lacks resolved_recipe.yaml"),
+    (append("resolved_recipe.yaml", b"\nexpect: {}\n"), "was changed after the run"),
+    (append("modeling_hyla.py", b"\n# " + TOKEN), "modeling_hyla.py holds what looks like a Hugging Face token"),
+    (append("layers_hyla.py", b"\n# AKIA" + b"ABCD" * 4), "looks like an AWS key"),
+    (append("layers_hyla.py", b"\n-----BEGIN RSA PRIVATE KEY-----"), "looks like a private key"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT)
+def test_what_must_not_be_published_is_refused_before_the_first_call(
+    hub_here, logic_run, copied, capsys, spoil, message
+):
+    run = copied(logic_run)
+    spoil(run)
+    assert main(["publish", str(run), "--repo-id", REPO]) == (2 if message else 0)
+    error = capsys.readouterr().err
+    assert (message or "") in error and TOKEN.decode() not in error
+    assert bool(hub_here.requests) == (message is None)
+
+
+def test_a_token_in_the_record_is_refused_and_not_repeated(hub_here, logic_run, copied):
+    record = json.loads((logic_run / "run.json").read_text())
+    run = copied(logic_run, hardware=record["hardware"] | {"system": TOKEN.decode()})
+    with pytest.raises(ValueError, match="holds what looks like a Hugging Face token") as refused:
+        plan(run, REPO)
+    assert TOKEN.decode() not in str(refused.value)
+
+
+def test_a_run_of_changed_code_is_refused(logic_run, copied):
+    record = json.loads((logic_run / "run.json").read_text())
+    run = copied(logic_run, environment=record["environment"] | {"git_commit": "0" * 40 + "+changes"})
+    with pytest.raises(ValueError, match="commit the changes, and train again"):
+        plan(run, REPO)
+
+
+def test_a_run_that_was_trained_from_a_folder_is_refused(logic_run, copied):
+    recipe = json.loads((logic_run / "run.json").read_text())["recipe"]
+    recipe["model"]["model_name_or_path"] = str(logic_run)
+    with pytest.raises(ValueError, match="which nobody else has: publish that model first"):
+        plan(copied(logic_run, recipe=recipe), REPO)
+
+
+@pytest.mark.parametrize("repo_id", ["hyla", "a/b/c", "org/-x", "org/x y"])
+def test_a_name_that_is_none_is_refused(logic_run, repo_id):
+    with pytest.raises(ValueError, match=r"ORG/NAME|[Rr]epo id|alphanumeric"):
+        plan(logic_run, repo_id)
+
+
+def test_a_folder_that_holds_no_dataset_is_refused(logic_run, dataset, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        plan(logic_run, REPO, dataset=tmp_path / "nowhere")
+    (dataset / "cache.pkl").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"cache\.pkl is a pickle"):
+        plan(logic_run, REPO, dataset=dataset)
+    (dataset / "cache.pkl").unlink()
+    with pytest.raises(ValueError, match="but the run is of LogicTask"):
+        plan(logic_run, REPO, dataset=dataset)
+    (dataset / "README.md").unlink()
+    with pytest.raises(ValueError, match="holds no dataset"):
+        plan(logic_run, REPO, dataset=dataset)
+
+
+def test_push_to_hub_in_a_recipe_publishes_the_same_as_the_command(hub_here, trained):
+    run = trained("logic", push_to_hub=True, hub_model_id=REPO, hub_private_repo=True)
+    repo = hub_here.repo(REPO)
+    assert len(repo.commits) == 2 and repo.private
+    assert published(repo) == contents(plan(run, REPO)[0])
+    assert published(repo)["README.md"].decode() == card_files(run, REPO)["README.md"]
+    assert "--trainer.push_to_hub false" in published(repo)["README.md"].decode()
+
+
+def test_a_push_that_fails_says_how_to_publish_the_finished_run(hub_here, logic_run, copied):
+    run = copied(logic_run)
+    hub_here.fail("commit/main", with_=500, times=20)
+    with pytest.raises(OSError, match=f"finished; `hyla publish {run} --repo-id {REPO}` publishes it"):
+        trainer_in(run / "checkpoints", hub_model_id=REPO, eval_strategy="no").push_to_hub()
+
+
+def test_a_recipe_that_could_not_be_pushed_is_refused_before_training(logic_run, tmp_path, monkeypatch):
+    sections = yaml.safe_load((logic_run / "resolved_recipe.yaml").read_text())
+    sections["trainer"] |= {"push_to_hub": True, "hub_model_id": REPO}
+    (tmp_path / "push.yaml").write_text(yaml.safe_dump(sections))
+    recipe = load_recipe(tmp_path / "push.yaml")
+    monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40})
+    monkeypatch.setattr("hf_hyla.hub.publish.get_token", lambda: None)
+    with pytest.raises(ValueError, match="push_to_hub needs a token"):
+        check_before_training(recipe)
+    monkeypatch.setattr("hf_hyla.hub.publish.get_token", lambda: "hf_x")
+    check_before_training(recipe)
+    monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40 + "+changes"})
+    with pytest.raises(ValueError, match="commit the changes"):
+        check_before_training(recipe)
+
+
+def trainer_in(folder, args_class=HylaTrainingArguments, **settings):
+    args = args_class(str(folder), report_to="none", **settings)
+    task = get_task("logic", num_examples=4)
+    return HylaTrainer(
+        model=HylaForSequenceClassification.from_pretrained(folder.parent),
+        args=args,
+        train_dataset=task.dataset("train", 8),
+        data_collator=task.collate,
+    )
+
+
+def test_the_trainers_own_push_publishes_the_run_with_its_card(hub_here, logic_run, planned, copied):
+    run = copied(logic_run)
+    trainer = trainer_in(run / "checkpoints", hub_model_id=REPO, eval_strategy="no")
+    trainer.create_model_card()
+    assert (run / "README.md").read_text() == card_files(run, REPO)["README.md"]
+    trainer.push_to_hub()
+    assert published(hub_here.repo(REPO)) == contents(planned[0])
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_a_strategy_that_publishes_pickles_is_refused(hub_here, logic_run, strategy):
+    with pytest.raises(ValueError, match="checkpoints, which hold pickles"):
+        trainer_in(
+            logic_run / "checkpoints", TrainingArguments, push_to_hub=True, hub_model_id=REPO, hub_strategy=strategy
+        )
+    assert hub_here.requests == []
+
+
+def test_a_plain_trainer_sends_nothing_of_an_unfinished_run(hub_here, logic_run, copied):
+    run = copied(logic_run)
+    (run / "run.json").unlink()
+    settings = {
+        "max_steps": 3,
+        "save_steps": 1,
+        "warmup_steps": 1,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    trainer = trainer_in(run / "out", TrainingArguments, push_to_hub=True, hub_model_id=REPO, **settings)
+    trainer.train()
+    with pytest.raises(ValueError, match="belongs to no finished run"):
+        trainer.push_to_hub()
+    assert hub_here.requests == []
