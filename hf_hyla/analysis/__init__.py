@@ -1,0 +1,21 @@
+"""What the latent codes say: collected, probed, averaged away, drawn. Needs the extra `analysis` beyond collecting."""
+
+from .ablation import ablate_heads, ablated, mean_codes
+from .latents import Codes, collect_codes
+from .probes import code_similarity, probe
+from .report import probe_report
+from .subjects import answer_keys, task_batches
+
+
+__all__ = [
+    "Codes",
+    "ablate_heads",
+    "ablated",
+    "answer_keys",
+    "code_similarity",
+    "collect_codes",
+    "mean_codes",
+    "probe",
+    "probe_report",
+    "task_batches",
+]

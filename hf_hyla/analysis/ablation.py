@@ -1,0 +1,96 @@
+"""Heads whose code is replaced by its mean: what the model still knows without what the head says of the sample."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..model.attention_hyla import generated_values, mixed_values
+from ..tasks import Task
+from .latents import Batch, attention_layers, codes_wanted, run, watching
+
+
+def mean_codes(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]:
+    """
+    The mean over samples of every pair's code, of each layer (heads, query, key), summed up in float64.
+
+    Raises:
+        ValueError: if there are no batches, or their sequences differ in length.
+    """
+    sums: dict[int, torch.Tensor] = {}
+    count = 0
+
+    def add(layer: int, codes: torch.Tensor) -> None:
+        total = codes.sum(dim=0, dtype=torch.float64)
+        if layer in sums and sums[layer].shape != total.shape:
+            raise ValueError("A mean code needs sequences of one length: pad them, or pass batches of one length.")
+        sums[layer] = sums[layer] + total if layer in sums else total
+
+    with watching(model, add):
+        for batch in batches:
+            run(model, batch)
+            count += len(next(iter(batch.values())))
+    if not count:
+        raise ValueError("There is no mean code: the batches hold no samples.")
+    return [sums[layer] / count for layer in sorted(sums)]
+
+
+@contextmanager
+def ablated(model: nn.Module, layer: int, heads: list[int], mean: torch.Tensor) -> Iterator[None]:
+    """
+    Inside, these heads of a layer have the code `mean` (heads, query, key) for every sample; HYLA's value network reads it
+    in both places. Other layers compute what they always do.
+
+    Raises:
+        IndexError: if there is no such layer or head.
+    """
+    attention = attention_layers(model)[layer]
+
+    def replace(module, args, kwargs, output):
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        codes = output[1].clone()
+        codes[:, heads] = mean[heads].to(codes)
+        value = module.v_proj(hidden_states).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        if module.attention_type == "hyla":
+            mixed = generated_values(codes, value, module.value_activation, module.value_mixing)
+        else:
+            mixed = mixed_values(codes, value, module.value_activation)
+        return module.o_proj(mixed.transpose(1, 2).flatten(2)), codes
+
+    hooks = [
+        attention.register_forward_pre_hook(codes_wanted, with_kwargs=True),
+        attention.register_forward_hook(replace, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def ablate_heads(
+    model: nn.Module, task: Task, batches: list[Batch], means: list[torch.Tensor], progress: bool = False
+) -> tuple[float, np.ndarray]:
+    """
+    The task's headline score of a classification model on these batches, whole, and (layers, heads) without one head.
+
+    Args:
+        means: see `mean_codes`, of samples that need not be these.
+    """
+    num_heads = [len(mean) for mean in means]
+    cases = [(layer, head) for layer, count in enumerate(num_heads) for head in range(count)]
+    without = np.zeros((len(num_heads), max(num_heads)))
+    for layer, head in tqdm(cases, desc="Ablating heads", disable=not progress):
+        with ablated(model, layer, [head], means[layer]):
+            without[layer, head] = _score(model, task, batches)
+    return _score(model, task, batches), without
+
+
+def _score(model: nn.Module, task: Task, batches: list[Batch]) -> float:
+    read = next(name for name in task.model_columns if name != "labels")
+    logits = torch.cat([run(model, batch).logits.float().cpu() for batch in batches]).numpy()
+    labels, inputs = (torch.cat([batch[name] for batch in batches]).numpy() for name in ("labels", read))
+    return task.metrics(logits, labels, inputs)[task.metric_names[0]]

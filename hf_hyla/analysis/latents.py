@@ -1,0 +1,169 @@
+"""The latent codes of answer tokens, collected batch by batch; no attention tensor is kept."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..model.layers_hyla import HylaAttention
+from ..model.modeling_hyla import HylaForSequenceClassification
+
+
+# Entries of a batch that a model reads; the others describe its samples.
+_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "input_values")
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass
+class Codes:
+    """
+    Attributes:
+        codes: float32 (samples, layers, answers, keys, heads).
+        columns: what else the batches held, joined: labels, rules, terms or whatever describes the samples.
+    """
+
+    codes: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def features(self, layer: int | None = None) -> np.ndarray:
+        """
+        Codes (samples · answers, keys · heads) of a layer, as a probe reads them; of all layers side by side, (samples ·
+        answers, layers · keys · heads), where `layer` is `None`.
+        """
+        chosen = self.codes if layer is None else self.codes[:, [layer]]
+        by_answer = chosen.transpose(0, 2, 1, 3, 4)
+        return by_answer.reshape(by_answer.shape[0] * by_answer.shape[1], -1)
+
+
+def collect_codes(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    keys: Callable[[Batch], torch.Tensor] | None = None,
+    total: int | None = None,
+    progress: bool = False,
+) -> Codes:
+    """
+    The latent codes with which the answer tokens read from some keys, in every layer (arXiv 2406.05816, section 2).
+
+    The queries are the tokens that the classification head reads, the last `num_answers`. What is kept takes
+    4 · samples · layers · answers · keys · heads bytes, and at most twice that as they come in: 50,000 samples are 3 MB
+    for the paper's fuzzy-logic model and 102 MB for its SRAVEN model. Besides, one layer's codes of one batch are alive.
+
+    Args:
+        model: a `HylaModel`, or a model that holds one, of any attention type; it is run without dropout.
+        batches: dicts of tensors, the model's inputs and anything else, whose first axis are the samples.
+        keys: positions (batch, answers, keys) of the keys, of a batch; `None` takes each answer token as its own key.
+        total: number of batches, for the progress bar.
+        progress: whether to show it.
+
+    Raises:
+        ValueError: if the model has no attention of this family, or there are no batches.
+    """
+    kept, columns = _Rows(), defaultdict(_Rows)
+    for batch in tqdm(batches, total=total, desc="Collecting codes", disable=not progress):
+        queries = _answer_positions(model, batch)
+        at_keys = queries.unsqueeze(-1) if keys is None else keys(batch)
+        picked: list[torch.Tensor] = []
+
+        def pick(layer: int, codes: torch.Tensor, picked=picked, queries=queries, at_keys=at_keys) -> None:
+            sample = torch.arange(len(codes))[:, None, None]
+            picked.append(codes[sample, :, queries.unsqueeze(-1), at_keys].float().cpu())
+
+        with watching(model, pick):
+            run(model, batch)
+        kept.append(torch.stack(picked, dim=1).numpy())
+        for name, column in batch.items():
+            if name not in _INPUTS:
+                columns[name].append(column.cpu().numpy())
+    if not kept.count:
+        raise ValueError("There are no codes to collect: the batches hold no samples.")
+    return Codes(kept.array(), {name: column.array() for name, column in columns.items()})
+
+
+class _Rows:
+    """
+    Rows that arrive in batches, in one array that doubles. Kept one by one, the small arrays of batches would lie between
+    freed tensors, which then never go back to the system.
+    """
+
+    def __init__(self):
+        self.count = 0
+
+    def append(self, rows: np.ndarray) -> None:
+        end = self.count + len(rows)
+        if not self.count:
+            self._array = np.empty(rows.shape, rows.dtype)
+        elif end > len(self._array):
+            self._array.resize((2 * end, *rows.shape[1:]), refcheck=False)
+        self._array[self.count : end] = rows
+        self.count = end
+
+    def array(self) -> np.ndarray:
+        self._array.resize((self.count, *self._array.shape[1:]), refcheck=False)
+        return self._array
+
+
+@contextmanager
+def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Inside, `see(layer, codes)` is called with the codes (batch, heads, query, key) of every layer that is computed."""
+    hooks = []
+    try:
+        for layer, attention in enumerate(attention_layers(model)):
+            hooks += [
+                attention.register_forward_pre_hook(codes_wanted, with_kwargs=True),
+                attention.register_forward_hook(lambda _, __, output, layer=layer: see(layer, output[1])),
+            ]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_layers(model: nn.Module) -> list[HylaAttention]:
+    """
+    Raises:
+        ValueError: if there are none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, HylaAttention)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no latent codes: expected a HylaModel, or a model that holds one."
+        )
+    return layers
+
+
+def codes_wanted(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A hook that makes one layer return its codes. Asked of the model, it would keep those of all layers."""
+    return args, kwargs | {"output_attentions": True}
+
+
+@torch.no_grad()
+def run(model: nn.Module, batch: Batch):
+    """The model's output on the inputs among a batch's entries, without dropout."""
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
+    training, implementation = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("eager")  # which computes every token in the last layer too
+    try:
+        return model(**inputs, output_attentions=False)
+    finally:
+        model.train(training)
+        model.set_attn_implementation(implementation)
+
+
+def _answer_positions(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Positions (batch, answers), by the classification head's own rule, which `HylaModel` has the config for too."""
+    tokens = next((batch[name] for name in ("input_ids", "input_values", "inputs_embeds") if name in batch), None)
+    if tokens is None:
+        raise ValueError(f"A batch must hold input_ids, input_values or inputs_embeds, got {', '.join(batch)}.")
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape[:2]).unsqueeze(-1)
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    return HylaForSequenceClassification._answer_states(model, positions, ids, mask).squeeze(-1)  # type: ignore[arg-type]

@@ -1,0 +1,182 @@
+"""The figures of a probe report, as PNG files; colours that colour-blind readers tell apart."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .latents import Codes
+from .subjects import Subject
+
+
+# Okabe and Ito's colours, the light yellow last; each class has a marker of its own besides.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+_MARKERS = "osD^vP*X"
+_SHADES = "cividis"
+_METRICS = {"accuracy": "accuracy", "f1": "F1", "r2": "R²"}
+# Points of a map; t-SNE takes a few seconds for so many.
+_POINTS = 1_500
+# Terms that get a map of their own: the ones best decoded.
+_SHOWN_LABELS = 4
+
+
+def draw(report: dict[str, Any], codes: Codes, subjects: list[Subject], output: Path, progress: bool) -> list[str]:
+    """
+    Draws a report and the codes of its split into a folder.
+
+    Returns:
+        names of the files: `probes.png`, `similarity.png`, `map_layer_<n>.png`, and `ablation.png` where heads were ablated.
+    """
+    figures = {"probes.png": _probes(report), "similarity.png": _similarity(report)}
+    if report["ablation"]:
+        figures["ablation.png"] = _ablation(report)
+    layers = range(codes.codes.shape[1])
+    for layer in tqdm(layers, desc="Drawing maps", disable=not progress):
+        figures[f"map_layer_{layer + 1}.png"] = _maps(report, codes, subjects, layer)
+    for name, figure in figures.items():
+        # Without the library's version in it, the same report gives the same file.
+        figure.savefig(output / name, dpi=120, metadata={"Software": None})
+    return list(figures)
+
+
+def _figure(width: float, height: float, title: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def _about(report: dict[str, Any]) -> str:
+    return f"{report['attention_type']} attention, {report['task']['name']}"
+
+
+def _probes(report: dict[str, Any]):
+    """Of each subject the headline metric per layer, with the shuffled control and chance."""
+    names = list(dict.fromkeys(result["subject"] for result in report["probes"]))
+    figure = _figure(4.2 * len(names), 3.4, f"What the codes tell on {report['split']}: {_about(report)}")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        results = [result for result in report["probes"] if result["subject"] == name]
+        metric = {"classes": "accuracy", "labels": "f1", "number": "r2"}[results[0]["kind"]]
+        places = np.arange(len(results))
+        for kind, label, shift, colour, marker in (
+            ("scores", "probe", -0.08, _COLOURS[0], "o"),
+            ("control", "shuffled labels", 0.08, _COLOURS[1], "s"),
+        ):
+            values, errors = (
+                [result[kind][metric][entry] for result in results] for entry in ("value", "standard_error")
+            )
+            axes.errorbar(places + shift, values, yerr=errors, fmt=marker, color=colour, capsize=3, label=label)
+        axes.plot(
+            places, [result["chance"][metric] for result in results], "_", color="black", markersize=22, label="chance"
+        )
+        layers = ["all" if result["layer"] is None else str(result["layer"] + 1) for result in results]
+        axes.set(title=f"{name}: {_METRICS[metric]}", xlabel="layer", xlim=(-0.5, len(results) - 0.5))
+        axes.set_xticks(places, layers)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0), max(high, 1))
+        axes.grid(axis="y", alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _similarity(report: dict[str, Any]):
+    """Cosine similarity of mean codes, of the first subject with classes: as they are, and less what all share."""
+    name, similarity = next(iter(report["similarity"].items()))
+    names, num_layers = similarity["names"], len(similarity["layers"])
+    size = 1.4 + 0.42 * len(names)
+    title = f"Cosine similarity of the mean codes by {name}, {report['split']}: {_about(report)}"
+    figure = _figure(size * num_layers + 1, 2 * size + 0.6, title)
+    grid = figure.subplots(2, num_layers, squeeze=False)
+    # The scale is that of a cosine, whatever was measured: differences look as large as they are.
+    for row, (key, shown) in zip(grid, (("layers", ""), ("centred", ", mean removed")), strict=True):
+        for layer, (axes, matrix) in enumerate(zip(row, map(np.array, similarity[key]), strict=True)):
+            image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
+            _write(axes, matrix, "{:.2f}", np.abs(matrix) > 0.7)
+            axes.set_title(f"layer {layer + 1}{shown}")
+            axes.set_xticks(range(len(names)), names if row[0] is grid[1, 0] else [], rotation=90)
+            axes.set_yticks(range(len(names)), names if layer == 0 else [])
+    figure.colorbar(image, ax=figure.axes, shrink=0.5)
+    return figure
+
+
+def _ablation(report: dict[str, Any]):
+    """Score with each head's code replaced by its mean."""
+    ablation = report["ablation"]
+    without = np.array(ablation["without"])
+    layers, heads = without.shape
+    figure = _figure(
+        max(2 + 0.62 * heads, 5.5),
+        2 + 0.5 * layers,
+        f"{report['split']} {ablation['metric']} without what one head says ({ablation['whole']:.3f} with all)\n{_about(report)}",
+    )
+    axes = figure.subplots()
+    low, high = min(without.min(), 0.0), max(without.max(), ablation["whole"])
+    image = axes.imshow(without, cmap=_SHADES, vmin=low, vmax=high)
+    _write(axes, without, "{:.3f}", without < (low + high) / 2)
+    axes.set(xlabel="head", ylabel="layer")
+    axes.set_xticks(range(heads), range(1, heads + 1))
+    axes.set_yticks(range(layers), range(1, layers + 1))
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def _write(axes, matrix: np.ndarray, form: str, dark: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(matrix):
+        colour = "white" if dark[row, column] else "black"
+        axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
+
+
+def _maps(report: dict[str, Any], codes: Codes, subjects: list[Subject], layer: int):
+    """t-SNE and PCA of a layer's codes, a column for each colouring."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    from sklearn.preprocessing import StandardScaler
+
+    features = codes.features(layer)
+    chosen = np.random.default_rng(report["seed"]).permutation(len(features))[:_POINTS]
+    features = StandardScaler().fit_transform(features[chosen])
+    pca = PCA(2, random_state=report["seed"])
+    tsne = TSNE(2, init="random", perplexity=min(30, (len(chosen) - 1) / 3), random_state=report["seed"])
+    points = {"t-SNE": tsne.fit_transform(features), "PCA": pca.fit_transform(features)}
+    colourings = [one for subject in subjects for one in _colourings(report, subject, layer, chosen)]
+    title = f"Codes of the answer tokens in layer {layer + 1}, {report['split']}: {_about(report)}"
+    figure = _figure(3.6 * len(colourings), 7.6, title)
+    grid = figure.subplots(2, len(colourings), squeeze=False)
+    for row, (method, places) in zip(grid, points.items(), strict=True):
+        for axes, (name, values, names) in zip(row, colourings, strict=True):
+            drawn = _scatter(axes, places, values, names)
+            axes.set(title=f"{method}, by {name}", xticks=[], yticks=[])
+            if drawn is not None:
+                figure.colorbar(drawn, ax=axes, shrink=0.8)
+            elif method == "PCA":
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=8, markerscale=2)
+    return figure
+
+
+def _colourings(report: dict[str, Any], subject: Subject, layer: int, chosen: np.ndarray):
+    """Title, values of the chosen rows, and names of their classes (none for numbers)."""
+    values = subject.values[chosen]
+    if subject.kind == "labels":
+        result = next(r for r in report["probes"] if (r["subject"], r["layer"]) == (subject.name, layer))
+        best = sorted(result["f1_by_class"], key=result["f1_by_class"].get, reverse=True)[:_SHOWN_LABELS]
+        return [
+            (f"{subject.name} {name}", values[:, subject.names.index(name)].astype(int), ("absent", "present"))
+            for name in best
+        ]
+    # Values of a cell are numbers, however they are probed; rules are not.
+    ordered = subject.kind == "number" or all(name.isdecimal() for name in subject.names)
+    return [(subject.name, values, () if ordered or len(subject.names) > len(_COLOURS) else subject.names)]
+
+
+def _scatter(axes, places: np.ndarray, values: np.ndarray, names: tuple[str, ...]):
+    if not names:
+        return axes.scatter(*places.T, c=values, cmap=_SHADES, s=6)
+    absent = names == ("absent", "present")
+    for index, name in enumerate(names):
+        colour = ("#BBBBBB", _COLOURS[1])[index] if absent else _COLOURS[index]
+        of_class = places[values == index]
+        axes.scatter(*of_class.T, color=colour, marker=_MARKERS[index], s=10, linewidths=0, label=name)
+    return None

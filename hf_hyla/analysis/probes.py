@@ -1,0 +1,193 @@
+"""Linear probes of codes, with a shuffled-label control; and how alike the mean codes of two classes are."""
+
+from typing import Any
+
+import numpy as np
+
+
+_BOOTSTRAP = 200
+
+
+def probe(
+    train_features: np.ndarray,
+    train_values: np.ndarray,
+    features: np.ndarray,
+    values: np.ndarray,
+    rows_per_sample: int = 1,
+    num_shuffles: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Fits a linear probe on training codes and scores it on others: logistic regression, with classes weighed equally, for
+    integers (classes) and booleans (rows, names), which may hold together; ridge regression for numbers.
+
+    The control is the same probe fitted on shuffled training values. Chance is what predictions as frequent as the
+    control's would score if they were independent of the values; for numbers, what predicting the training mean scores.
+    The control must be at chance; if it is not, the scores are not what they seem.
+
+    Args:
+        train_features, features: (rows, features), see `Codes.features`.
+        train_values, values: integers (rows,), booleans (rows, names) or floats (rows,).
+        rows_per_sample: rows that belong to one sample, one after the other; the bootstrap draws samples.
+        num_shuffles: controls, over which scores are averaged.
+        seed: of shuffles and bootstrap.
+
+    Returns:
+        `scores`, by metric the `value` and its bootstrap `standard_error`; `control`, by metric the mean over shuffles and
+        its `standard_error`; `chance`, by metric; and `f1_by_class`, by index, of the classes that occur in both. Metrics
+        are `accuracy` and `f1`, the mean over those classes, or `r2`.
+
+    Raises:
+        ValueError: if there is too little to fit or to score, or scikit-learn is not installed.
+    """
+    _check(train_features, train_values, features, values)
+    try:
+        from sklearn.preprocessing import StandardScaler
+    except ImportError:
+        raise ValueError("Probes need scikit-learn: pip install hf-hyla[analysis].") from None
+    rng = np.random.default_rng(seed)
+    scaler = StandardScaler().fit(train_features)
+    train, other = scaler.transform(train_features), scaler.transform(features)
+
+    def statistics(train_values: np.ndarray) -> np.ndarray:
+        return _statistics(values, _predict(train, train_values, other), train_values)
+
+    own = statistics(train_values)
+    by_sample = own.reshape(-1, rows_per_sample, own.shape[-1]).sum(axis=1)
+    count = len(by_sample)
+    draws = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(_BOOTSTRAP)])
+    shuffles = [statistics(rng.permutation(train_values)).sum(axis=0) for _ in range(num_shuffles)]
+
+    numbers = values.dtype.kind == "f"
+    score = _r2 if numbers else _f1_and_accuracy
+    scores, spread = score(own.sum(axis=0, keepdims=True)), score(draws @ by_sample)
+    control = score(np.stack(shuffles))
+    chance = _constant_r2(values, train_values) if numbers else _independent(np.stack(shuffles), values.ndim == 1)
+    result = {
+        "scores": {
+            name: {"value": float(score[0]), "standard_error": float(spread[name].std())}
+            for name, score in scores.items()
+            if score.ndim == 1
+        },
+        "control": {
+            name: {"value": float(score.mean()), "standard_error": float(score.std(ddof=1) / num_shuffles**0.5)}
+            for name, score in control.items()
+            if score.ndim == 1
+        },
+        "chance": {name: float(score) for name, score in chance.items()},
+    }
+    if not numbers:
+        occurs = own.sum(axis=0)[2:].reshape(3, -1)[0] > 0
+        result["f1_by_class"] = {int(i): float(scores["by_class"][0, i]) for i in np.flatnonzero(occurs)}
+    return result
+
+
+def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, centred: bool = False) -> np.ndarray:
+    """
+    Cosine similarity (classes, classes) of the mean codes of classes (arXiv 2406.05816, section 4).
+
+    Args:
+        features: (rows, features).
+        values: integers (rows,), or booleans (rows, classes).
+        centred: whether to take how mean codes differ from the mean of all codes: what all share hides that. A class that
+            differs by no more than rounding is like no other, 0.
+
+    Raises:
+        ValueError: if a class has no row.
+    """
+    shown = (values[:, None] == np.arange(num_classes) if values.ndim == 1 else values).astype(np.float64)
+    counts = shown.sum(axis=0)
+    if not counts.all():
+        raise ValueError(f"Class {int(counts.argmin())} has no code to take the mean of: pass more samples.")
+    codes = features.astype(np.float64)
+    means = shown.T @ codes / counts[:, None]
+    rounding = 1e-6 * np.abs(means).max()
+    if centred:
+        means -= codes.mean(axis=0)
+    norms = np.linalg.norm(means, axis=1, keepdims=True)
+    means = np.divide(means, norms, out=np.zeros_like(means), where=norms > rounding)
+    return means @ means.T
+
+
+def _check(train_features, train_values, features, values) -> None:
+    for name, rows, labels in (("train_", train_features, train_values), ("", features, values)):
+        if rows.ndim != 2 or len(rows) != len(labels):
+            raise ValueError(
+                f"{name}features must be (rows, features), with a row for each of the {len(labels)} {name}values, got "
+                f"{rows.shape}."
+            )
+    if values.dtype.kind != train_values.dtype.kind or values.shape[1:] != train_values.shape[1:]:
+        raise ValueError(f"train_values and values differ in kind: {train_values.dtype} and {values.dtype}.")
+    if train_values.dtype.kind == "f":
+        enough = len(np.unique(train_values)) >= 2 and len(np.unique(values)) >= 2
+    elif train_values.dtype.kind == "b":
+        enough = bool((train_values.any(axis=0) & ~train_values.all(axis=0)).all() and len(values))
+    else:
+        enough = len(np.unique(train_values)) >= 2 and len(values) > 0
+    if not enough:
+        raise ValueError(
+            f"Too few samples for a probe: the {len(train_values)} rows of train_values must show every class and rows "
+            "without it, or two numbers, and there must be rows to score."
+        )
+
+
+def _predict(train: np.ndarray, train_values: np.ndarray, features: np.ndarray) -> np.ndarray:
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.multiclass import OneVsRestClassifier
+
+    if train_values.dtype.kind == "f":
+        return Ridge().fit(train, train_values).predict(features)
+    logistic = LogisticRegression(class_weight="balanced", max_iter=1000)
+    if train_values.dtype.kind == "b":
+        return OneVsRestClassifier(logistic).fit(train, train_values.astype(int)).predict(features).astype(bool)
+    return logistic.fit(train, train_values).predict(features)
+
+
+def _statistics(values: np.ndarray, predicted: np.ndarray, train_values: np.ndarray) -> np.ndarray:
+    """
+    Sums over rows that scores are made of, row by row, so that resampled scores are a matrix product. Numbers: 1, value,
+    its square, squared error. Classes: 1, accuracy, then for all classes whether it holds, is predicted, and both.
+    """
+    if values.dtype.kind == "f":
+        # Around the mean, where the variance loses no digits.
+        centred = values.astype(np.float64) - values.mean(dtype=np.float64)
+        return np.stack([np.ones(len(values)), centred, centred**2, (values - predicted) ** 2], axis=1)
+    if values.dtype.kind == "b":
+        right = (values == predicted).mean(axis=1)
+    else:
+        right = values == predicted
+        classes = np.arange(max(values.max(), train_values.max()) + 1)
+        values, predicted = values[:, None] == classes, predicted[:, None] == classes
+    return np.column_stack([np.ones(len(values)), right, values, predicted, values & predicted]).astype(np.float64)
+
+
+def _r2(sums: np.ndarray) -> dict[str, np.ndarray]:
+    count, value, square, error = sums.T
+    return {"r2": 1 - error / (square - value**2 / count)}
+
+
+def _constant_r2(values: np.ndarray, train_values: np.ndarray) -> dict[str, float]:
+    constant = np.full(len(values), train_values.mean(dtype=np.float64))
+    return {"r2": _r2(_statistics(values, constant, train_values).sum(axis=0, keepdims=True))["r2"][0]}
+
+
+def _f1_and_accuracy(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores (replicates,) and the F1 of every class (replicates, classes)."""
+    holds, predicted, both = np.split(sums[:, 2:], 3, axis=1)
+    f1 = 2 * both / np.maximum(holds + predicted, 1)
+    return {"accuracy": sums[:, 1] / sums[:, 0], "f1": _mean_of_occurring(f1, holds), "by_class": f1}
+
+
+def _independent(sums: np.ndarray, one_class: bool) -> dict[str, float]:
+    """What predictions of these frequencies score if they have nothing to do with the values; the mean over replicates."""
+    count = sums[:, :1]
+    holds, predicted, _ = np.split(sums[:, 2:] / count, 3, axis=1)
+    f1 = 2 * holds * predicted / np.maximum(holds + predicted, 1e-12)
+    right = holds * predicted
+    accuracy = right.sum(axis=1) if one_class else (right + (1 - holds) * (1 - predicted)).mean(axis=1)
+    return {"accuracy": accuracy.mean(), "f1": _mean_of_occurring(f1, holds).mean()}
+
+
+def _mean_of_occurring(f1: np.ndarray, holds: np.ndarray) -> np.ndarray:
+    occurs = holds > 0
+    return (f1 * occurs).sum(axis=1) / np.maximum(occurs.sum(axis=1), 1)

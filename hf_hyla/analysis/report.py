@@ -1,0 +1,167 @@
+"""The report of `hyla probe`: codes of training tasks and of unseen combinations, what they tell, and its figures."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..model import HylaForSequenceClassification
+from ..tasks import Task
+from .ablation import ablate_heads, mean_codes
+from .latents import Codes, collect_codes
+from .probes import code_similarity, probe
+from .subjects import Subject, answer_keys, check_sizes, query_point, subjects, task_batches
+
+
+REPORT_NAME = "probe.json"
+SCHEMA_VERSION = 1
+_BATCH_SIZE = 512
+
+
+def probe_report(
+    model: HylaForSequenceClassification,
+    task: Task,
+    split: str = "ood",
+    train_samples: int = 5_000,
+    num_samples: int = 5_000,
+    seed: int = 0,
+    ablate: bool = False,
+    fixed_query: bool = False,
+    output: Path | None = None,
+    progress: bool = False,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """
+    Probes, similarities and, on request, ablations of a classification model's codes; with `output`, also a folder with
+    them in `probe.json` and as figures.
+
+    Probes are fitted on the first `train_samples` of the split train, and scored on the first `num_samples` of `split`,
+    layer by layer and on all layers together; see `subjects` for what they ask and `answer_keys` for the codes they
+    read. Ablations put the mean codes of those training samples in place of a head's.
+
+    Args:
+        seed: of controls, bootstrap and t-SNE, and of the fixed query.
+        fixed_query: whether every function of fuzzy logic is asked for the same point, as in the official analysis, so that
+            codes differ by the function alone. Ablations are scored on the task as it is.
+        about: what the report shall hold besides: the model's name, versions, hardware.
+
+    Returns:
+        `probes`, for each subject and layer (0 for the first, `None` for all) what `probe` returns, `f1_by_class` by name;
+        `similarity`, for each subject with classes `names` and a matrix per layer, `layers` of the mean codes as they are and
+        `centred` of their differences from the mean of all; `ablation`, `None` or `metric`, `whole`
+        and `without`, by layer and head; `figures`, the files; and all settings.
+
+    Raises:
+        ValueError: before anything is computed, if a package is missing, model and task do not fit, or the split is
+            unknown, holds nothing that was trained, or has too few samples.
+        OSError: if the folder cannot be written.
+    """
+    for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"Probing needs {package}, which is not installed: pip install hf-hyla[analysis].")
+    task.check_model(model.config)
+    check_sizes(task, split, train_samples, num_samples)
+    query = query_point(task, seed) if fixed_query else None
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+
+    def collected(split: str, count: int) -> Codes:
+        batches = task_batches(task, split, count, _BATCH_SIZE, query)
+        return collect_codes(model, batches, answer_keys(task), total=-(-count // _BATCH_SIZE), progress=progress)
+
+    train, other = collected("train", train_samples), collected(split, num_samples)
+    train_subjects, other_subjects = subjects(task, train.columns), subjects(task, other.columns)
+    _, layers, answers, keys, heads = other.codes.shape
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        **(about or {}),
+        "task": {"name": task.name, **task.settings},
+        "data_fingerprint": task.fingerprint(),
+        "attention_type": model.config.attention_type,
+        "split": split,
+        "num_samples": {"train": train_samples, split: num_samples},
+        "seed": seed,
+        "fixed_query": None if query is None else query.tolist(),
+        "codes": {"layers": layers, "answers": answers, "keys": keys, "heads": heads},
+        "probes": _probes(train, train_subjects, other, other_subjects, seed, progress),
+        "similarity": {s.name: _similarity(other, s) for s in other_subjects if s.kind != "number"},
+        "ablation": _ablation(model, task, split, train_samples, num_samples, progress) if ablate else None,
+        "figures": [],
+    }
+    if output:
+        from .plots import draw
+
+        _save(report, output)  # before what may still fail
+        report["figures"] = draw(report, other, other_subjects, output, progress)
+        _save(report, output)
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The probes' scores as text, a line for each subject, layer and metric, and the ablation's largest losses."""
+    lines = [f"{'codes tell':<10}{'layer':>6}{'metric':>10}{'score':>17}{'shuffled':>17}{'chance':>8}"]
+    for result in report["probes"]:
+        layer = "all" if result["layer"] is None else result["layer"] + 1
+        for metric, score in result["scores"].items():
+            scores = [f"{s['value']:.3f} ± {s['standard_error']:.3f}" for s in (score, result["control"][metric])]
+            lines.append(
+                f"{result['subject']:<10}{layer:>6}{metric:>10}{scores[0]:>17}{scores[1]:>17}"
+                f"{result['chance'][metric]:>8.3f}"
+            )
+    if ablation := report["ablation"]:
+        without = np.array(ablation["without"])
+        layer, head = np.unravel_index(without.argmin(), without.shape)
+        lines.append(
+            f"{report['split']}/{ablation['metric']} {ablation['whole']:.4f}; {without.min():.4f} when head {head + 1} of "
+            f"layer {layer + 1} says the same of all samples, the largest loss"
+        )
+    return "\n".join(lines)
+
+
+def _save(report: dict[str, Any], output: Path) -> None:
+    """Writes probe.json whole or not at all."""
+    temporary = output / f"{REPORT_NAME}.tmp"
+    temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    temporary.replace(output / REPORT_NAME)
+
+
+def _probes(train, train_subjects, other, other_subjects, seed: int, progress: bool) -> list[dict[str, Any]]:
+    layers = [*range(other.codes.shape[1]), None]
+    cases = [(pair, layer) for pair in zip(train_subjects, other_subjects, strict=True) for layer in layers]
+    results = []
+    for (fitted, asked), layer in tqdm(cases, desc="Probing", disable=not progress):
+        result = probe(
+            train.features(layer),
+            fitted.values,
+            other.features(layer),
+            asked.values,
+            rows_per_sample=other.codes.shape[2],
+            seed=seed,
+        )
+        if "f1_by_class" in result:
+            result["f1_by_class"] = {asked.names[i]: score for i, score in result["f1_by_class"].items()}
+        results.append({"subject": asked.name, "kind": asked.kind, "layer": layer, **result})
+    return results
+
+
+def _similarity(codes: Codes, subject: Subject) -> dict[str, Any]:
+    occurs = np.flatnonzero(subject.counts)
+    several = subject.kind == "labels"
+    values = subject.values[:, occurs] if several else np.searchsorted(occurs, subject.values)
+    layers = [codes.features(layer) for layer in range(codes.codes.shape[1])]
+    matrices = {
+        name: [code_similarity(features, values, len(occurs), centred) for features in layers]
+        for name, centred in (("layers", False), ("centred", True))
+    }
+    rounded = {name: [matrix.round(6).tolist() for matrix in stack] for name, stack in matrices.items()}
+    return {"names": [subject.names[i] for i in occurs], **rounded}
+
+
+def _ablation(model, task: Task, split: str, train_samples: int, num_samples: int, progress: bool) -> dict[str, Any]:
+    means = mean_codes(model, task_batches(task, "train", train_samples, _BATCH_SIZE))
+    batches = list(task_batches(task, split, num_samples, _BATCH_SIZE))
+    whole, without = ablate_heads(model, task, batches, means, progress)
+    return {"metric": task.metric_names[0], "whole": whole, "without": without.tolist()}

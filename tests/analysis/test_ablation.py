@@ -1,0 +1,97 @@
+"""A head that says the same of all samples: exact where nothing is replaced, everything where it was all there was."""
+
+import pytest
+import torch
+
+from hf_hyla.analysis import ablate_heads, ablated, mean_codes, task_batches
+from hf_hyla.model.attention_hyla import eager_attention_forward
+
+
+SETTINGS = [
+    {"attention_type": "hyla"},
+    {"attention_type": "hyla", "value_depth": 2},
+    {"attention_type": "softmax"},
+    {"attention_type": "linear"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_a_replaced_code_is_what_the_mathematics_makes_of_it(build, logic, monkeypatch, settings):
+    model = build(logic, **settings).double()
+    batch = next(task_batches(logic, "ood", 8))
+    mean = torch.randn(4, 6, 6, dtype=torch.float64)
+    inputs = batch["input_values"].double()
+    with torch.no_grad(), ablated(model, 1, [2], mean):
+        logits = model(input_values=inputs).logits
+
+    from hf_hyla.model import attention_hyla
+
+    original, layers = attention_hyla.attention_codes, []
+
+    def replaced(*args, **kwargs):
+        codes = original(*args, **kwargs)
+        layers.append(len(layers))
+        if layers[-1] == 1:
+            codes[:, 2] = mean[2]
+        return codes
+
+    monkeypatch.setattr(attention_hyla, "attention_codes", replaced)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(input_values=inputs).logits
+    assert eager_attention_forward.__globals__["attention_codes"] is replaced and layers == [0, 1]
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_no_replaced_head_changes_nothing_and_the_model_is_restored(build, logic, settings):
+    model = build(logic, **settings)
+    inputs = next(task_batches(logic, "ood", 8))["input_values"]
+    mean = torch.zeros(4, 6, 6)
+    with torch.no_grad():
+        before = model(input_values=inputs).logits
+        with ablated(model, 0, [], mean):
+            torch.testing.assert_close(model(input_values=inputs).logits, before)
+        with pytest.raises(RuntimeError, match="stop"), ablated(model, 0, [1], mean):
+            assert not torch.equal(model(input_values=inputs).logits, before)
+            raise RuntimeError("stop")
+        assert torch.equal(model(input_values=inputs).logits, before)
+
+
+def test_the_mean_is_that_of_all_samples_whatever_the_batches(build, logic):
+    model = build(logic)
+    whole = next(task_batches(logic, "train", 50))
+    with torch.no_grad():
+        returned = model(input_values=whole["input_values"], output_attentions=True).attentions
+    means = mean_codes(model, task_batches(logic, "train", 50, batch_size=20))
+    for mean, codes in zip(means, returned, strict=True):
+        torch.testing.assert_close(mean, codes.double().mean(dim=0), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="hold no samples"):
+        mean_codes(model, [])
+    with pytest.raises(ValueError, match="sequences of one length"):
+        mean_codes(model, [whole, {"input_values": whole["input_values"][:, 1:]}])
+
+
+def test_a_head_that_nothing_reads_loses_nothing(build, logic):
+    model = build(logic, num_hidden_layers=1, attention_type="linear")
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    with torch.no_grad():
+        weight.view(16, 4, -1)[:, 1:] = 0.0  # linear attention keeps heads apart
+        weight *= 20
+    batches = list(task_batches(logic, "ood", 100))
+    whole, without = ablate_heads(model, logic, batches, mean_codes(model, batches))
+    assert without.shape == (1, 4) and without[0, 1:] == pytest.approx([whole] * 3, rel=1e-5)
+    assert abs(without[0, 0] - whole) > 0.01 * abs(whole)
+
+
+def test_the_only_head_of_a_constant_value_is_all_that_tells_samples_apart(build, sraven):
+    model = build(sraven, num_hidden_layers=1, num_attention_heads=1, attention_type="linear")
+    attention, batch = model.model.layers[0].self_attn, next(task_batches(sraven, "ood", 30))
+    with torch.no_grad():
+        attention.v_proj.weight.zero_()  # every token says the same; how much it is read depends on the code alone
+        mean = mean_codes(model, [batch])[0]
+        before = model(input_ids=batch["input_ids"]).logits
+        with ablated(model, 0, [0], mean):
+            logits = model(input_ids=batch["input_ids"]).logits
+    assert before.std(dim=0).max() > 0.01
+    torch.testing.assert_close(logits, logits[:1].expand_as(logits))  # answer slots look alike in every sample

@@ -1,0 +1,106 @@
+"""Collected codes are the model's own, of the right queries and keys, and nothing else of it stays."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_hyla.analysis import answer_keys, collect_codes, task_batches
+
+
+def hooks_of(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("attention_type", ["hyla", "softmax", "linear"])
+def test_codes_are_those_that_the_model_returns(build, sraven, attention_type):
+    model = build(sraven, attention_type=attention_type)
+    samples = next(task_batches(sraven, "ood", 40))
+    model(input_ids=samples["input_ids"], output_attentions=True)  # transformers installs hooks of its own, once
+    before = hooks_of(model)
+    collected = collect_codes(model, task_batches(sraven, "ood", 40, batch_size=16), answer_keys(sraven))
+    assert collected.codes.shape == (40, 2, 2, 2, 4) and collected.codes.dtype == np.float32
+    with torch.no_grad():
+        returned = model(input_ids=samples["input_ids"], output_attentions=True).attentions
+    for sample in range(40):
+        _, second_column, answers = (samples["permutations"][sample, column].tolist() for column in range(3))
+        first_column = samples["permutations"][sample, 0].tolist()
+        for answer in range(2):
+            keys = [12 + first_column.index(answers[answer]), 14 + second_column.index(answers[answer])]
+            for layer, codes in enumerate(returned):
+                for number, key in enumerate(keys):
+                    expected = codes[sample, :, 16 + answer, key].numpy()
+                    np.testing.assert_allclose(collected.codes[sample, layer, answer, number], expected, atol=1e-5)
+    assert hooks_of(model) == before
+    assert collected.columns["rules"].shape == (40, 2) and "input_ids" not in collected.columns
+
+
+def test_features_keep_answers_apart_and_layers_in_order(build, sraven):
+    collected = collect_codes(build(sraven), task_batches(sraven, "ood", 5), answer_keys(sraven))
+    features = collected.features()
+    assert features.shape == (10, 2 * 2 * 4)
+    np.testing.assert_array_equal(features[7, 8:], collected.codes[3, 1, 1].ravel())
+    np.testing.assert_array_equal(collected.features(1), features[:, 8:])
+
+
+def test_any_model_and_batches_with_padding_and_training_mode(build, logic):
+    model = build(logic, attention_dropout=0.5).model.train()
+    values = torch.rand(3, 6, 4)
+    mask = torch.ones(3, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    collected = collect_codes(model, [{"input_values": values, "attention_mask": mask, "name": torch.arange(3)}])
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        codes = model(input_values=values, attention_mask=mask, output_attentions=True).attentions[1]
+    expected = torch.stack([codes[0, :, 5, 5], codes[1, :, 3, 3], codes[2, :, 5, 5]])
+    np.testing.assert_allclose(collected.codes[:, 1, 0, 0], expected.numpy(), atol=1e-6)
+    assert collected.columns["name"].tolist() == [0, 1, 2]
+
+
+def test_no_attention_tensor_outlives_its_layer(build, logic):
+    model = build(logic)
+    pairs = 32 * 4 * 6 * 6  # a layer's codes of a batch
+
+    def largest() -> int:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.device.type == "cpu"]
+        return sum(tensor.untyped_storage().nbytes() >= 4 * pairs for tensor in tensors)
+
+    before, alive = largest(), []
+
+    def batches():
+        for batch in task_batches(logic, "train", 64, batch_size=32):
+            alive.append(largest())
+            yield batch
+
+    collected = collect_codes(model, batches())
+    assert alive == [before] * 2
+    assert collected.codes.nbytes == 4 * 64 * 2 * 1 * 1 * 4
+
+
+def test_hooks_are_removed_when_a_batch_fails(build, logic):
+    model = build(logic)
+    batch = next(task_batches(logic, "ood", 2))
+    collect_codes(model, [batch])
+    before = hooks_of(model)
+    with pytest.raises(ValueError, match="input_values must have the shape"):
+        collect_codes(model, [{"input_values": batch["input_values"][..., :2]}])
+    assert hooks_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"), [([], "hold no samples"), ([{"labels": torch.zeros(2)}], "must hold input_ids")]
+)
+def test_batches_that_cannot_be_read_are_refused(build, logic, batches, message):
+    with pytest.raises(ValueError, match=message):
+        collect_codes(build(logic), batches)
+
+
+def test_a_model_of_another_family_is_refused():
+    model = nn.Linear(2, 2)
+    model.config = type("Config", (), {"num_answers": 1, "pad_token_id": None})()
+    with pytest.raises(ValueError, match="Linear has no latent codes"):
+        collect_codes(model, [{"input_values": torch.zeros(1, 2, 2)}])

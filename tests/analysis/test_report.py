@@ -1,0 +1,198 @@
+"""`hyla probe`: what it writes, that it can be repeated, and what it refuses before it starts."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hf_hyla.analysis import Codes, probe_report, task_batches
+from hf_hyla.analysis.subjects import check_sizes, query_point, subjects
+from hf_hyla.cli import main
+from hf_hyla.tasks import get_task
+from hf_hyla.tasks.rules import RULES
+
+
+SIZES = ["--train-samples", "150", "--num-samples", "120"]
+LOGIC = ["--task", "logic", "--task.num_variables", "3", "--task.num_examples", "6"]
+SRAVEN = ["--task", "sraven", "--task.num_features", "2"]
+
+
+@pytest.fixture
+def saved(build, logic, sraven, tmp_path):
+    for name, task, attention_type in (("logic", logic, "hyla"), ("sraven", sraven, "softmax")):
+        build(task, attention_type=attention_type).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_a_logic_report_holds_scores_controls_and_figures(saved, capsys):
+    command = ["probe", str(saved / "logic"), *LOGIC, *SIZES, "--ablate", "--output"]
+    assert main([*command, str(saved / "once")]) == 0
+    captured = capsys.readouterr()
+    report = json.loads((saved / "once" / "probe.json").read_text())
+    assert {(r["subject"], r["layer"]) for r in report["probes"]} == {
+        (subject, layer) for subject in ("term", "target") for layer in (0, 1, None)
+    }
+    term = report["probes"][0]
+    assert {"scores", "control", "chance", "f1_by_class"} <= term.keys() and set(term["f1_by_class"]) <= {
+        f"{i:03b}" for i in range(6)
+    }
+    matrix = np.array(report["similarity"]["term"]["layers"][1])
+    np.testing.assert_allclose(matrix.diagonal(), 1)
+    assert np.array(report["ablation"]["without"]).shape == (2, 4)
+    assert report["codes"] == {"layers": 2, "answers": 1, "keys": 1, "heads": 4}
+    assert report["task"]["num_variables"] == 3 and report["num_samples"] == {"train": 150, "ood": 120}
+    assert report["data_fingerprint"].startswith("sha256:") and report["model"] == str(saved / "logic")
+    assert "git_commit" in report["environment"] and report["schema_version"] == 1
+    figures = {"probes.png", "similarity.png", "ablation.png", "map_layer_1.png", "map_layer_2.png"}
+    assert set(report["figures"]) == figures == {path.name for path in (saved / "once").glob("*.png")}
+    assert "Collecting codes" in captured.err and f"{term['scores']['f1']['value']:.3f}" in captured.out
+
+    assert main([*command, str(saved / "again")]) == 0
+    for path in (saved / "once").iterdir():
+        assert path.read_bytes() == (saved / "again" / path.name).read_bytes(), path.name
+
+
+def test_a_sraven_report_of_a_softmax_model_knows_rules(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    assert main(["probe", str(saved / "sraven"), *SRAVEN, *SIZES, "--split", "test"]) == 0
+    report = json.loads((saved / "runs" / "probe-sraven" / "probe.json").read_text())
+    assert report["attention_type"] == "softmax" and report["ablation"] is None
+    assert report["similarity"]["rule"]["names"] == list(RULES)
+    assert [r["kind"] for r in report["probes"]] == ["classes"] * 6
+    assert set(report["probes"][0]["f1_by_class"]) == set(RULES)
+
+
+def test_numbers_are_kept_when_a_figure_fails(build, logic, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hf_hyla.analysis.plots.draw", fail)
+    with pytest.raises(OSError, match="disk full"):
+        probe_report(build(logic), logic, train_samples=150, num_samples=120, output=tmp_path)
+    assert json.loads((tmp_path / "probe.json").read_text())["probes"]
+
+
+def test_the_rule_of_an_answer_is_that_of_its_feature_wherever_it_was_moved():
+    task = get_task("sraven")
+    columns = task.samples("ood", np.arange(200))
+    rules = subjects(task, columns)[0].values.reshape(200, 4)
+    fixed = get_task("sraven", permute=False).samples("ood", np.arange(200))
+    np.testing.assert_array_equal(
+        subjects(get_task("sraven", permute=False), fixed)[0].values.reshape(200, 4), fixed["rules"]
+    )
+    # A constant feature has its answer in the first column of the last row too.
+    cells = columns["input_ids"].reshape(200, 9, 4)
+    place = columns["permutations"].argsort(axis=-1)
+    for sample in range(200):
+        for answer in range(4):
+            feature = columns["permutations"][sample, 2, answer]
+            if rules[sample, answer] == RULES.index("constant"):
+                assert cells[sample, 6, place[sample, 0, feature]] == columns["labels"][sample, answer]
+
+
+def test_terms_are_those_of_the_function(logic):
+    columns = logic.samples("ood", np.arange(20))
+    term, target = subjects(logic, columns)
+    for row, terms in zip(term.values, columns["terms"], strict=True):
+        assert {term.names[i] for i in np.flatnonzero(row)} == {f"{t:03b}" for t in terms}
+    np.testing.assert_array_equal(target.values, columns["labels"])
+    with pytest.raises(ValueError, match="lack terms"):
+        subjects(logic, {"labels": columns["labels"]})
+
+
+def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic):
+    query = query_point(logic, seed=3)
+    batch = next(task_batches(logic, "ood", 50, query=query))
+    plain = next(task_batches(logic, "ood", 50))
+    assert torch.equal(batch["input_values"][:, :-1], plain["input_values"][:, :-1])
+    assert (batch["input_values"][:, -1, :3] == torch.from_numpy(query)).all() and not batch["input_values"][
+        :, -1, 3
+    ].any()
+    for terms, label in zip(batch["terms"].tolist(), batch["labels"].tolist(), strict=True):
+        literals = [[x if f"{term:03b}"[i] == "1" else 1 - x for i, x in enumerate(query)] for term in terms]
+        assert label == pytest.approx(max(map(min, literals)))
+    report = probe_report(build(logic), logic, train_samples=150, num_samples=120, seed=3, fixed_query=True)
+    assert report["fixed_query"] == query.tolist()
+
+
+def test_the_number_of_samples_that_is_named_is_enough(logic):
+    def refused(train: int, other: int) -> str | None:
+        try:
+            check_sizes(logic, "ood", train, other)
+        except ValueError as error:
+            return str(error)
+
+    message = refused(1, 500)
+    needed = int(message.partition("at least ")[2].partition(",")[0])
+    assert (
+        "train_samples" in message
+        and refused(needed, 500) is None
+        and refused(needed - 1, 500) == message.replace("got 1", f"got {needed - 1}")
+    )
+    counts = subjects(logic, logic.samples("train", np.arange(needed)))[0].counts
+    assert counts.min() == 10
+    assert "num_samples must be at least" in refused(500, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["logic", *SRAVEN], "does not fit the task sraven"),
+        (["logic", *LOGIC, "--split", "odd"], "has no split 'odd'"),
+        (["logic", *LOGIC, "--split", "train"], "score it on another, such as ood"),
+        (["logic", *LOGIC, "--split", "extrapolation"], "training shows none of its terms"),
+        (["logic", *LOGIC, "--num-samples", "3"], "num_samples must be at least"),
+        (["sraven", *SRAVEN, "--train-samples", "3"], "train_samples must be at least"),
+        (["sraven", *SRAVEN, "--num-samples", "0"], "num_samples must be at least 1"),
+        (["sraven", *SRAVEN, "--fixed-query"], "asks for no point"),
+        (["sraven"], "pass --task logic"),
+        (["logic", *LOGIC, "--output", "{saved}/logic/config.json"], "config.json"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_before_anything_is_computed(saved, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(saved)
+    monkeypatch.setattr("hf_hyla.analysis.report.collect_codes", lambda *_, **__: pytest.fail("computed"))
+    assert main(["probe", *(argument.format(saved=saved) for argument in arguments)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hyla: ") and message in error
+    assert not list(saved.rglob("probe.json"))
+
+
+@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
+def test_a_missing_extra_is_named(saved, capsys, monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["probe", str(saved / "logic"), *LOGIC]) == 2
+    assert (
+        f"Probing needs {package}, which is not installed: pip install hf-hyla[analysis]." in capsys.readouterr().err
+    )
+
+
+def test_shuffled_labels_are_at_chance_for_a_whole_model(build, sraven):
+    report = probe_report(build(sraven), sraven, train_samples=1000, num_samples=1000)
+    for result in report["probes"]:
+        for metric, control in result["control"].items():
+            assert abs(control["value"] - result["chance"][metric]) < 5 * control["standard_error"] + 0.03
+
+
+def test_codes_into_which_the_rule_is_written_are_read_out(monkeypatch, build, sraven):
+    """The whole report on codes of which the truth is known: head r speaks for rule r, in the second layer."""
+
+    def planted(model, batches, *_, **__):
+        columns: dict[str, list] = {}
+        for batch in batches:
+            for name, column in batch.items():
+                columns.setdefault(name, []).append(column.numpy())
+        joined = {name: np.concatenate(column) for name, column in columns.items()}
+        rules = subjects(sraven, joined)[0].values.reshape(-1, 2)
+        codes = torch.randn(len(rules), 2, 2, 1, 8, generator=torch.Generator().manual_seed(0)).numpy() * 0.1
+        codes[:, 1, :, 0] += np.eye(8)[rules]
+        return Codes(codes, joined)
+
+    monkeypatch.setattr("hf_hyla.analysis.report.collect_codes", planted)
+    report = probe_report(build(sraven), sraven, train_samples=300, num_samples=300)
+    by_layer = {r["layer"]: r["scores"]["accuracy"]["value"] for r in report["probes"] if r["subject"] == "rule"}
+    assert by_layer[1] > 0.99 and by_layer[None] > 0.99 and by_layer[0] < 0.4
+    similarity = np.array(report["similarity"]["rule"]["layers"][1])
+    np.testing.assert_allclose(similarity, np.eye(8), atol=0.1)
