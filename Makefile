@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where the CPU build of torch lies; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-oldest test-common lint format lock clean
+.PHONY: setup demo test test-oldest test-common gpu gpu-rehearsal lint format lock clean
 
 setup: .venv/ready
 
@@ -39,6 +39,26 @@ test-oldest: .venv-oldest/ready
 test-common: setup
 	HYLA_COMMON_TESTS=1 $(BIN)/python -m pytest tests/common
 
+# On a machine with a GPU, torch and transformers, without .venv and network: tests, benchmark, and the SRAVEN recipe in full.
+# `make gpu OUT=folder MAX_MINUTES=8` stops training in time, and given again goes on; recipes/gpu.sh has the other settings.
+gpu:
+	PYTHON="$(PYTHON)" recipes/gpu.sh
+
+# The same on a CPU in some minutes: the kernels interpreted, few repeats, few steps of a small model, which is stopped after
+# the first and goes on from what came back.
+REHEARSAL := PYTHON="$(PYTHON)" REHEARSAL=1 OUT=runs/gpu-rehearsal RUN=runs/gpu-rehearsal-run recipes/gpu.sh
+SMALL := --trainer.max_steps 6 --trainer.warmup_steps 1 --trainer.save_steps 2 --trainer.eval_steps 3 \
+	--trainer.logging_steps 1 --trainer.eval_samples 64 --model.num_hidden_layers 1 --model.hidden_size 16 \
+	--model.intermediate_size 16 --model.num_attention_heads 2 --trainer.dataloader_num_workers 2 \
+	--trainer.dataloader_persistent_workers true
+gpu-rehearsal:
+	rm -rf runs/gpu-rehearsal runs/gpu-rehearsal-run
+	TRAIN="$(SMALL)" MAX_MINUTES=0.001 $(REHEARSAL)
+	rm -r runs/gpu-rehearsal-run
+	TRAIN="$(SMALL)" PARTS=train $(REHEARSAL)
+	grep 'Goes on from checkpoint-1' runs/gpu-rehearsal/report.txt
+	test -s runs/gpu-rehearsal/run.json
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,7 +73,7 @@ format: setup
 lock: setup
 	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-find-links --no-emit-index-url --no-header \
 		--constraint <(echo torch==2.13.0) --output-file requirements.lock pyproject.toml
-	sed -i 's/+cpu//; s|-c /dev/fd/[0-9]*|the Makefile|' requirements.lock
+	sed -i 's/+cpu//; s|-c /dev/fd/[0-9]*|the Makefile|; s/^triton==[0-9.]*$$/& ; sys_platform == "linux"/' requirements.lock
 
 clean:
 	rm -rf .venv .venv-oldest .cache runs

@@ -42,7 +42,7 @@ _TABLE_A1 = {
 _TASKS: dict[str, tuple[dict[str, Any], int, str]] = {
     "logic": ({"num_variables": 4, "num_terms": 2, "num_examples": 32, "held_out": 0.7}, 6_400_000, "ood/r2"),
     "sraven": (
-        {"num_features": 4, "num_values": 8, "held_out": 0.25, "permute": True},
+        {"num_features": 4, "num_values": 8, "held_out": 0.25, "permute": True, "unambiguous": False},
         20_000_000,
         "ood/accuracy",
     ),

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results on standard output, one sentence and exit code 2 for bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.cli import main
+from hf_hyla.tasks import get_task
 
 
 TINY = {
@@ -46,6 +49,23 @@ def test_train_prints_every_split_and_an_override_changes_the_model(recipe, run,
     assert record["recipe"]["model"]["attention_type"] == "softmax" and record["recipe"]["trainer"]["seed"] == 3
 
 
+def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(recipe), "--dry-run", "--trainer.max_steps", "4000"]) == 0
+    printed = capsys.readouterr().out
+    settings = yaml.safe_load(printed.partition("\n\n")[0])
+    assert settings["trainer"]["max_steps"] == 4000 and settings["task"]["held_out"] == 0.5
+    run = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in printed.partition("\n\n")[2].splitlines())
+    assert run["steps"] == "4,000 of 128 samples" and run["training samples"] == "512,000"
+    task = get_task("logic", num_examples=4)
+    model = HylaForSequenceClassification(HylaConfig(**{**task.model_defaults, **TINY["model"]}))
+    assert run["parameters"] == f"{model.num_parameters():,}"
+    minutes, milliseconds = map(float, re.findall(r"[\d.]+", run["estimated time"]))
+    assert minutes == pytest.approx(4000 * milliseconds / 60_000, abs=0.1) and milliseconds > 0
+    assert 50 < float(re.match(r"[\d,]+", run["peak memory"]).group().replace(",", "")) < 50_000
+    assert not list(tmp_path.iterdir())
+
+
 def test_evaluate_takes_the_task_from_the_run_or_from_the_command_line(run, capsys):
     assert main(["evaluate", str(run), "--split", "test", "--num-samples", "64", "--json"]) == 0
     from_run = json.loads(capsys.readouterr().out)
@@ -69,6 +89,26 @@ def test_convert_writes_a_model_that_evaluate_scores(golden, tmp_path, capsys):
     assert "accuracy" in json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
 
 
+def test_data_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
+    arguments = ["data", "logic", "--split", "test", "ood", "--num-examples", "20", "--task.num_examples", "3"]
+    assert main([*arguments, "--output", str(tmp_path / "data")]) == 0
+    printed = capsys.readouterr().out
+    assert "ood: 20 examples" in printed and "Fingerprint sha256:" in printed
+    assert json.loads((tmp_path / "data" / "task.json").read_text())["task"]["num_examples"] == 3
+    assert main([*arguments, "--output", str(tmp_path / "data")]) == 2
+    assert "holds the split test already" in capsys.readouterr().err
+
+
+def test_ceiling_prints_and_records_what_the_ideal_observer_reaches(tmp_path, capsys):
+    output = tmp_path / "results" / "record.json"
+    assert main(["ceiling", "--num-samples", "50", "--task.num_features", "2", "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    for split in ("test", "ood"):
+        assert f"{split}: accuracy {record['splits'][split]['accuracy']:.4f}" in printed
+    assert record["task"]["num_features"] == 2 and "git_commit" in record["environment"]
+
+
 def test_env_is_json(capsys):
     assert main(["env"]) == 0
     assert "torch" in json.loads(capsys.readouterr().out)["environment"]
@@ -84,12 +124,23 @@ def test_env_is_json(capsys):
         (["train", "{recipe}", "--overwrit"], "Unknown argument '--overwrit'"),
         (["train", "{recipe}", "--task.held_out", "0.99"], "must occur in training"),
         (["train", "{recipe}", "--output", "{run}"], "holds a finished run"),
+        (["train", "{recipe}", "--max-minutes", "0"], "--max-minutes must be larger than 0"),
+        (
+            ["train", "{recipe}", "--output", "{run}", "--trainer.report_to", "clearml"],
+            "clearml, which is not installed",
+        ),
         (["evaluate", "{run}", "--split", "odd"], "has no split 'odd'"),
         (["evaluate", "{run}", "--task", "sraven"], "does not fit the task sraven"),
         (["evaluate", "{recipe.parent}", "--task", "logic"], "holds no model"),
         (["evaluate", "{run}", "--task.num_examples", "["], "is not valid YAML"),
         (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
         (["evaluate", "{run}", "--num-samples", "0"], "num_samples must be at least 1"),
+        (["data", "ravens", "--output", "{run}"], "did you mean 'sraven'"),
+        (["data", "sraven", "--split", "odd", "--output", "{run}"], "has no split 'odd'"),
+        (["data", "sraven", "--num-examples", "0", "--output", "{run}"], "num_samples must be at least 1"),
+        (["data", "sraven", "--num-examples", "1", "--output", "{run}"], "is not empty and holds no data"),
+        (["ceiling", "--num-samples", "0"], "num_samples must be at least 1"),
+        (["train", "{recipe}", "--task.data", "{run}", "--output", "{run}-2"], "holds no data of a task"),
         (["convert", "--params", "a", "--config", "b", "--output", "c"], "b"),
     ],
 )

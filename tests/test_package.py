@@ -23,7 +23,8 @@ def python(script: str) -> subprocess.CompletedProcess:
 def test_importing_prints_nothing_and_needs_no_optional_package():
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
     result = python(
-        f"import sys\n{blocked}\nimport hf_hyla, hf_hyla.tasks, hf_hyla.training, hf_hyla.convert, hf_hyla.cli"
+        f"import sys\n{blocked}\nimport hf_hyla, hf_hyla.tasks, hf_hyla.training, hf_hyla.convert, hf_hyla.compare, "
+        "hf_hyla.sweep, hf_hyla.cli, hf_hyla.hub.publish, hf_hyla.benchmark, hf_hyla.analysis"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -31,7 +32,7 @@ def test_importing_prints_nothing_and_needs_no_optional_package():
 def test_training_imports_neither_datasets_nor_evaluate():
     result = python(
         "import sys\nsys.modules['evaluate'] = sys.modules['datasets'] = None\n"
-        "import hf_hyla.training, hf_hyla.tasks\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
+        "import hf_hyla.training, hf_hyla.tasks, hf_hyla.compare, hf_hyla.sweep, hf_hyla.benchmark, hf_hyla.hub.publish\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
     )
     assert result.returncode == 0, result.stderr
 
@@ -39,15 +40,25 @@ def test_training_imports_neither_datasets_nor_evaluate():
 # Who may import whom: part of the package → what else of the project and which libraries it may import.
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "model": ({"model"}, {"torch", "transformers", "huggingface_hub", "numpy"}),
+    "model": ({"model"}, {"torch", "transformers", "huggingface_hub", "numpy", "numba", "triton"}),
     "metrics": ({"metrics"}, {"numpy", "evaluate", "datasets"}),
-    "tasks": ({"tasks", "metrics"}, {"numpy", "torch", "datasets", "huggingface_hub"}),
+    "tasks": ({"tasks", "metrics"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
     "training": (
-        {"training", "model", "tasks", "metrics"},
-        {"accelerate", "torch", "transformers", "huggingface_hub", "yaml", "tqdm", "numpy"},
+        {"training", "model", "tasks", "metrics", "hub", "plots"},
+        {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
     ),
+    # The trainer hands a finished run to hub; nothing of hub trains.
+    "hub": (
+        {"hub", "training", "model", "tasks", "metrics", "paper", "plots"},
+        {"huggingface_hub", "safetensors", "torch", "yaml", "matplotlib"},
+    ),
+    "benchmark": ({"benchmark", "model", "tasks", "training"}, {"torch", "transformers"}),
+    "analysis": ({"analysis", "model", "tasks"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
     "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
     "paper": ({"model"}, set()),
+    "plots": ({"paper"}, {"matplotlib"}),
+    "compare": ({"model", "paper", "tasks", "training"}, set()),
+    "sweep": ({"tasks", "training"}, {"torch", "yaml"}),
 }
 
 

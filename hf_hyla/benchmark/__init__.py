@@ -1,0 +1,117 @@
+"""
+`hyla bench`: the time and memory that attention, training steps and data take, of every backend in one run.
+
+A backend is first compared with the definition in float64, and where it disagrees no speed is reported. What is compared is
+timed in turn, so that a machine that grows slower or faster does so for all.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..training.record import environment, hardware
+from .attention import FLASH_SHAPE, Shape, measure_attention
+from .meter import SEED, Meter
+from .steps import measure_data, measure_steps
+
+
+PARTS = ("attention", "sraven", "logic", "data")
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+SHAPES = (Shape(128, 36, 16, 4), Shape(1, 1024, 8, 16))
+SCHEMA_VERSION = 1
+
+
+def benchmark(
+    parts: tuple[str, ...] = PARTS,
+    *,
+    threads: int | None = None,
+    repeats: int | None = None,
+    lengths: tuple[int, ...] = LENGTHS,
+    shapes: tuple[Shape, ...] = SHAPES,
+    overrides: dict[str, str] | None = None,
+    batch_size: int = 128,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """
+    Measures on the accelerator torch sees, or on the CPU.
+
+    Args:
+        parts: of `PARTS`.
+        threads: of the CPU; torch's number where it is `None`.
+        repeats: measurements of each; where it is `None` as many as fit into ten seconds, 5 to 100.
+        lengths: of the curves of attention, at batch 1 with 8 heads of width 16.
+        shapes: of attention, besides.
+        overrides: of the recipes whose steps are measured, as `load_recipe` takes them.
+        batch_size: of training steps and data.
+        say: is told what is measured next.
+
+    Returns:
+        What JSON can hold: `rows`, `skipped` (what was not measured, and why), `seed`, `threads`, `repeats`, `environment`,
+        `hardware` and `schema_version`. A row has `part`, `work` (what was done, `shape` for attention on which sizes),
+        `subject` (who did it), `seconds` (the median), `quartiles` and `repeats` of it, `peak_bytes` (memory beyond what was
+        taken before; `None` where that cannot be known) and `ratios`, its median divided by those of other subjects.
+
+    Raises:
+        ValueError: if a backend does not compute what the definition says, or an argument is out of range.
+    """
+    for name, number in {"threads": threads, "repeats": repeats, "lengths": min(lengths, default=1)}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = Meter(device, repeats, say)
+    with _threads(threads or torch.get_num_threads()):
+        for part in parts:
+            if part == "attention":
+                curve = [Shape(1, length, 8, 16) for length in lengths]
+                flash = [FLASH_SHAPE] if device.type == "cuda" else []
+                for shape in dict.fromkeys([*shapes, *curve, *flash]):
+                    measure_attention(meter, shape)
+            elif part == "data":
+                for task in ("sraven", "logic"):
+                    measure_data(meter, task, batch_size, overrides)
+            else:
+                measure_steps(meter, part, batch_size, overrides)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "rows": meter.rows,
+            "skipped": meter.skipped,
+            "seed": SEED,
+            "threads": torch.get_num_threads(),
+            "repeats": repeats,
+            "environment": environment(),
+            "hardware": hardware(),
+        }
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """What `benchmark` returned as text, a block for each work."""
+    lines = []
+    for title, rows in itertools.groupby(result["rows"], key=lambda row: (row["part"], row["work"], row.get("shape"))):
+        lines += ["", ", ".join(filter(None, title))]
+        for row in rows:
+            spread = (
+                "" if row["quartiles"] is None else "{:.2f} to {:.2f}".format(*(1e3 * q for q in row["quartiles"]))
+            )
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.1f} MiB"
+            ratios = [f"{ratio:.3f} x {other}" for other, ratio in row["ratios"].items() if other != row["subject"]]
+            if "samples_per_second" in row:
+                ratios.append(f"{row['samples_per_second']:,.0f} samples/s")
+            lines.append(
+                f"  {row['subject']:<18}{1e3 * row['seconds']:>10.2f} ms {spread:>20}{peak:>15}  {', '.join(ratios)}"
+            )
+    threads = f"{result['threads']} threads, {result['hardware']['accelerator'] or 'no accelerator'}"
+    lines += ["", *result["skipped"], f"Medians, quartiles and peak extra memory; {threads}."]
+    return "\n".join(lines[1:])

@@ -1,0 +1,189 @@
+"""Attention by every backend: whether they agree, and what they cost."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..model.attention_hyla import by_pair, eager_attention_forward
+from ..model.backends_hyla import BACKENDS
+from ..model.configuration_hyla import HylaConfig
+from ..model.layers_hyla import HylaAttention
+from .meter import SEED, Meter, available_bytes
+
+
+# What errors may be, of the output and of gradients: norm by norm, since at the kink of a ReLU rounding decides the side, and of
+# millions of numbers a few stand there.
+_TOLERANCES = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (2e-2, 2e-2)}
+# Numbers of the largest intermediate result that the definition in float64 computes at a time.
+_BLOCK = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of attention: queries, keys and values are each (batch, heads, length, width)."""
+
+    batch: int
+    length: int
+    heads: int
+    width: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.batch} x {self.length} x {self.heads} heads x {self.width}, {dtype}"
+
+    @property
+    def eager_bytes(self) -> int:
+        """About what the eager form takes, forward and backward; measured in float32."""
+        return self.batch * self.length**2 * (10 * self.heads + 3 * self.width) * self.dtype.itemsize
+
+
+# Where flash attention is measured.
+FLASH_SHAPE = Shape(8, 2048, 16, 64, torch.bfloat16)
+
+
+def measure_attention(meter: Meter, shape: Shape) -> None:
+    what, device = f"attention, {shape}", meter.device
+    available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
+    if available is not None and shape.eager_bytes > available / 2:
+        needed, free = shape.eager_bytes / 2**30, available / 2**30
+        return meter.skip(
+            what, f"the eager form needs about {needed:.1f} GiB, more than half of the {free:.1f} GiB free."
+        )
+    meter.say(f"{what}: do all agree?")
+    hyla, softmax = _layer(shape, "hyla").to(device), _layer(shape, "softmax").to(device)
+    inputs = _inputs(shape, device)
+    backends: Any = BACKENDS  # mypy takes partial functions for objects
+    fused = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}[device.type]
+    expected = _definition(hyla, inputs)
+    for name in ("eager", "hyla_lean", fused):
+        _check(name, shape, expected, _differentiated(backends[name], hyla, inputs))
+    small = dataclasses.replace(shape, batch=min(shape.batch, 2), length=min(shape.length, 40))
+    few = _inputs(small, device)
+    _check("hyla_sdpa", small, _definition(softmax, few), _differentiated(backends["hyla_sdpa"], softmax, few))
+
+    candidates: dict[str, tuple[Callable, nn.Module, dict[str, torch.Tensor]]] = {
+        "eager": (backends["eager"], hyla, inputs),
+        "lean": (backends["hyla_lean"], hyla, inputs),
+        "fused": (backends[fused], hyla, inputs),
+        "sdpa": (backends["hyla_sdpa"], softmax, inputs),
+    }
+    with torch.no_grad():
+        fixed = by_pair(inputs["position_bias"], shape.length, shape.length)[None].contiguous()
+    candidates["sdpa, fixed bias"] = (backends["hyla_sdpa"], softmax, inputs | {"position_bias": fixed})
+    if shape.dtype == torch.bfloat16:
+        plain = {name: tensor for name, tensor in inputs.items() if name != "position_bias"}
+        candidates["flash, no bias"] = (_flash_attention, softmax, plain)
+    for work, run in {"forward": _forward, "forward + backward": _differentiated}.items():
+        meter.compare(
+            {name: partial(run, *candidate) for name, candidate in candidates.items()},
+            against=("eager", "sdpa", "sdpa, fixed bias", "flash, no bias"),
+            facts={"part": "attention", "work": work, "shape": str(shape)}
+            | ({"length": shape.length} if shape.batch == 1 else {}),
+        )
+
+
+def _layer(shape: Shape, attention_type: Literal["hyla", "softmax"]) -> HylaAttention:
+    config = HylaConfig(
+        attention_type=attention_type,
+        num_attention_heads=shape.heads,
+        head_dim=shape.width,
+        value_head_dim=shape.width,
+    )
+    return HylaAttention(config, layer_idx=0)
+
+
+def _inputs(shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
+    """Queries, keys and values with the strides they have in a layer, the position bias by diagonal, and the gradient."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(device, shape.dtype)
+
+    size = (shape.batch, shape.length, shape.heads, shape.width)
+    leaves = {name: draw(*size).transpose(1, 2) for name in ("query", "key", "value")}
+    leaves["position_bias"] = draw(shape.heads, 2 * shape.length - 1)
+    return {name: leaf.requires_grad_() for name, leaf in leaves.items()} | {"gradient": draw(*size)}
+
+
+def _apply(attention: Callable, layer: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return attention(
+        layer,
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        None,
+        scaling=layer.scaling,
+        position_bias=inputs.get("position_bias"),
+    )[0]
+
+
+def _forward(attention: Callable, layer: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return _apply(attention, layer, inputs)
+
+
+def _differentiated(attention: Callable, layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of those inputs that have one."""
+    leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    output = _apply(attention, layer, inputs)
+    gradients = torch.autograd.grad(output, list(leaves.values()), inputs["gradient"])
+    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _flash_attention(layer: nn.Module, query, key, value, mask, scaling: float, position_bias=None):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+
+
+def _definition(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    What `_differentiated` gives for the eager form in float64. Queries do not know of each other, so it is computed for
+    some of them at a time, which a long sequence needs.
+    """
+    wide = {name: tensor.detach().double() for name, tensor in inputs.items()}
+    batch, heads, length, width = wide["query"].shape
+    per_query = length * max(heads, width)
+    queries = min(max(_BLOCK // per_query, 1), length)
+    sequences = max(_BLOCK // (per_query * queries), 1)
+    result = {"output": torch.empty_like(wide["gradient"])}
+    result |= {name: torch.zeros_like(tensor) for name, tensor in wide.items() if name != "gradient"}
+    for row, first in itertools.product(range(0, batch, sequences), range(0, length, queries)):
+        last = min(first + queries, length)
+        rows, columns = slice(row, row + sequences), slice(first, last)
+        where = {
+            "query": (rows, slice(None), columns),
+            "key": (rows,),
+            "value": (rows,),
+            "position_bias": (slice(None), slice(length - last, 2 * length - first - 1)),
+        }
+        part = {name: wide[name][index].requires_grad_() for name, index in where.items()}
+        part["gradient"] = wide["gradient"][rows, columns]
+        found = _differentiated(eager_attention_forward, layer, part)
+        result["output"][rows, columns] = found["output"]
+        for name, index in where.items():
+            result[name][index] += found[name]
+    return result
+
+
+def _check(name: str, shape: Shape, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: if output or gradients are not the definition's.
+    """
+    forward, backward = _TOLERANCES[shape.dtype]
+    for quantity, tensor in expected.items():
+        allowed = forward if quantity == "output" else backward
+        error = ((found[quantity].double() - tensor).norm() / tensor.norm()).item()
+        if not error <= allowed:  # a NaN is refused too
+            of_what = "output" if quantity == "output" else f"gradient of the {quantity}"
+            raise ValueError(
+                f"{name} does not compute what it should on {shape}: its {of_what} is off by {error:.1e} of its "
+                f"norm, where {allowed:.0e} is allowed, so no speed is reported: repair it first, or do not use it."
+            )

@@ -1,0 +1,157 @@
+"""A sweep: a base recipe × a grid of settings × seeds, each point a run in a folder of its own."""
+
+import dataclasses
+import itertools
+import json
+import os
+import queue
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import torch
+import yaml
+
+from .tasks import nearest
+from .training.recipe import Recipe, find_recipe, load_recipe
+from .training.record import RECORD_NAME, RunRecord
+
+
+_KEYS = ("base", "grid", "seeds")
+
+
+@dataclasses.dataclass
+class Point:
+    """One run of a sweep: its folder inside the sweep's, its overrides as texts by key, and the recipe they make."""
+
+    folder: str
+    overrides: dict[str, str]
+    recipe: Recipe
+
+
+@dataclasses.dataclass
+class Sweep:
+    """A checked sweep: its name, base recipe and points."""
+
+    name: str
+    base: Path
+    points: list[Point]
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """
+    Reads a sweep, a YAML file with
+
+    - `base`: a recipe, found as `hyla train` finds it;
+    - `grid`: axes, of which every combination is a point. An axis is named like a setting (`task.held_out`) and lists its
+      values, or has a name without a dot and lists mappings of settings that change together;
+    - `seeds`: each sets `task.seed` and `trainer.seed`.
+
+    Raises:
+        ValueError: for anything missing, misspelt or contradictory, and for a point whose recipe is refused.
+        OSError: if the file or its base cannot be read.
+    """
+    path = find_recipe(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold the keys {', '.join(_KEYS)}, got {type(content).__name__}.")
+    for key in content:
+        if key not in _KEYS:
+            raise ValueError(
+                f"{path} has an unknown key {key!r}{nearest(str(key), _KEYS)}: expected {', '.join(_KEYS)}."
+            )
+    for key in _KEYS:
+        if key not in content:
+            raise ValueError(f"{path} lacks the key {key!r}: expected {', '.join(_KEYS)}.")
+    base, seeds = content["base"], content["seeds"]
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base must be the path of a recipe, got {base!r}.")
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        raise ValueError(f"{path}: seeds must be a list of integers, got {seeds!r}.")
+    axes = [_axis(path, name, values) for name, values in _mapping(path, "grid", content["grid"]).items()]
+    points = []
+    for choice in itertools.product(*axes):
+        settings: dict[str, Any] = {}
+        for chosen in choice:
+            if both := settings.keys() & chosen.keys():
+                raise ValueError(f"{path}: two axes of the grid set {both.pop()}.")
+            settings |= chosen
+        for seed in seeds:
+            overrides = {**settings, "task.seed": seed, "trainer.seed": seed}
+            texts = {key: json.dumps(value) for key, value in overrides.items()}
+            slug = "-".join(f"{key.partition('.')[2]}={value}" for key, value in settings.items()) or "base"
+            points.append(Point(f"{slug}/{seed}".replace(" ", ""), texts, load_recipe(base, texts)))
+    if len({point.folder for point in points}) < len(points):
+        raise ValueError(f"{path} names a point twice: remove the second.")
+    return Sweep(path.stem, Path(base), points)
+
+
+def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[tuple[Point, str]]:
+    """
+    Runs the points that are not finished, `jobs` at a time (by default one for each GPU, or one), each in a process of its
+    own whose output goes into a log file beside the run's folder. Yields each point as it ends, with `finished`, `done
+    before` or `failed: ` and its error. A point that was interrupted goes on.
+    """
+    devices = torch.cuda.device_count()
+    jobs = jobs or max(1, devices)
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+    running: set[Popen] = set()
+
+    def run(point: Point) -> str:
+        folder = output / point.folder
+        if (folder / RECORD_NAME).exists():
+            if RunRecord.load(folder).recipe == point.recipe.settings:
+                return "done before"
+            return f"failed: {folder} holds a run of another recipe, choose another --output"
+        slot = slots.get()
+        environment = dict(os.environ)
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % devices)
+        elif jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        words = [f"--{key}={value}" for key, value in point.overrides.items()]
+        command = [sys.executable, "-m", "hf_hyla", "train", str(sweep.base), "--output", str(folder), *words]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_name(f"{folder.name}.log")
+        with log.open("a") as file:
+            process = Popen(command, env=environment, stdout=file, stderr=file)
+        running.add(process)
+        code = process.wait()
+        running.discard(process)
+        slots.put(slot)
+        if code == 0:
+            return "finished"
+        lines = log.read_text().splitlines()
+        return f"failed: {lines[-1].removeprefix('hyla: ') if lines else f'exit code {code}'} (see {log})"
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield from zip(sweep.points, pool.map(run, sweep.points), strict=True)
+        except BaseException:
+            # Each saves its checkpoint; those that have not begun stay so.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            raise
+
+
+def _axis(path: Path, name: str, values: Any) -> list[dict[str, Any]]:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{path}: the axis {name!r} must be a list of values, got {values!r}.")
+    if "." in name:
+        return [{name: value} for value in values]
+    return [_mapping(path, f"every value of the axis {name!r}", value) for value in values]
+
+
+def _mapping(path: Path, what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or any(not isinstance(key, str) for key in value):
+        raise ValueError(f"{path}: {what} must hold keys and values, got {value!r}.")
+    return value

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# What `make gpu` does, for a machine with a GPU, or with REHEARSAL=1 without: tests, benchmark, training, none of which
+# needs more than torch, transformers and accelerate. A part that fails does not stop the next; the exit code says if one did.
+#
+#   OUT           folder of what is worth taking home: at most 8 files, none over 16 MiB
+#   RUN           folder of the training run
+#   MAX_MINUTES   training saves and stops in this time; the same command goes on
+#   FROM          checkpoint.tar of an earlier OUT, to go on from where RUN is gone
+#   TRAIN         more arguments of `hyla train`, the same every time (default: four processes draw data ahead)
+#   PARTS         which of: tests bench train
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+REHEARSAL=${REHEARSAL:-}
+OUT=${OUT:-runs/gpu}
+RUN=${RUN:-runs/gpu-run}
+MAX_MINUTES=${MAX_MINUTES:-30}
+FROM=${FROM:-$OUT/checkpoint.tar}
+PARTS=${PARTS:-tests bench train}
+read -ra TRAIN <<<"${TRAIN:---trainer.dataloader_num_workers 4 --trainer.dataloader_persistent_workers true}"
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+tests=(-k "not interpreter")
+bench=()
+if [ "$REHEARSAL" ]; then
+    tests=(-k "interpreter")
+    bench=(--repeats 1 --lengths 64 128)
+fi
+
+run_tests() {
+    if ! "$PYTHON" -c 'import pytest' 2>/dev/null; then
+        echo "Tests are left out: pytest is not installed."
+        return 0
+    fi
+    "$PYTHON" -m pytest -p no:cacheprovider -rs "${tests[@]}" tests/model/test_triton.py
+}
+
+run_bench() {
+    "$PYTHON" -m hf_hyla bench --output "$OUT" "${bench[@]}"
+}
+
+run_train() {
+    if [ -e "$RUN/run.json" ]; then
+        echo "The run in $RUN is finished."
+        return 0
+    fi
+    if [ ! -d "$RUN" ] && [ -f "$FROM" ]; then
+        echo "Goes on from $FROM."
+        mkdir -p "$RUN" && tar -xf "$FROM" -C "$RUN" || return
+    fi
+    "$PYTHON" -m hf_hyla train recipes/sraven/hyla.yaml --output "$RUN" --max-minutes "$MAX_MINUTES" \
+        --trainer.disable_tqdm true "${TRAIN[@]}"
+}
+
+# Of the run's folder, which holds code and older checkpoints too.
+pack() {
+    local last
+    cp "$RUN"/{run.json,model.safetensors,config.json,curve.png} "$OUT" 2>/dev/null
+    last=$(ls -d "$RUN"/checkpoints/checkpoint-* 2>/dev/null | sort -V | tail -1)
+    if [ "$last" ]; then
+        tar -cf "$OUT/checkpoint.tar.new" -C "$RUN" resolved_recipe.yaml "checkpoints/${last##*/}" &&
+            mv "$OUT/checkpoint.tar.new" "$OUT/checkpoint.tar" || return
+    fi
+    find "$OUT" -type f -size +16384k -printf '%p is over 16 MiB and removed.\n' -delete
+}
+
+main() {
+    local failed=0 part
+    for part in $PARTS; do
+        echo "== $part"
+        SECONDS=0
+        if "run_$part"; then
+            echo "== $part: done in $SECONDS seconds"
+        else
+            echo "== $part: FAILED in $SECONDS seconds"
+            failed=1
+        fi
+    done
+    pack || failed=1
+    return "$failed"
+}
+
+mkdir -p "$OUT"
+main 2>&1 | tee -a "$OUT/report.txt"

@@ -1,0 +1,183 @@
+"""The benchmark at tiny sizes: what it prints and records, and that it refuses to time what is wrong."""
+
+import json
+import statistics
+import sys
+
+import pytest
+import torch
+
+from hf_hyla import benchmark as bench
+from hf_hyla.benchmark import Shape, as_table, attention, benchmark, steps
+from hf_hyla.cli import main
+from hf_hyla.model.backends_hyla import BACKENDS
+from hf_hyla.plots import length_curves
+from hf_hyla.tasks import get_task
+from hf_hyla.training import load_recipe
+
+
+TINY = {
+    "model.num_hidden_layers": "1",
+    "model.hidden_size": "16",
+    "model.intermediate_size": "16",
+}
+SIZES = {"shapes": (Shape(3, 9, 4, 2),), "lengths": (8, 17), "overrides": TINY, "batch_size": 4, "repeats": 3}
+FUSED = "hyla_triton" if torch.cuda.is_available() else "hyla_cpu"
+BACKEND_SUBJECTS = ["eager", "lean", "fused", "sdpa", "sdpa, fixed bias"]
+
+
+@pytest.fixture(scope="module")
+def result():
+    return json.loads(json.dumps(benchmark(threads=1, **SIZES)))
+
+
+def test_every_part_has_its_rows(result):
+    works = {}
+    for row in result["rows"]:
+        works.setdefault((row["part"], row["work"], row.get("shape")), []).append(row["subject"])
+    shapes = ["3 x 9 x 4 heads x 2", "1 x 8 x 8 heads x 16", "1 x 17 x 8 heads x 16"]
+    for shape in shapes:
+        for work in ("forward", "forward + backward"):
+            assert works.pop(("attention", work, f"{shape}, float32"))[:5] == BACKEND_SUBJECTS
+    for task in ("sraven", "logic"):
+        subjects = works.pop((task, "training step of 4", None))
+        assert subjects[:3] == ["eager", "hyla", "softmax"] and subjects[-1] == "matrix products"
+        assert works.pop(("data", f"{task}, batch of 4", None)) == ["training step", "sequential", "shuffled"]
+    assert not torch.cuda.is_available() or works.pop(("attention", "forward", str(bench.FLASH_SHAPE)))
+    assert torch.cuda.is_available() or not works
+
+
+def test_the_record_says_where_and_how_it_was_measured(result):
+    assert result["threads"] == result["hardware"]["threads"] == 1 and result["repeats"] == 3 and result["seed"] == 0
+    assert "git_commit" in result["environment"] and result["schema_version"] == 1 and result["skipped"] == []
+    for row in result["rows"]:
+        assert row["seconds"] > 0 and row["repeats"] >= 3
+        if row["quartiles"]:
+            assert row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
+
+
+def test_ratios_are_those_of_the_times(result):
+    works = {}
+    for row in result["rows"]:
+        works.setdefault((row["part"], row["work"], row.get("shape")), {})[row["subject"]] = row
+    for rows in works.values():
+        for row in rows.values():
+            for other, ratio in row["ratios"].items():
+                assert ratio == pytest.approx(row["seconds"] / rows[other]["seconds"])
+    (step,) = (rows for (part, *_), rows in works.items() if part == "sraven")
+    assert set(step["hyla"]["ratios"]) == {"eager", "softmax", "matrix products"}
+
+
+def test_the_table_shows_every_row(result):
+    table = as_table(result)
+    assert table.count(" ms ") == len(result["rows"]) and "1 threads" in table
+    row = next(row for row in result["rows"] if row["subject"] == "fused")
+    assert f"{1e3 * row['seconds']:.2f} ms" in table and f"{row['ratios']['eager']:.3f} x eager" in table
+
+
+def test_medians_and_quartiles_are_of_the_measured_times(monkeypatch):
+    times = iter([1.0, 10.0, 3.0, 30.0, 2.0, 20.0, 5.0, 50.0, 4.0, 40.0])
+    meter = bench.Meter(torch.device("cpu"), repeats=5, say=lambda line: None)
+    monkeypatch.setattr(meter, "_seconds", lambda work: next(times))
+    meter.compare(
+        {"a": lambda: None, "b": lambda: None}, against=("a",), factors={"b": 2.0}, facts={"part": "x", "work": "y"}
+    )
+    one, other = meter.rows
+    assert one["seconds"] == statistics.median([1, 3, 2, 5, 4]) and one["quartiles"] == [2.0, 4.0]
+    assert other["seconds"] == 60.0 and other["ratios"] == {"a": 20.0}
+
+
+@pytest.mark.parametrize("quantity", ["output", "query", "key", "value", "position_bias", "nan"])
+def test_a_backend_that_is_wrong_gets_no_speed(monkeypatch, quantity):
+    right = BACKENDS[FUSED]
+
+    def wrong(module, query, key, value, mask, position_bias=None, **kwargs):
+        tensors = {"query": query, "key": key, "value": value, "position_bias": position_bias}
+        if quantity in tensors:  # the same numbers, but a gradient that is 0.1 % too large
+            tensors[quantity] = 1.001 * tensors[quantity] - 0.001 * tensors[quantity].detach()
+        output, codes = right(
+            module, *list(tensors.values())[:3], mask, position_bias=tensors["position_bias"], **kwargs
+        )
+        return output * {"output": 1.0001, "nan": float("nan")}.get(quantity, 1.0), codes
+
+    monkeypatch.setitem(BACKENDS, FUSED, wrong)
+    named = "output" if quantity in ("output", "nan") else f"gradient of the {quantity}"
+    with pytest.raises(ValueError, match=f"{FUSED} does not compute what it should on 3 x 9.*its {named} is off"):
+        benchmark(("attention",), **SIZES)
+
+
+def test_softmax_attention_is_checked_too(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "hyla_sdpa", lambda *a, **k: (2 * BACKENDS["eager"](*a, **k)[0], None))
+    with pytest.raises(ValueError, match="hyla_sdpa does not compute what it should"):
+        benchmark(("attention",), **SIZES)
+
+
+def test_the_definition_in_parts_is_the_whole(monkeypatch):
+    shape = Shape(5, 23, 4, 3)
+    layer, inputs = attention._layer(shape, "hyla"), attention._inputs(shape, torch.device("cpu"))
+    wide = {name: tensor.detach().double().requires_grad_(name != "gradient") for name, tensor in inputs.items()}
+    whole = attention._differentiated(BACKENDS["eager"], layer, wide)
+    for block in (1, 23 * 4 * 7, 23 * 4 * 23 * 2):  # single queries, parts of a sequence, two sequences
+        monkeypatch.setattr(attention, "_BLOCK", block)
+        parts = attention._definition(layer, inputs)
+        assert parts.keys() == whole.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-11)
+
+
+def test_lengths_that_would_not_fit_are_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(attention, "available_bytes", lambda: 2 * Shape(1, 8, 8, 16).eager_bytes)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2 * Shape(1, 8, 8, 16).eager_bytes, 0))
+    monkeypatch.setattr(bench, "FLASH_SHAPE", Shape(1, 17, 8, 16))
+    result = benchmark(("attention",), **SIZES | {"shapes": ()})
+    assert {row["length"] for row in result["rows"]} == {8}
+    assert "1 x 17 x 8 heads x 16" in result["skipped"][0] and result["skipped"][0] in as_table(result)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and sys.platform != "linux", reason="memory cannot be read here")
+def test_peak_memory_is_what_a_work_takes_beyond_what_was_there():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = bench.Meter(device, repeats=1, say=lambda line: None)
+    kept = torch.ones(2**24, device=device)
+    peak = meter._peak_bytes(lambda: torch.ones(2**23, device=device) + kept[: 2**23])
+    assert 60 * 2**20 < peak < 80 * 2**20  # two of 32 MiB
+    assert meter._peak_bytes(lambda: None) < 4 * 2**20
+
+
+def test_the_matrix_products_of_the_sraven_step_are_those_of_the_reference():
+    recipe = load_recipe("recipes/sraven/hyla.yaml")
+    model = steps.HylaForSequenceClassification(recipe.config)
+    tokens = 128 * get_task("sraven").dataset("train")[0]["input_ids"].shape[0]
+    assert steps._matrix_flop(model, tokens, 128 * 4) == pytest.approx(10.8e9, rel=0.01)
+
+
+def test_curves_are_drawn_of_rows_with_a_length(result):
+    pytest.importorskip("matplotlib")
+    assert length_curves(result["rows"]).startswith(b"\x89PNG")
+    assert length_curves([row for row in result["rows"] if "length" not in row]) is None
+
+
+def test_the_command_prints_json_alone_or_a_table(monkeypatch, result, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(bench, "benchmark", lambda *args, **kwargs: asked.append((args, kwargs)) or result)
+    assert main(["bench", "--task", "data", "--threads", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert asked[0][0] == (("data",),) and asked[0][1]["threads"] == 2
+    file, folder = tmp_path / "new" / "x.json", tmp_path / "pictures"
+    assert main(["bench", "--json", str(file), "--output", str(folder)]) == 0
+    assert capsys.readouterr().out == as_table(result) + "\n"
+    assert json.loads(file.read_text()) == json.loads((folder / "bench.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "logik"], "did you mean 'logic'"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--lengths", "0"], "lengths must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""Sweeps: every point a valid recipe and a run of its own; what is finished is skipped, the rest goes on."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from forks import ForkedCommand
+
+from hf_hyla import sweep as sweeps
+from hf_hyla.cli import main
+from hf_hyla.sweep import load_sweep
+from hf_hyla.tasks import get_task
+
+
+FIGURES = sorted((Path(__file__).parents[1] / "recipes" / "figures").glob("*.yaml"))
+BASE = {
+    "task": {"name": "logic", "num_examples": 4},
+    "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
+    "trainer": {"max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "eval_samples": 16,
+                "per_device_train_batch_size": 4, "disable_tqdm": True},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_splits(monkeypatch):
+    sizes = property(lambda self: dict.fromkeys(self.splits, 64))
+    monkeypatch.setattr(type(get_task("logic")), "num_samples", sizes)
+
+
+def write(folder, base=BASE, **content):
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"base": str(folder / "base.yaml"), **content}))
+    return folder / "tiny.yaml"
+
+
+# Points: the product of the axes' lengths.
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [("logic-held-out", 3 * 3 * 4), ("sraven-features", 3 * 7), ("sraven-heads", 5), ("sraven-scale", 3 * 3 * 3 * 3)],
+)
+def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
+    path = next(path for path in FIGURES if path.stem == name)
+    assert path.read_text().startswith(f"# {3 * points} runs")
+    sweep = load_sweep(path)
+    assert len(sweep.points) == 3 * points
+    assert f"`figures/{name}.yaml`" in (path.parents[1] / "README.md").read_text()
+    point = sweep.points[-1]
+    assert point.recipe.task.seed == point.recipe.trainer["seed"] == 2
+
+
+def test_every_figure_is_tested():
+    assert len(FIGURES) == 4
+
+
+def test_heads_keep_their_width_all_together():
+    for point in load_sweep("figures/sraven-heads.yaml").points:
+        config = point.recipe.config
+        assert config.num_attention_heads * config.head_dim == config.num_attention_heads * config.value_head_dim == 64
+
+
+def test_a_sweep_runs_skips_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
+    path = write(tmp_path, grid={"model.attention_type": ["hyla", "softmax"]}, seeds=[0, 1])
+    runs = tmp_path / "runs"
+    (runs / "attention_type=softmax/1").mkdir(parents=True)
+    (runs / "attention_type=softmax/1/precious.txt").write_text("mine")
+    command = ["sweep", str(path), "--output", str(runs)]
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "attention_type=hyla/0: finished" in printed
+    assert "attention_type=softmax/1: failed: " in printed and "is not empty and holds no run" in printed
+    assert (runs / "attention_type=softmax/1/precious.txt").read_text() == "mine"
+
+    (runs / "attention_type=softmax/1/precious.txt").unlink()
+    before = (runs / "attention_type=hyla/0/run.json").stat().st_mtime_ns
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 3 and "attention_type=softmax/1: finished" in printed
+    assert (runs / "attention_type=hyla/0/run.json").stat().st_mtime_ns == before
+    lines = printed.splitlines()[-2:]
+    assert "base attention_type=hyla" in lines[0].replace(tmp_path.name + "-", "")
+    assert all("(2)" in line for line in lines)  # two seeds each
+
+    path = write(tmp_path, grid={"model.attention_type": ["hyla"]}, seeds=[0], base={
+        **BASE, "trainer": {**BASE["trainer"], "max_steps": 8}})  # fmt: skip
+    assert main(command) == 1
+    assert "holds a run of another recipe" in capsys.readouterr().out
+
+
+def test_a_sweep_that_is_stopped_stops_its_runs_with_their_checkpoints_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
+    base = {**BASE, "trainer": {**BASE["trainer"], "max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}}
+    path = write(tmp_path, grid={}, seeds=[0, 1], base=base)
+    log = tmp_path / "runs/base/0.log"
+
+    def interrupt():
+        while not log.exists() or "loss" not in log.read_text():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main(["sweep", str(path), "--output", str(tmp_path / "runs")]) == 130
+    assert "Stopped by SIGTERM after step" in log.read_text()
+    assert list((tmp_path / "runs/base/0/checkpoints").glob("checkpoint-*/seal.json"))
+    assert not (tmp_path / "runs/base/1").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"grid": {}}, "lacks the key 'seeds'"),
+        ({"grid": {}, "seeds": [0], "sedes": [0]}, "unknown key 'sedes' .did you mean 'seeds'"),
+        ({"grid": {}, "seeds": 3}, "seeds must be a list of integers, got 3"),
+        ({"grid": [], "seeds": [0]}, "grid must hold keys and values"),
+        ({"grid": {"task.held_out": 0.5}, "seeds": [0]}, "the axis 'task.held_out' must be a list of values"),
+        ({"grid": {"width": [16]}, "seeds": [0]}, "every value of the axis 'width' must hold keys and values, got 16"),
+        ({"grid": {"task.held_uot": [0.5]}, "seeds": [0]}, "no key 'held_uot' .did you mean 'held_out'"),
+        ({"grid": {"task.held_out": [0.5, 0.99]}, "seeds": [0]}, "must occur in training"),
+        ({"grid": {"task.held_out": [0.5, 0.5]}, "seeds": [0]}, "names a point twice"),
+        (
+            {"grid": {"model.hidden_size": [16], "w": [{"model.hidden_size": 8}]}, "seeds": [0]},
+            "two axes of the grid set",
+        ),
+    ],
+)
+def test_a_wrong_sweep_is_refused_with_a_sentence(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        load_sweep(write(tmp_path, **content))
