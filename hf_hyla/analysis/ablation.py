@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..model.attention_hyla import generated_values, mixed_values
 from ..tasks import Task
-from .latents import Batch, attention_layers, codes_wanted, run, watching
+from .latents import Batch, code_hooks, run, watching
 
 
 def mean_codes(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]:
@@ -47,7 +47,6 @@ def ablated(model: nn.Module, layer: int, heads: list[int], mean: torch.Tensor) 
     Raises:
         IndexError: if there is no such layer or head.
     """
-    attention = attention_layers(model)[layer]
 
     def replace(module, args, kwargs, output):
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -60,15 +59,8 @@ def ablated(model: nn.Module, layer: int, heads: list[int], mean: torch.Tensor) 
             mixed = mixed_values(codes, value, module.value_activation)
         return module.o_proj(mixed.transpose(1, 2).flatten(2)), codes
 
-    hooks = [
-        attention.register_forward_pre_hook(codes_wanted, with_kwargs=True),
-        attention.register_forward_hook(replace, with_kwargs=True),
-    ]
-    try:
+    with code_hooks(model, {layer: replace}):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def ablate_heads(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,8 @@ def collect_codes(
     Raises:
         ValueError: if the model has no attention of this family, or there are no batches.
     """
-    kept, columns = _Rows(), defaultdict(_Rows)
+    kept = _Rows()
+    columns: dict[str, _Rows] = defaultdict(_Rows)
     for batch in tqdm(batches, total=total, desc="Collecting codes", disable=not progress):
         queries = _answer_positions(model, batch)
         at_keys = queries.unsqueeze(-1) if keys is None else keys(batch)
@@ -113,17 +114,33 @@ class _Rows:
 @contextmanager
 def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Inside, `see(layer, codes)` is called with the codes (batch, heads, query, key) of every layer that is computed."""
-    hooks = []
-    try:
-        for layer, attention in enumerate(attention_layers(model)):
-            hooks += [
-                attention.register_forward_pre_hook(codes_wanted, with_kwargs=True),
-                attention.register_forward_hook(lambda _, __, output, layer=layer: see(layer, output[1])),
-            ]
+    layers = range(len(attention_layers(model)))
+    with code_hooks(model, {layer: lambda _, __, ___, output, layer=layer: see(layer, output[1]) for layer in layers}):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+@contextmanager
+def code_hooks(model: nn.Module, hooks: dict[int, Callable]) -> Iterator[None]:
+    """
+    Inside, the attention of these layers returns (output, codes) of all tokens to its forward hook, `hook(attention, args,
+    kwargs, returned)`. Codes are asked of the layer, since the model would keep those of all layers; and the model computes
+    in the eager form, since the others leave out the tokens of the last layer that nothing reads.
+
+    Raises:
+        IndexError: if there is no such layer.
+    """
+    layers = attention_layers(model)
+    config = layers[0].config
+    implementation = config._attn_implementation
+    with ExitStack() as stack:
+        for layer, hook in hooks.items():
+            stack.enter_context(layers[layer].register_forward_pre_hook(_codes_wanted, with_kwargs=True))
+            stack.enter_context(layers[layer].register_forward_hook(hook, with_kwargs=True))
+        config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = implementation
 
 
 def attention_layers(model: nn.Module) -> list[HylaAttention]:
@@ -139,8 +156,7 @@ def attention_layers(model: nn.Module) -> list[HylaAttention]:
     return layers
 
 
-def codes_wanted(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A hook that makes one layer return its codes. Asked of the model, it would keep those of all layers."""
+def _codes_wanted(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     return args, kwargs | {"output_attentions": True}
 
 
@@ -149,14 +165,12 @@ def run(model: nn.Module, batch: Batch):
     """The model's output on the inputs among a batch's entries, without dropout."""
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
-    training, implementation = model.training, model.config._attn_implementation
+    training = model.training
     model.eval()
-    model.set_attn_implementation("eager")  # which computes every token in the last layer too
     try:
         return model(**inputs, output_attentions=False)
     finally:
         model.train(training)
-        model.set_attn_implementation(implementation)
 
 
 def _answer_positions(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -108,8 +108,8 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
         else:
             _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
         record.save(output)  # last: it says that the run is finished
-    if args.push_to_hub:
-        _say(trainer.push_to_hub())
+    if args.push_to_hub and (published := trainer.push_to_hub()):
+        _say(published)
     return record
 
 

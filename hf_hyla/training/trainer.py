@@ -258,20 +258,6 @@ class HylaTrainer(Trainer):
         self._globalstep_last_logged = own["last_logged"]
         self._seconds_before = own["seconds"]
 
-
-# Devices whose numbers are there as soon as they are asked for.
-_READ_AT_ONCE = ("cpu",)
-# A run whose mean loss grows to this many times that of its beginning will not come back.
-_DIVERGED = 100
-_INTACT = "checkpoints before this step are intact"
-
-
-def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"The {what} is {number} in step {step}: look for numbers in the inputs that are not finite, or lower the learning "
-        f"rate; {_INTACT}."
-    )
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Calls nobody: a repository is made when there is something to put into it."""
         strategy = HubStrategy(self.args.hub_strategy)
@@ -280,7 +266,7 @@ def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
                 f"hub_strategy={strategy.value!r} would publish checkpoints, which hold pickles: use 'end', which "
                 "publishes the finished run."
             )
-        self.hub_model_id = self.args.hub_model_id
+        self.hub_model_id = self.args.hub_model_id  # type: ignore[assignment]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publishes nothing: transformers would upload training_args.bin, and weights that have no results yet."""
@@ -293,7 +279,7 @@ def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
             folder = self._finished_run()
             write_card(folder, folder, self.args.hub_model_id)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = None,
         blocking: bool = True,
@@ -333,6 +319,20 @@ def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
             f"{output} belongs to no finished run, and a card is made from a run's {RECORD_NAME}: train by `hyla train` or "
             "hf_hyla.training.train, which publish at their end."
         )
+
+
+# Devices whose numbers are there as soon as they are asked for.
+_READ_AT_ONCE = ("cpu",)
+# A run whose mean loss grows to this many times that of its beginning will not come back.
+_DIVERGED = 100
+_INTACT = "checkpoints before this step are intact"
+
+
+def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"The {what} is {number} in step {step}: look for numbers in the inputs that are not finite, or lower the learning "
+        f"rate; {_INTACT}."
+    )
 
 
 class RunProgress(ProgressCallback):
