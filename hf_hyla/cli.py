@@ -209,7 +209,11 @@ def _add_probe(commands) -> None:
     parser.add_argument("--split", default="ood", help="split to score on (default: ood)")
     parser.add_argument("--train-samples", type=int, default=5_000, help="samples to fit probes on (default: 5000)")
     parser.add_argument("--num-samples", type=int, default=5_000, help="samples to score on (default: 5000)")
-    parser.add_argument("--output", type=Path, help="folder to write (default: runs/probe- and the model's name)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write (default: probe/ in a run's folder, where its card finds it, or runs/probe- and the model's name)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of controls, standard errors and maps (default: 0)")
     parser.add_argument(
         "--ablate", action="store_true", help="also score the model with each head's code averaged away"
@@ -222,13 +226,19 @@ def _add_probe(commands) -> None:
 
 def _probe(arguments: argparse.Namespace) -> None:
     from .analysis.report import probe_report, table
-    from .training.record import environment, hardware
+    from .training.record import PROBE_NAME, RECORD_NAME, environment, hardware, weights_digest
     from .training.weights import load_model
 
     task = _task_of_model(arguments)
-    output = arguments.output or Path("runs") / f"probe-{Path(arguments.model).name}"
+    folder = Path(arguments.model)
+    of_a_run = folder / PROBE_NAME if (folder / RECORD_NAME).exists() else None
+    output = arguments.output or (of_a_run.parent if of_a_run else Path("runs") / f"probe-{folder.name}")
     model = load_model(arguments.model)
-    about = {"model": arguments.model, "revision": getattr(model.config, "_commit_hash", None)}
+    about = {
+        "model": arguments.model,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights": weights_digest(folder) if folder.is_dir() else None,
+    }
     report = probe_report(
         model,
         task,
@@ -399,7 +409,8 @@ def _add_publish(commands) -> None:
         "publish",
         help="publish a finished run on the Hub, with its card",
         description="Publishes a finished run on the Hub: weights, code, card, pictures, record and recipe, in one commit. "
-        "Given again, the command changes nothing that is there already.",
+        "Given again, the command changes nothing that is there already. With --output everything is written into a folder "
+        "instead, from where it can be published too.",
         allow_abbrev=False,
     )
     _add_card_arguments(parser)
@@ -410,6 +421,9 @@ def _add_publish(commands) -> None:
     parser.add_argument("--collection", metavar="TITLE", help="put all of them into this collection")
     parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
+    parser.add_argument(
+        "--output", type=Path, help="folder to write repositories into, each by its name; send nothing"
+    )
     parser.set_defaults(run=_publish)
 
 
@@ -425,7 +439,10 @@ def _publish(arguments: argparse.Namespace) -> None:
         others=arguments.others,
     )
     print("\n".join(repository.listing() for repository in repositories), flush=True)
-    if not arguments.dry_run:
+    if arguments.output:
+        for repository in repositories:
+            repository.write(arguments.output / repository.repo_id.partition("/")[2])
+    elif not arguments.dry_run:
         print("\n".join(publish(repositories, private=arguments.private, collection=arguments.collection)))
 
 

@@ -18,7 +18,7 @@ from .. import plots
 from ..model import HylaConfig
 from ..paper import PaperResult, paper_result
 from ..tasks import Task, get_task
-from ..training.record import RECORD_NAME, RunRecord
+from ..training.record import PROBE_NAME, RECORD_NAME, RunRecord, weights_digest
 
 
 TASK_TITLES = {"logic": "fuzzy logic", "sraven": "SRAVEN, symbolic Raven's progressive matrices"}
@@ -39,15 +39,16 @@ def card_files(
     run: str | Path, repo_id: str | None = None, others: Sequence[str | Path] = ()
 ) -> dict[str, str | bytes]:
     """
-    The card of a finished run, as files by name: README.md, its pictures, and `.eval_results/`.
+    The card of a finished run, as files by name: README.md, its pictures, `.eval_results/`, and what `hyla probe` has found.
 
     Args:
-        run: the run's folder. Its model answers the question that the card shows.
+        run: the run's folder. Its model answers the question that the card shows; `probe/` in it is what `hyla probe`
+            wrote, if it was called.
         repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from `run`.
         others: records of the same recipe with other seeds (folders of runs, or JSON files), for the spread.
 
     Raises:
-        ValueError: if the run has no results, or `others` are runs of something else.
+        ValueError: if the run has no results, `others` are runs of something else, or `probe/` is about other weights.
         OSError: if something is missing, run.json above all.
     """
     run = Path(run)
@@ -58,12 +59,15 @@ def card_files(
     if len({json.dumps(one.seeds) for one in seeds}) < len(seeds):
         raise ValueError("Two of the records have the same seeds: name each run once, and not the card's own.")
 
-    text = _render(record, task, config, repo_id, str(run), seeds, printed="")
+    probe = _probe_of(run)
+    text = _render(record, task, config, repo_id, str(run), seeds, probe, printed="")
     printed = run_snippet(text, {f'"{repo_id or run}"': repr(str(run))})
-    text = _render(record, task, config, repo_id, str(run), seeds, printed)
+    text = _render(record, task, config, repo_id, str(run), seeds, probe, printed)
     check_card(text)
     metric = task.metric_names[0]
-    return {
+    folder = Path(PROBE_NAME).parent
+    found = [PROBE_NAME, *(str(folder / name) for name in probe["figures"])] if probe else []
+    return {name: (run / name).read_bytes() for name in found} | {
         "README.md": text,
         "results.png": plots.scores(record, metric, _paper(record, task, config)),
         "learning_curve.png": plots.learning_curve(record),
@@ -107,7 +111,7 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
         hardware={},
     )
     repo_id = settings["trainer"].get("hub_model_id")
-    check_card(_render(record, task, config, repo_id, name, [record], printed=""))
+    check_card(_render(record, task, config, repo_id, name, [record], probe=None, printed=""))
 
 
 def finished_record(run: Path) -> RunRecord:
@@ -137,6 +141,35 @@ def finished_record(run: Path) -> RunRecord:
                     f"{run / RECORD_NAME} has no result {split}/{name}, got {value}: train the run to its end."
                 )
     return record
+
+
+def _probe_of(run: Path) -> dict[str, Any] | None:
+    """
+    The report of `hyla probe` in a run's folder, if there is one.
+
+    Raises:
+        ValueError: if it is about other weights than the run's.
+        OSError: if a figure of it is missing.
+    """
+    path = run / PROBE_NAME
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("weights") != weights_digest(run):
+        raise ValueError(f"{path} is about other weights than those of {run}: call `hyla probe {run}` again.")
+    return report
+
+
+def _probed(probe: dict[str, Any]) -> list[list[str]]:
+    """Rows of a table: what is asked for, by which metric, its score in every layer and in all, of the control, and chance."""
+    rows = []
+    for subject in dict.fromkeys(result["subject"] for result in probe["probes"]):
+        results = [result for result in probe["probes"] if result["subject"] == subject]
+        for metric in results[0]["scores"]:
+            scores = [result["scores"][metric] for result in results] + [results[-1]["control"][metric]]
+            shown = [f"{score['value']:.3f} ± {score['standard_error']:.3f}" for score in scores]
+            rows.append([subject, metric, *shown, f"{results[-1]['chance'][metric]:.3f}"])
+    return rows
 
 
 def model_config(run: Path) -> HylaConfig:
@@ -211,6 +244,7 @@ def _render(
     repo_id: str | None,
     run: str,
     seeds: list[RunRecord],
+    probe: dict[str, Any] | None,
     printed: str,
 ) -> str:
     base_model = record.recipe["model"].get("model_name_or_path")
@@ -244,6 +278,8 @@ def _render(
             shown=_shown,
             num_seeds=len(seeds),
             spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
+            probe=probe,
+            probed=_probed(probe) if probe else None,
             example=_example(task),
             printed=printed,
             command=_command(record),

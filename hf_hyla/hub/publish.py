@@ -93,6 +93,27 @@ class Repository:
         lines += [f"  {'left out':>12}  {name}" for name in self.left_out]
         return "\n".join(lines)
 
+    def write(self, folder: Path) -> None:
+        """
+        Writes what the repository is to hold into a folder.
+
+        Raises:
+            FileExistsError: if the folder holds other files.
+        """
+        others = sorted(
+            name
+            for path in folder.rglob("*")
+            if path.is_file() and (name := path.relative_to(folder).as_posix()) not in self.files
+        )
+        if others:
+            raise FileExistsError(
+                f"{folder} holds {others[0]}, which would not be published: remove it, or choose another --output."
+            )
+        contents = {name: c.read_bytes() if isinstance(c, Path) else c for name, c in self.files.items()}
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
 
 def plan(
     run: str | Path,

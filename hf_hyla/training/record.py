@@ -1,6 +1,7 @@
 """run.json: the record of a run, from which cards and tables are made."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,8 @@ import torch
 
 
 RECORD_NAME = "run.json"
+# Where in a run's folder `hyla probe` writes its report, which the card then shows.
+PROBE_NAME = "probe/probe.json"
 SCHEMA_VERSION = 1
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
 
@@ -93,6 +96,14 @@ def hardware() -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model's weights, which says whether something was found out about these or about others."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(path.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _git_commit() -> str | None:

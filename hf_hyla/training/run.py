@@ -20,7 +20,7 @@ from ..tasks import Task, TaskDataset
 from .checkpoint import LOCK, claim, last_whole, write_whole
 from .processes import check_launch, on_main, share_of_batch
 from .recipe import Recipe
-from .record import RECORD_NAME, RunRecord, environment, hardware
+from .record import PROBE_NAME, RECORD_NAME, RunRecord, environment, hardware
 from .stopping import StopRequests
 from .trainer import HylaTrainer, HylaTrainingArguments, RunProgress
 from .weights import initial_model
@@ -179,7 +179,8 @@ def _say(line: str) -> None:
 
 def _remove_run(output: Path) -> None:
     """Removes what a run writes, and nothing else."""
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    for folder in (CHECKPOINTS, Path(PROBE_NAME).parent):
+        shutil.rmtree(output / folder, ignore_errors=True)
     code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
     for name in (RECORD_NAME, CURVE_NAME, "config.json", "model.safetensors", "README.md", *code, RECIPE_NAME):
         (output / name).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """A card says what run.json holds, what its snippet prints, and nothing else; it is checked before a run starts."""
 
+import json
 import re
 import socket
 import sys
@@ -12,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, SpaceCard, parse_eval_result_entries
 from jinja2 import meta
 
-from hf_hyla import plots
+from hf_hyla import HylaForSequenceClassification, plots
 from hf_hyla.cli import main
 from hf_hyla.hub import card, spaces
 from hf_hyla.hub.card import card_files, template
@@ -131,6 +132,32 @@ def test_a_spread_over_something_else_is_refused(logic_run, sraven_run, other_se
         card_files(logic_run, others=[sraven_run])
     with pytest.raises(ValueError, match="have the same seeds"):
         card_files(logic_run, others=[other_seed, logic_run])
+
+
+def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(logic_run, copied):
+    run = copied(logic_run)
+    command = ["probe", str(run), "--train-samples", "400", "--num-samples", "200", "--ablate"]
+    assert main(command) == 0
+    report = json.loads((run / "probe" / "probe.json").read_text())
+    files = card_files(run)
+    text = files["README.md"]
+    for name in ("probe.json", "probes.png", "similarity.png", "ablation.png", "map_layer_1.png"):
+        assert files[f"probe/{name}"] == (run / "probe" / name).read_bytes()
+        assert name == "probe.json" or f"](probe/{name})" in text
+    last = next(r for r in report["probes"] if (r["subject"], r["layer"]) == ("target", None))
+    row = table_row(text, "target")
+    for cell, score in ((row[3], last["scores"]), (row[4], last["control"])):
+        assert cell == f"{score['r2']['value']:.3f} ± {score['r2']['standard_error']:.3f}"
+    assert "400 samples of trained combinations and scored on 200 of `ood`" in text
+    assert f"{report['ablation']['whole']:.4f} with all heads" in text
+    assert "What its latent codes tell" not in card_files(logic_run)["README.md"]
+
+    other = HylaForSequenceClassification.from_pretrained(run)
+    with torch.no_grad():
+        other.classifier.bias += 1
+    other.save_pretrained(run)
+    with pytest.raises(ValueError, match="is about other weights"):
+        card_files(run)
 
 
 def test_rendering_needs_no_network_changes_nothing_and_gives_the_same_files_again(logic_run, monkeypatch):

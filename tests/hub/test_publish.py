@@ -107,6 +107,20 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub_here, logic_run, ca
     assert hub_here.requests == []
 
 
+def test_a_publication_can_be_written_into_a_folder_and_published_from_there(
+    hub_here, logic_run, planned, tmp_path, capsys
+):
+    command = ["publish", str(logic_run), "--repo-id", REPO, "--metric", "--output", str(tmp_path)]
+    assert main(command) == 0 and hub_here.requests == []
+    folder = tmp_path / "hyla-logic"
+    written = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert written == contents(planned[0]) == contents(plan(folder, REPO)[0])
+    assert (tmp_path / "hyla_logic_r2" / "app.py").exists()
+    assert main(command) == 0  # again
+    (folder / "notes.txt").write_text("mine")
+    assert main(command) == 2 and "holds notes.txt, which would not be published" in capsys.readouterr().err
+
+
 def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub, logic_run, hub_here, tmp_path):
     publish(plan(logic_run, REPO, metric=True))
     sraven = plan_metric("sraven", hub_here)
