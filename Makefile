@@ -57,7 +57,7 @@ gpu-rehearsal:
 	rm -r runs/gpu-rehearsal-run
 	TRAIN="$(SMALL)" PARTS=train $(REHEARSAL)
 	grep 'Goes on from checkpoint-1' runs/gpu-rehearsal/report.txt
-	test -s runs/gpu-rehearsal/run.json
+	test -s runs/gpu-rehearsal/run.json -a -s runs/gpu-rehearsal/learning_curve.png
 
 lint: setup
 	$(BIN)/ruff check .

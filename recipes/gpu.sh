@@ -56,7 +56,7 @@ run_train() {
 # Of the run's folder, which holds code and older checkpoints too.
 pack() {
     local last
-    cp "$RUN"/{run.json,model.safetensors,config.json,curve.png} "$OUT" 2>/dev/null
+    cp "$RUN"/{run.json,model.safetensors,config.json,learning_curve.png} "$OUT" 2>/dev/null
     last=$(ls -d "$RUN"/checkpoints/checkpoint-* 2>/dev/null | sort -V | tail -1)
     if [ "$last" ]; then
         tar -cf "$OUT/checkpoint.tar.new" -C "$RUN" resolved_recipe.yaml "checkpoints/${last##*/}" &&

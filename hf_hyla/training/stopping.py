@@ -82,6 +82,16 @@ class StopRequests(TrainerCallback):
         if self.reason and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self._in_training:  # the evaluations of the curve are part of the step that they follow
+            return
+        out_of_time = OUT_OF_TIME if monotonic() > self._deadline else None
+        processes = PartialState()
+        if processes.num_processes > 1:
+            out_of_time = self._agreed(out_of_time, processes)
+        if out_of_time:
+            raise Stopped(out_of_time, self.step, self.max_steps)
+
     def _agreed(self, wish: str | None, processes: PartialState) -> str | None:
         """What one process wishes, all do, at the same step."""
         wishes = (None, OUT_OF_TIME, SIGTERM)
@@ -90,7 +100,7 @@ class StopRequests(TrainerCallback):
 
     def check(self, state) -> None:
         """
-        After training, whose checkpoint at the end is saved: from here on SIGTERM stops at once.
+        After training, whose checkpoint at the end is saved: from here on SIGTERM and the limit of time stop at once.
 
         Raises:
             Stopped: if training was stopped before its end.

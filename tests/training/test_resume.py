@@ -173,6 +173,23 @@ def test_a_limit_of_time_saves_and_stops_and_changes_nothing(uninterrupted, tmp_
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_limit_of_time_ends_the_last_evaluation_too(uninterrupted, tmp_path, monkeypatch):
+    recipe = recipe_in(tmp_path)
+    clock, predict = [0.0], HylaTrainer.predict
+
+    def late(*args, **kwargs):
+        clock[0] += 60
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr("hf_hyla.training.stopping.monotonic", lambda: clock[0])
+    monkeypatch.setattr(HylaTrainer, "predict", late)
+    with pytest.raises(Stopped, match="Stopped at --max-minutes after step 12 of 12"):
+        train(recipe, tmp_path / "run", max_minutes=1.5)
+    monkeypatch.setattr(HylaTrainer, "predict", predict)
+    train(recipe, tmp_path / "run", max_minutes=1.5)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def truncate(folder):
     (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:100])
 
