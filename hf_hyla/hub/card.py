@@ -65,14 +65,17 @@ def card_files(
     text = _render(record, task, config, repo_id, str(run), seeds, probe, printed)
     check_card(text)
     metric = task.metric_names[0]
-    folder = Path(PROBE_NAME).parent
-    found = [PROBE_NAME, *(str(folder / name) for name in probe["figures"])] if probe else []
-    return {name: (run / name).read_bytes() for name in found} | {
+    files: dict[str, str | bytes] = {
         "README.md": text,
         "results.png": plots.scores(record, metric, _paper(record, task, config)),
         "learning_curve.png": plots.learning_curve(record),
         f".eval_results/{task.name}.yaml": _eval_results(record, task, repo_id),
     }
+    if probe:
+        folder = Path(PROBE_NAME).parent
+        found = [PROBE_NAME, *(str(folder / name) for name in probe["figures"])]
+        files |= {name: (run / name).read_bytes() for name in found}
+    return files
 
 
 def write_card(
