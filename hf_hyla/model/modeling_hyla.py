@@ -36,7 +36,7 @@ from .pipeline_hyla import SymbolicReasoningPipeline
 
 # What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
-# the official implementation.
+# the official implementation. TRF051: the eager form is asked for by those who want every token computed.
 # trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers
 
 
@@ -367,6 +367,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             kwargs.get(name, getattr(self.config, name))
             for name in ("output_hidden_states", "output_attentions", "output_router_logits")
         )
+        # trf-ignore: TRF051
         plain = self.config._attn_implementation == "eager"
         return None if padded or recorded or plain else self.config.num_answers
 
