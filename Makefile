@@ -22,12 +22,14 @@ demo: setup
 	$(BIN)/hyla train recipes/logic/demo.yaml --output runs/demo --overwrite
 	$(BIN)/python recipes/logic/ask.py runs/demo
 
+# Files of tests side by side, each process with one thread: those that tests start then have the cores to themselves.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # The oldest transformers of pyproject.toml, and the huggingface_hub that it needs, in an environment of their own.
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SIDE_BY_SIDE)
 
 .venv-oldest/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
