@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Where the CPU build of torch lies; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-oldest test-common gpu gpu-rehearsal lint format lock clean
+.PHONY: setup demo test test-oldest test-common gpu gpu-rehearsal hub-cards lint format lock clean
 
 setup: .venv/ready
 
@@ -60,6 +60,15 @@ gpu-rehearsal:
 	TRAIN="$(SMALL)" PARTS=train $(REHEARSAL)
 	grep 'Goes on from checkpoint-1' runs/gpu-rehearsal/report.txt
 	test -s runs/gpu-rehearsal/run.json -a -s runs/gpu-rehearsal/learning_curve.png
+
+# After a change of the model's code, of templates or of results: the trained models' folders as they would be published now.
+hub-cards: setup
+	@set -e; for run in hub_cards/*/run.json; do \
+		folder=$$(dirname $$run); cp hf_hyla/model/*_hyla.py $$folder; \
+		name=$$($(BIN)/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["name"])' $$run); \
+		$(BIN)/hyla publish $$folder --repo-id hf-hyla/$$(basename $$folder) --with recipes/results/$$name/*.json \
+			--output hub_cards; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -68,6 +68,11 @@ def test_the_verdict_is_about_the_mean(record):
     assert compare(runs[:1])[0].verdict == "missed"
 
 
+def test_what_was_expected_of_earlier_seeds_does_not_part_them(record):
+    (one,) = compare([run_of(record, 0, expect={"value": 0.5}), run_of(record, 1, expect={"value": 0.7})])
+    assert len(one.values) == 2
+
+
 def test_recipes_of_one_name_are_told_apart_by_what_differs(record):
     other = copy.deepcopy(record)
     other.recipe["model"]["attention_type"] = "softmax"
@@ -80,7 +85,9 @@ def test_recipes_of_one_name_are_told_apart_by_what_differs(record):
 def test_folders_of_runs_files_and_folders_of_files_are_found(record, tmp_path):
     (tmp_path / "sweep/a/0").mkdir(parents=True)
     record.save(tmp_path / "sweep/a/0")
-    assert len(find_records([tmp_path / "sweep/a/0", tmp_path / "sweep", RESULTS, RESULTS / "logic-demo/0.json"])) == 3
+    committed = len(list(RESULTS.glob("*/[0-9]*.json")))
+    paths = [tmp_path / "sweep/a/0", tmp_path / "sweep", RESULTS, RESULTS / "logic-demo/0.json"]
+    assert len(find_records(paths)) == 1 + committed
 
 
 def test_the_command_prints_a_line_for_each_recipe_and_fails_on_a_miss(record, tmp_path, capsys):

@@ -45,7 +45,8 @@ def card_files(
         run: the run's folder. Its model answers the question that the card shows; `probe/` in it is what `hyla probe`
             wrote, if it was called.
         repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from `run`.
-        others: records of the same recipe with other seeds (folders of runs, or JSON files), for the spread.
+        others: records of the same recipe with other seeds (folders of runs, or JSON files), for the spread; the run's own
+            may be among them.
 
     Raises:
         ValueError: if the run has no results, `others` are runs of something else, or `probe/` is about other weights.
@@ -55,9 +56,10 @@ def card_files(
     record = finished_record(run)
     task = get_task(**record.recipe["task"])
     config = model_config(run)
-    seeds = [record, *(_same_recipe(record, RunRecord.load(other), other) for other in others)]
+    loaded = [_same_recipe(record, RunRecord.load(other), other) for other in others]
+    seeds = [record, *(other for other in loaded if other != record)]
     if len({json.dumps(one.seeds) for one in seeds}) < len(seeds):
-        raise ValueError("Two of the records have the same seeds: name each run once, and not the card's own.")
+        raise ValueError("Two of the records have the same seeds: name each run once.")
 
     probe = _probe_of(run)
     text = _render(record, task, config, repo_id, str(run), seeds, probe, printed="")

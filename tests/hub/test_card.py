@@ -124,14 +124,15 @@ def test_the_spread_is_the_standard_error_over_the_seeds(logic_run, other_seed):
     # Of two values, the standard error is half their distance.
     expected = f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}"
     assert table_row(text, "`ood`")[3:5] == [f"{first:.4f}", expected]
+    assert text == card_files(logic_run, others=[logic_run, other_seed])["README.md"]
     assert "how far they vary from seed to seed is not known" not in text
 
 
-def test_a_spread_over_something_else_is_refused(logic_run, sraven_run, other_seed):
+def test_a_spread_over_something_else_is_refused(logic_run, sraven_run, other_seed, copied):
     with pytest.raises(ValueError, match="is a run of another recipe"):
         card_files(logic_run, others=[sraven_run])
     with pytest.raises(ValueError, match="have the same seeds"):
-        card_files(logic_run, others=[other_seed, logic_run])
+        card_files(logic_run, others=[other_seed, copied(other_seed, seconds=1.0)])
 
 
 def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(logic_run, copied):
