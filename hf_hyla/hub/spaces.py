@@ -1,6 +1,8 @@
 """The Spaces beside a model: its task's metric, as evaluate.load reads it, and a page that asks the model."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
@@ -10,13 +12,13 @@ from .card import CITATION, LICENSE, TASK_TITLES, run_snippet, sibling_repo, tem
 
 
 # Of each task: the metric's repository, class and function, what it says of itself, and an example with its inputs.
-_METRICS = {
+_METRICS: dict[str, tuple[str, str, str, str, dict[str, list[Any]], str]] = {
     "logic": (
         "hyla_logic_r2",
         "LogicR2",
         "logic_r2",
         "The mean over samples of 1 - squared error / `base_mse`, where `base_mse` is the variance of the sample's values.",
-        "predictions=[0.5, 0.2], references=[0.5, 0.4], base_mse=[0.02, 0.05]",
+        {"predictions": [0.5, 0.2], "references": [0.5, 0.4], "base_mse": [0.02, 0.05]},
         "Each argument has one number a sample.",
     ),
     "sraven": (
@@ -24,7 +26,7 @@ _METRICS = {
         "SravenAccuracy",
         "sraven_accuracy",
         "The fraction of puzzles of whose answer every feature is right, and the fraction of right features.",
-        "predictions=[[1, 2, 3, 4], [5, 6, 7, 0]], references=[[1, 2, 3, 4], [5, 6, 7, 1]]",
+        {"predictions": [[1, 2, 3, 4], [5, 6, 7, 0]], "references": [[1, 2, 3, 4], [5, 6, 7, 1]]},
         "Each argument is a list of answers, each a list of integers, one a feature.",
     ),
 }
@@ -42,8 +44,9 @@ def metric_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
     Its code is this package's own; the script that `evaluate.load` reads names both files, since evaluate fetches what
     the script imports and nothing further.
     """
-    name, cls, function, description, arguments, inputs = _METRICS[task.name]
+    name, cls, function, description, example, inputs = _METRICS[task.name]
     metric_id = metric_repo(task, repo_id)
+    arguments = ", ".join(f"{name}={values}" for name, values in example.items())
     shown = f'evaluate.load("{metric_id}")'
     values = {
         "title": name,
@@ -57,10 +60,18 @@ def metric_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
     text = template("metric_card.md")
     unrun = str(SpaceCard.from_template(data, template_str=text, printed="", **values))
     printed = run_snippet(unrun, {shown: f"{cls}(keep_in_memory=True)"}, {cls: getattr(metrics, cls)})
+    app = template("metric_app.py")
+    for placeholder, value in {
+        "metric_id": metric_id,
+        "example": json.dumps(example),
+        "title": name,
+        "description": description,
+    }.items():
+        app = app.replace(f"{{{{ {placeholder} }}}}", value)
     code = Path(metrics.__file__).parent
     return {
         "README.md": str(SpaceCard.from_template(data, template_str=text, printed=printed, **values)),
-        "app.py": template("metric_app.py").replace("{{ metric_id }}", metric_id),
+        "app.py": app,
         "requirements.txt": "datasets\nevaluate\nnumpy\n",
         f"{name}.py": f'"""{description}"""\n\nfrom .functions import {function}\nfrom .modules import {cls}\n\n\n'
         f'__all__ = ["{cls}", "{function}"]\n',

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, SpaceCard, parse_eval_result_entries
 from jinja2 import meta
 
-from hf_hyla import HylaForSequenceClassification, plots
+from hf_hyla import HylaForSequenceClassification, metrics, plots
 from hf_hyla.cli import main
 from hf_hyla.hub import card, spaces
 from hf_hyla.hub.card import card_files, template
@@ -250,14 +250,35 @@ def test_the_command_writes_the_card_beside_the_model_or_elsewhere(logic_run, co
     assert "holds no finished run" in capsys.readouterr().err
 
 
-def test_the_space_asks_the_model_and_answers_a_bad_puzzle_with_a_sentence(sraven_run, monkeypatch):
+@pytest.fixture
+def gradio(monkeypatch):
+    """Stands in for gradio, whose pages only hand on what their function returns or raises."""
+    gradio = types.ModuleType("gradio")
+    gradio.Error = type("Error", (Exception,), {})
+    gradio.Textbox = gradio.Interface = gradio.JSON = lambda *_, **__: None
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    return gradio
+
+
+@pytest.mark.parametrize("task", ["logic", "sraven"])
+def test_the_page_of_a_metric_scores_its_example_and_answers_bad_lists_with_a_sentence(task, gradio, monkeypatch):
+    loaded = {"org/hyla_logic_r2": metrics.LogicR2, "org/hyla_sraven_accuracy": metrics.SravenAccuracy}
+    monkeypatch.setattr("evaluate.load", lambda name: loaded[name](keep_in_memory=True))
+    files = spaces.metric_files(get_task(task), "org/x")
+    app = {"__name__": "app"}
+    exec(compile(files["app.py"], "app.py", "exec"), app)
+    first, *others = map(json.dumps, app["EXAMPLE"].values())
+    shown = re.search(r"```text\n(.*?)\n```", files["README.md"], flags=re.DOTALL)[1]
+    assert str(app["compute"](first, *others)) == shown
+    for bad in ("[1", "[1]", '{"a": 1}', '["x"]', "1"):
+        with pytest.raises(gradio.Error, match="Expected lists like those of the example"):
+            app["compute"](bad, *others)
+
+
+def test_the_space_asks_the_model_and_answers_a_bad_puzzle_with_a_sentence(sraven_run, gradio):
     task = get_task("sraven", num_features=2)
     files = spaces.demo_files(task, "org/x")
     assert SpaceCard(files["README.md"]).data.models == ["org/x"]
-    gradio = types.ModuleType("gradio")
-    gradio.Error = type("Error", (Exception,), {})
-    gradio.Textbox = gradio.Interface = lambda *_, **__: None
-    monkeypatch.setitem(sys.modules, "gradio", gradio)
     app = {"__name__": "app"}
     exec(compile(files["app.py"].replace("org/x", str(sraven_run)), "app.py", "exec"), app)
     right = app["solve"].model(input_ids=torch.tensor(task.dataset("ood")[0]["input_ids"])[None]).logits
