@@ -55,7 +55,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
     check_before_training(recipe)
     stop = StopRequests(max_minutes)
     task = recipe.task
-    args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **recipe.trainer)
+    args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **_tracking(output) | recipe.trainer)
     if missing := sorted(set(args.report_to or ()) - set(get_available_reporting_integrations())):
         raise ValueError(f"trainer.report_to names {missing[0]}, which is not installed: install it, or write 'none'.")
     num_samples = training_samples(args)
@@ -160,6 +160,13 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, held: list) -
     for line in said:
         _say(line)
     return checkpoint
+
+
+def _tracking(output: Path) -> dict[str, str]:
+    """Runs are tracked by trackio, which keeps them on this machine, where it is installed; a recipe may say otherwise."""
+    tracker = "trackio" if "trackio" in get_available_reporting_integrations() else "none"
+    # One run of the tracker, in however many sittings.
+    return {"report_to": tracker, "project": "hf_hyla", "run_name": str(output)}
 
 
 def _say_how_it_goes_on(checkpoint: Path, num_processes: int) -> None:

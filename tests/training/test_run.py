@@ -143,3 +143,19 @@ def test_a_model_that_does_not_fit_the_task_is_refused(finished):
         evaluate(model, get_task("sraven"), "ood")
     with pytest.raises(ValueError, match="input_size is 5"):
         evaluate(model, get_task("logic", num_variables=3), "ood")
+
+
+@pytest.mark.parametrize(
+    ("installed", "tracker"), [([], "none"), (["tensorboard", "wandb"], "none"), (["trackio"], "trackio")]
+)
+def test_only_a_tracker_that_keeps_runs_here_is_on_unasked(tmp_path, monkeypatch, installed, tracker):
+    monkeypatch.setattr("hf_hyla.training.run.get_available_reporting_integrations", lambda: installed)
+    made = []
+    monkeypatch.setattr(
+        "hf_hyla.training.run.HylaTrainingArguments", lambda **settings: made.append(settings) or 1 / 0
+    )
+    for asked in ({}, {"report_to": "tensorboard"}):
+        with pytest.raises(ZeroDivisionError):
+            train(recipe_in(tmp_path, trainer=asked), tmp_path / "run")
+    assert [settings["report_to"] for settings in made] == [tracker, "tensorboard"]
+    assert made[0]["run_name"] == str(tmp_path / "run")
