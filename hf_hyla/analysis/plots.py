@@ -26,13 +26,15 @@ def draw(report: dict[str, Any], codes: Codes, subjects: list[Subject], output: 
     Draws a report and the codes of its split into a folder.
 
     Returns:
-        names of the files: `probes.png`, `similarity.png`, `map_layer_<n>.png`, and `ablation.png` where heads were ablated.
+        names of the files: `probes.png`, `similarity.png`, `ablation.png` where heads were ablated, and `map_layer_<n>.png` for
+            layers whose codes differ at all.
     """
     figures = {"probes.png": _probes(report), "similarity.png": _similarity(report)}
     if report["ablation"]:
         figures["ablation.png"] = _ablation(report)
-    layers = range(codes.codes.shape[1])
-    for layer in tqdm(layers, desc="Drawing maps", disable=not progress):
+    # All functions that are asked for one point have the same code in the first layer: nothing to map but rounding.
+    spread = np.ptp(codes.codes, axis=0).max(axis=(1, 2, 3)) / np.abs(codes.codes).max()
+    for layer in tqdm(np.flatnonzero(spread > 1e-4).tolist(), desc="Drawing maps", disable=not progress):
         figures[f"map_layer_{layer + 1}.png"] = _maps(report, codes, subjects, layer)
     for name, figure in figures.items():
         # Without the library's version in it, the same report gives the same file.

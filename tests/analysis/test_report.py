@@ -102,7 +102,7 @@ def test_terms_are_those_of_the_function(logic):
         subjects(logic, {"labels": columns["labels"]})
 
 
-def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic):
+def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic, tmp_path):
     query = query_point(logic, seed=3)
     batch = next(task_batches(logic, "ood", 50, query=query))
     plain = next(task_batches(logic, "ood", 50))
@@ -113,8 +113,11 @@ def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic):
     for terms, label in zip(batch["terms"].tolist(), batch["labels"].tolist(), strict=True):
         literals = [[x if f"{term:03b}"[i] == "1" else 1 - x for i, x in enumerate(query)] for term in terms]
         assert label == pytest.approx(max(map(min, literals)))
-    report = probe_report(build(logic), logic, train_samples=150, num_samples=120, seed=3, fixed_query=True)
+    sizes = {"train_samples": 150, "num_samples": 120}
+    report = probe_report(build(logic), logic, **sizes, seed=3, fixed_query=True, output=tmp_path)
     assert report["fixed_query"] == query.tolist()
+    # In the first layer the answer token knows of nothing but the point.
+    assert report["figures"] == ["probes.png", "similarity.png", "map_layer_2.png"]
 
 
 def test_the_number_of_samples_that_is_named_is_enough(logic):
