@@ -1,8 +1,8 @@
 """Fuzzy logic functions, learnt in context (arXiv 2406.05816, section 3)."""
 
 import dataclasses
+import functools
 import itertools
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -95,7 +95,7 @@ class LogicTask(Task):
             "problem_type": "regression",
         }
 
-    @cached_property
+    @functools.cached_property
     def _combinations(self) -> dict[str, np.ndarray]:
         num_known = 2**self.num_variables - self._num_set_aside
         known = np.array(list(itertools.combinations(range(num_known), self.num_terms)))
@@ -108,9 +108,11 @@ class LogicTask(Task):
         words = self._words(split, indices, 1 + points * variables)
         combinations = self._combinations[split]
         terms = combinations[below(words[:, 0], len(combinations))]
-        x = uniform(words[:, 1:]).reshape(count, points, variables)
+        input_values = np.empty((count, points, variables + 1), dtype=np.float32)
+        x = input_values[..., :-1]
+        x[:] = uniform(words[:, 1:]).reshape(x.shape)
         values = disjunction(terms, x)
-        input_values = np.concatenate([x, values[..., None]], axis=-1)
+        input_values[..., -1] = values
         input_values[:, -1, -1] = 0.0
         return {
             "input_values": input_values,
@@ -177,9 +179,14 @@ def disjunction(terms: np.ndarray, x: np.ndarray) -> np.ndarray:
         (samples, points).
     """
     variables = x.shape[-1]
-    conjunctions = np.full((*terms.shape, x.shape[1]), np.inf, dtype=x.dtype)
-    for variable in range(variables):
-        plain = (terms >> (variables - 1 - variable)) & 1 == 1
-        literal = np.where(plain[..., None], x[:, None, :, variable], 1 - x[:, None, :, variable])
-        np.minimum(conjunctions, literal, out=conjunctions)
-    return conjunctions.max(axis=1)
+    # Samples go last: numpy is fast along long axes.
+    values = np.ascontiguousarray(x.transpose(2, 1, 0))
+    plain = terms.T >> np.arange(variables)[::-1, None, None] & 1
+    negated = (1 - plain).astype(x.dtype)
+
+    def conjunction(term: int) -> np.ndarray:
+        # x, or |x - 1| = 1 - x, to the last bit.
+        literals = (np.abs(values[variable] - negated[variable, term]) for variable in range(variables))
+        return functools.reduce(np.minimum, literals)
+
+    return np.ascontiguousarray(functools.reduce(np.maximum, map(conjunction, range(terms.shape[1]))).T)
