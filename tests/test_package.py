@@ -122,3 +122,10 @@ def test_the_readme_names_every_python_file():
         *(PROJECT / "recipes").glob("*/[a-z]*.py"),
     ]:
         assert path.name in readme, f"README.md does not name {path.relative_to(PROJECT)}"
+
+
+def test_an_installed_package_holds_every_template():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    templates = {path.relative_to(PROJECT).as_posix() for path in (PROJECT / "hub_cards").glob("*_*.*")}
+    assert {name: f"hf_hyla/{name}" for name in templates | {"recipes"}} == included
