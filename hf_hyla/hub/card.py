@@ -166,14 +166,18 @@ def _probe_of(run: Path) -> dict[str, Any] | None:
 
 
 def _probed(probe: dict[str, Any]) -> list[list[str]]:
-    """Rows of a table: what is asked for, by which metric, its score in every layer and in all, of the control, and chance."""
+    """Rows of a table: what is asked for, by which metric, and its score by each layer and by all, and of the control."""
+
+    def cell(score: dict[str, float], chance: float) -> str:
+        return f"{score['value']:.3f} ± {score['standard_error']:.3f} ({chance:.3f})"
+
     rows = []
     for subject in dict.fromkeys(result["subject"] for result in probe["probes"]):
         results = [result for result in probe["probes"] if result["subject"] == subject]
         for metric in results[0]["scores"]:
-            scores = [result["scores"][metric] for result in results] + [results[-1]["control"][metric]]
-            shown = [f"{score['value']:.3f} ± {score['standard_error']:.3f}" for score in scores]
-            rows.append([subject, metric, *shown, f"{results[-1]['chance'][metric]:.3f}"])
+            cells = [cell(result["scores"][metric], result["chance"][metric]) for result in results]
+            last = results[-1]
+            rows.append([subject, metric, *cells, cell(last["control"][metric], last["chance"][metric])])
     return rows
 
 

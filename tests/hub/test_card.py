@@ -148,7 +148,8 @@ def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(lo
     last = next(r for r in report["probes"] if (r["subject"], r["layer"]) == ("target", None))
     row = table_row(text, "target")
     for cell, score in ((row[3], last["scores"]), (row[4], last["control"])):
-        assert cell == f"{score['r2']['value']:.3f} ± {score['r2']['standard_error']:.3f}"
+        shown = f"{score['r2']['value']:.3f} ± {score['r2']['standard_error']:.3f} ({last['chance']['r2']:.3f})"
+        assert cell == shown
     assert "400 samples of trained combinations and scored on 200 of `ood`" in text
     assert f"{report['ablation']['whole']:.4f} with all heads" in text
     assert "What its latent codes tell" not in card_files(logic_run)["README.md"]
