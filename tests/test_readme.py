@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_hyla.cli import main
+
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -35,6 +37,11 @@ def test_the_demos_scores_are_those_of_its_committed_record(name):
         assert f"{split:<15}{scores['r2']:>18.4f}" in README
     assert f"{record['samples_seen']:,} training samples" in README
     assert f"{record['seconds'] / 60:.1f} minutes of training" in README
+
+
+def test_the_table_of_results_is_what_the_command_prints(capsys):
+    main(["compare", str(PROJECT / "recipes" / "results")])
+    assert f"$ hyla compare recipes/results\n{capsys.readouterr().out}```" in README
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=[f"{path.parent.name}/{path.stem}" for path in RESULTS])

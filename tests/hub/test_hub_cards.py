@@ -1,0 +1,77 @@
+"""The trained models in hub_cards/: their files are what would be published, and score what their cards say."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from hf_hyla.hub.card import card_files
+from hf_hyla.hub.publish import plan
+from hf_hyla.tasks import get_task
+from hf_hyla.training import RunRecord, evaluate
+
+
+PROJECT = Path(__file__).parents[2]
+FOLDERS = sorted(path.parent for path in PROJECT.glob("hub_cards/*/run.json"))
+# Whose repository the committed cards are for.
+ORGANISATION = "hf-hyla"
+
+trained = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+
+def results_of(folder: Path) -> list[Path]:
+    return sorted((PROJECT / "recipes" / "results" / RunRecord.load(folder).name).glob("*.json"))
+
+
+def test_there_are_trained_models():
+    assert {"hyla-logic", "softmax-logic", "linear-logic"} <= {folder.name for folder in FOLDERS}
+
+
+@trained
+def test_the_folder_holds_what_would_be_published(folder):
+    [repository] = plan(folder, f"{ORGANISATION}/{folder.name}", others=results_of(folder))
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert set(files) == set(repository.files)
+    # Pictures depend on the version of what draws them.
+    for name in (name for name in files if not name.endswith(".png")):
+        content = repository.files[name]
+        assert files[name].read_bytes() == (content.read_bytes() if isinstance(content, Path) else content), name
+    assert max(path.stat().st_size for path in files.values()) < 4_000_000
+
+
+@trained
+def test_the_code_beside_the_weights_is_the_packages(folder):
+    code = {path.name: path.read_text() for path in (PROJECT / "hf_hyla" / "model").glob("*_hyla.py")}
+    assert {path.name: path.read_text() for path in folder.glob("*_hyla.py")} == code, (
+        "make hub-cards brings it up to date"
+    )
+
+
+@trained
+def test_the_record_is_among_the_results(folder):
+    assert RunRecord.load(folder) in [RunRecord.load(path) for path in results_of(folder)]
+
+
+@trained
+def test_the_weights_score_what_the_record_says(folder):
+    record = RunRecord.load(folder)
+    task = get_task(**record.recipe["task"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    last = record.curve[-1]  # of the finished weights, on fewer samples than the results
+    for split in record.metrics:
+        scores = evaluate(model, task, split, record.recipe["trainer"].get("eval_samples", 2048))
+        name = task.metric_names[0]
+        assert scores[name] == pytest.approx(last[f"{split}/{name}"], abs=2e-3), split
+
+
+@trained
+def test_the_probe_found_structure_and_its_control_is_at_chance(folder):
+    report = json.loads((folder / "probe" / "probe.json").read_text())
+    for result in report["probes"]:
+        for metric, control in result["control"].items():
+            distance = abs(control["value"] - result["chance"][metric])
+            assert distance < 0.02 + 4 * control["standard_error"], (result["subject"], result["layer"], metric)
+    everything = [result for result in report["probes"] if result["layer"] is None]
+    assert {result["subject"] for result in everything} >= {"target"}
+    assert card_files(folder)["probe/probe.json"] == (folder / "probe" / "probe.json").read_bytes()
