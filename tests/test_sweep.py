@@ -101,8 +101,13 @@ def test_a_sweep_that_is_stopped_stops_its_runs_with_their_checkpoints_saved(tmp
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    assert main(["sweep", str(path), "--output", str(tmp_path / "runs")]) == 130
+    # A shell that starts the tests in the background lets them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        assert main(["sweep", str(path), "--output", str(tmp_path / "runs")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Stopped by SIGTERM after step" in log.read_text()
     assert list((tmp_path / "runs/base/0/checkpoints").glob("checkpoint-*/seal.json"))
     assert not (tmp_path / "runs/base/1").exists()
