@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .checkpoint import write_whole
+
 
 RECORD_NAME = "run.json"
 # Where in a run's folder `hyla probe` writes its report, which the card then shows.
@@ -56,9 +58,7 @@ class RunRecord:
 
     def save(self, folder: Path) -> None:
         """Writes run.json whole or not at all."""
-        temporary = folder / f"{RECORD_NAME}.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        temporary.replace(folder / RECORD_NAME)
+        write_whole(folder / RECORD_NAME, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "RunRecord":

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from hf_hyla.hub.card import card_files
 from hf_hyla.hub.publish import plan
 from hf_hyla.tasks import get_task
 from hf_hyla.training import RunRecord, evaluate
+from hf_hyla.training.record import weights_digest
 
 
 PROJECT = Path(__file__).parents[2]
@@ -75,5 +75,8 @@ def test_the_probe_found_structure_and_its_control_is_at_chance(folder):
             distance = abs(control["value"] - result["chance"][metric])
             assert distance < 0.02 + 4 * control["standard_error"], (result["subject"], result["layer"], metric)
     everything = [result for result in report["probes"] if result["layer"] is None]
-    assert {result["subject"] for result in everything} >= {"target"}
-    assert card_files(folder)["probe/probe.json"] == (folder / "probe" / "probe.json").read_bytes()
+    assert {result["subject"] for result in everything} == {"term", "target"}
+    for result in everything:
+        for metric, score in result["scores"].items():
+            assert score["value"] > result["chance"][metric] + 4 * score["standard_error"], (result["subject"], metric)
+    assert report["weights"] == weights_digest(folder)
