@@ -39,6 +39,7 @@ def on_ranks(folder: Path, function, processes: int) -> list[tuple[int, str]]:
             continue
         code = 99
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # by which pytest-timeout ends tests
         try:
             for stream, name in ((1, f"out{rank}.txt"), (2, f"err{rank}.txt")):
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)

@@ -121,9 +121,10 @@ def test_a_run_killed_again_and_again_at_random_times_ends_as_if_it_had_not_been
     """HYLA_SOAK=N does this for N seeds."""
     recipe = recipe_in(tmp_path)
     draw = random.Random(seed)
+    whole = RunRecord.load(uninterrupted).seconds  # of training, before which and after which there is more to kill
     for _ in range(3):
         # The alarm kills like SIGKILL: nothing handles it.
-        delay = draw.uniform(0.05, 1.0)
+        delay = draw.uniform(0.05, whole)
         code, errors = in_child(tmp_path, functools.partial(signal.setitimer, signal.ITIMER_REAL, delay))
         assert code in (-signal.SIGALRM, 0), errors
         if (tmp_path / "run/run.json").exists():
