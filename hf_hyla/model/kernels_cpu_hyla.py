@@ -222,7 +222,7 @@ def _score(scores, query, keys, bias, first, keep, masked):
 
 # The exponential of x is 2^n exp(r), with the integer n nearest to x / ln 2 and a polynomial, Taylor's, for exp(r): terms are
 # below the rounding where they end. ln 2 is the sum of two numbers, of which n times the first is exact.
-_PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, math.log(2) - 0.693145751953125
+_PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203094172e-06
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(14))
 
 

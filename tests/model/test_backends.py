@@ -4,12 +4,13 @@ import dataclasses
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from test_attention import ROWS, Layer
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.model import attention_cpu_hyla, backends_hyla
+from hf_hyla.model import attention_cpu_hyla, backends_hyla, kernels_cpu_hyla
 from hf_hyla.model.attention_hyla import by_pair, dropout_seed, eager_attention_forward, pair_dropout
 from hf_hyla.model.backends_hyla import BACKENDS, fastest_backend
 
@@ -137,6 +138,27 @@ def test_cpu_kernel_in_single_precision_at_odd_sizes(row, size, threads, monkeyp
         compare("hyla_cpu", row, Case(batch, 5, queries, keys, 4, 3, dropout=0.1), torch.float32)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "lowest"), [("float32", -87.0), ("float64", -708.0)])
+def test_exponentials_of_the_cpu_kernel_over_their_whole_range(dtype, lowest):
+    normal = np.linspace(lowest, 0.0, 10_001).astype(dtype)
+    below = np.array([np.nextafter(normal[0], normal[0] - 1), -1e4, np.finfo(dtype).min, -np.inf], dtype)
+    got = np.concatenate([normal, below, np.array([np.nan], dtype)])
+    kernels_cpu_hyla._exponentiate(got, np.dtype(dtype).type(0))
+    expected = np.exp(normal.astype(np.longdouble))
+    assert np.max(np.abs(got[: normal.size] - expected) / expected) < 2 * np.finfo(dtype).eps
+    assert np.all(got[normal.size : -1] == 0) and np.isnan(got[-1])
+
+
+@pytest.mark.parametrize("keys", [19, 150])  # one tile, and several
+@pytest.mark.parametrize("row", [HYLA, LINEAR, SOFTMAX], ids=["hyla", "linear", "softmax"])
+def test_cpu_kernel_hides_no_nan(row, keys):
+    query, key, value = torch.randn(3, 1, 5, keys, 4).unbind()
+    query[0, 2, 7, 1] = torch.nan
+    output, _ = BACKENDS["hyla_cpu"](Layer(*row[:3], None), query, key, value, None, 0.5)
+    broken = output.isnan().any(-1)  # (batch, query, heads)
+    assert broken[0, 7, 2] and not broken[0, :7].any() and not broken[0, 8:].any()
 
 
 def filled_with_nan(allocate):
