@@ -165,19 +165,21 @@ def run(model: nn.Module, batch: Batch):
     """The model's output on the inputs among a batch's entries, without dropout."""
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
-    training = model.training
+    training = [module for module in model.modules() if module.training]  # some may be frozen
     model.eval()
     try:
         return model(**inputs, output_attentions=False)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _answer_positions(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Positions (batch, answers), by the classification head's own rule, which `HylaModel` has the config for too."""
+    """Positions (batch, answers), by the classification head's own rule, for which every layer has the config."""
     tokens = next((batch[name] for name in ("input_ids", "input_values", "inputs_embeds") if name in batch), None)
     if tokens is None:
         raise ValueError(f"A batch must hold input_ids, input_values or inputs_embeds, got {', '.join(batch)}.")
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape[:2]).unsqueeze(-1)
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    return HylaForSequenceClassification._answer_states(model, positions, ids, mask).squeeze(-1)  # type: ignore[arg-type]
+    layer: Any = attention_layers(model)[0]
+    return HylaForSequenceClassification._answer_states(layer, positions, ids, mask).squeeze(-1)

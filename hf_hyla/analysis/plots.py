@@ -55,7 +55,7 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _probes(report: dict[str, Any]):
-    """Of each subject the headline metric per layer, with the shuffled control and chance."""
+    """Of each subject the headline metric per layer, with the shuffled control, chance, and what the answer alone tells."""
     names = list(dict.fromkeys(result["subject"] for result in report["probes"]))
     figure = _figure(4.2 * len(names), 3.4, f"What the codes tell on {report['split']}: {_about(report)}")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -73,33 +73,43 @@ def _probes(report: dict[str, Any]):
         axes.plot(
             places, [result["chance"][metric] for result in results], "_", color="black", markersize=22, label="chance"
         )
+        if alone := report["answer_alone"].get(name):
+            axes.axhline(alone[metric]["value"], color=_COLOURS[2], linestyle="--", label="from the answer alone")
         layers = ["all" if result["layer"] is None else str(result["layer"] + 1) for result in results]
         axes.set(title=f"{name}: {_METRICS[metric]}", xlabel="layer", xlim=(-0.5, len(results) - 0.5))
         axes.set_xticks(places, layers)
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0), max(high, 1))
         axes.grid(axis="y", alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
 
 def _similarity(report: dict[str, Any]):
-    """Cosine similarity of mean codes, of the first subject with classes: as they are, and less what all share."""
+    """
+    Cosine similarity of mean codes, of the first subject with classes: as they are, and less what all share. Layers in which
+    the classes do not differ are left out, unless there is no other.
+    """
     name, similarity = next(iter(report["similarity"].items()))
-    names, num_layers = similarity["names"], len(similarity["layers"])
+    names, every = similarity["names"], range(len(similarity["layers"]))
+    layers = [layer for layer in every if np.any(similarity["centred"][layer])] or list(every)
+    num_layers = len(layers)
     size = 1.4 + 0.42 * len(names)
     title = f"Cosine similarity of the mean codes by {name}, {report['split']}: {_about(report)}"
     figure = _figure(size * num_layers + 1, 2 * size + 0.6, title)
     grid = figure.subplots(2, num_layers, squeeze=False)
     # The scale is that of a cosine, whatever was measured: differences look as large as they are.
     for row, (key, shown) in zip(grid, (("layers", ""), ("centred", ", mean removed")), strict=True):
-        for layer, (axes, matrix) in enumerate(zip(row, map(np.array, similarity[key]), strict=True)):
+        for layer, axes in zip(layers, row, strict=True):
+            matrix = np.array(similarity[key][layer])
             image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
             _write(axes, matrix, "{:.2f}", np.abs(matrix) > 0.7)
             axes.set_title(f"layer {layer + 1}{shown}")
             axes.set_xticks(range(len(names)), names if row[0] is grid[1, 0] else [], rotation=90)
-            axes.set_yticks(range(len(names)), names if layer == 0 else [])
+            axes.set_yticks(range(len(names)), names if axes is row[0] else [])
     figure.colorbar(image, ax=figure.axes, shrink=0.5)
     return figure
 
@@ -115,7 +125,7 @@ def _ablation(report: dict[str, Any]):
         f"{report['split']} {ablation['metric']} without what one head says ({ablation['whole']:.3f} with all)\n{_about(report)}",
     )
     axes = figure.subplots()
-    low, high = min(without.min(), 0.0), max(without.max(), ablation["whole"])
+    low, high = without.min(), max(without.max(), ablation["whole"])
     image = axes.imshow(without, cmap=_SHADES, vmin=low, vmax=high)
     _write(axes, without, "{:.3f}", without < (low + high) / 2)
     axes.set(xlabel="head", ylabel="layer")

@@ -13,7 +13,7 @@ def probe(
     train_values: np.ndarray,
     features: np.ndarray,
     values: np.ndarray,
-    rows_per_sample: int = 1,
+    groups: np.ndarray | None = None,
     num_shuffles: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def probe(
     Args:
         train_features, features: (rows, features), see `Codes.features`.
         train_values, values: integers (rows,), booleans (rows, names) or floats (rows,).
-        rows_per_sample: rows that belong to one sample, one after the other; the bootstrap draws samples.
+        groups: integers (rows,), equal for scored rows that are not independent, such as samples of one combination of rules;
+            the bootstrap draws groups. `None`: every row by itself.
         num_shuffles: controls, over which scores are averaged.
         seed: of shuffles and bootstrap.
 
@@ -41,6 +42,8 @@ def probe(
         ValueError: if there is too little to fit or to score, or scikit-learn is not installed.
     """
     _check(train_features, train_values, features, values)
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"groups must name a group for each of the {len(values)} values, got {len(groups)}.")
     try:
         from sklearn.preprocessing import StandardScaler
     except ImportError:
@@ -53,14 +56,18 @@ def probe(
         return _statistics(values, _predict(train, train_values, other), train_values)
 
     own = statistics(train_values)
-    by_sample = own.reshape(-1, rows_per_sample, own.shape[-1]).sum(axis=1)
-    count = len(by_sample)
+    by_group = own
+    if groups is not None:
+        members = np.unique(groups, return_inverse=True)[1]
+        by_group = np.zeros((members.max() + 1, own.shape[-1]))
+        np.add.at(by_group, members, own)
+    count = len(by_group)
     draws = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(_BOOTSTRAP)])
     shuffles = [statistics(rng.permutation(train_values)).sum(axis=0) for _ in range(num_shuffles)]
 
     numbers = values.dtype.kind == "f"
     score = _r2 if numbers else _f1_and_accuracy
-    scores, spread = score(own.sum(axis=0, keepdims=True)), score(draws @ by_sample)
+    scores, spread = score(own.sum(axis=0, keepdims=True)), score(draws @ by_group)
     control = score(np.stack(shuffles))
     chance = _constant_r2(values, train_values) if numbers else _independent(np.stack(shuffles), values.ndim == 1)
     result = {

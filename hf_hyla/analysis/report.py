@@ -13,7 +13,16 @@ from ..tasks import Task
 from .ablation import ablate_heads, mean_codes
 from .latents import Codes, collect_codes
 from .probes import code_similarity, probe
-from .subjects import Subject, answer_keys, check_sizes, query_point, subjects, task_batches
+from .subjects import (
+    Subject,
+    answer_features,
+    answer_keys,
+    check_sizes,
+    combinations_of,
+    query_point,
+    subjects,
+    task_batches,
+)
 
 
 REPORT_NAME = "probe.json"
@@ -40,7 +49,7 @@ def probe_report(
 
     Probes are fitted on the first `train_samples` of the split train, and scored on the first `num_samples` of `split`,
     layer by layer and on all layers together; see `subjects` for what they ask and `answer_keys` for the codes they
-    read. Ablations put the mean codes of those training samples in place of a head's.
+    read. Standard errors take the samples of one combination for one observation. Ablations put the mean codes of those training samples in place of a head's.
 
     Args:
         seed: of controls, bootstrap and t-SNE, and of the fixed query.
@@ -50,6 +59,7 @@ def probe_report(
 
     Returns:
         `probes`, for each subject and layer (0 for the first, `None` for all) what `probe` returns, `f1_by_class` by name;
+        `answer_alone`, for each subject but the answer the scores of a probe that reads the right answer instead of codes;
         `similarity`, for each subject with classes `names` and a matrix per layer, `layers` of the mean codes as they are and
         `centred` of their differences from the mean of all; `ablation`, `None` or `metric`, `whole`
         and `without`, by layer and head; `figures`, the files; and all settings.
@@ -75,6 +85,7 @@ def probe_report(
     train, other = collected("train", train_samples), collected(split, num_samples)
     train_subjects, other_subjects = subjects(task, train.columns), subjects(task, other.columns)
     _, layers, answers, keys, heads = other.codes.shape
+    groups = combinations_of(other.columns).repeat(answers)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         **(about or {}),
@@ -86,7 +97,8 @@ def probe_report(
         "seed": seed,
         "fixed_query": None if query is None else query.tolist(),
         "codes": {"layers": layers, "answers": answers, "keys": keys, "heads": heads},
-        "probes": _probes(train, train_subjects, other, other_subjects, seed, progress),
+        "probes": _probes(train, train_subjects, other, other_subjects, groups, seed, progress),
+        "answer_alone": _answer_alone(train_subjects, other_subjects, groups, seed),
         "similarity": {s.name: _similarity(other, s) for s in other_subjects if s.kind != "number"},
         "ablation": _ablation(model, task, split, train_samples, num_samples, progress) if ablate else None,
         "figures": [],
@@ -111,6 +123,11 @@ def table(report: dict[str, Any]) -> str:
                 f"{result['subject']:<10}{layer:>6}{metric:>10}{scores[0]:>17}{scores[1]:>17}"
                 f"{result['chance'][metric]:>8.3f}"
             )
+    for name, scores in report["answer_alone"].items():
+        for metric, score in scores.items():
+            lines.append(
+                f"{name:<10}{'':>6}{metric:>10}{score['value']:>9.3f} ± {score['standard_error']:.3f}  from the answer alone"
+            )
     if ablation := report["ablation"]:
         without = np.array(ablation["without"])
         layer, head = np.unravel_index(without.argmin(), without.shape)
@@ -128,7 +145,7 @@ def _save(report: dict[str, Any], output: Path) -> None:
     temporary.replace(output / REPORT_NAME)
 
 
-def _probes(train, train_subjects, other, other_subjects, seed: int, progress: bool) -> list[dict[str, Any]]:
+def _probes(train, train_subjects, other, other_subjects, groups, seed: int, progress: bool) -> list[dict[str, Any]]:
     layers = [*range(other.codes.shape[1]), None]
     cases = [(pair, layer) for pair in zip(train_subjects, other_subjects, strict=True) for layer in layers]
     results = []
@@ -138,13 +155,22 @@ def _probes(train, train_subjects, other, other_subjects, seed: int, progress: b
             fitted.values,
             other.features(layer),
             asked.values,
-            rows_per_sample=other.codes.shape[2],
+            groups=groups,
             seed=seed,
         )
         if "f1_by_class" in result:
             result["f1_by_class"] = {asked.names[i]: score for i, score in result["f1_by_class"].items()}
         results.append({"subject": asked.name, "kind": asked.kind, "layer": layer, **result})
     return results
+
+
+def _answer_alone(train_subjects, other_subjects, groups, seed: int) -> dict[str, Any]:
+    (*asked, train_target), (*others, target) = train_subjects, other_subjects
+    fitted, scored = answer_features(train_target, target)
+    return {
+        subject.name: probe(fitted, train.values, scored, subject.values, groups=groups, seed=seed)["scores"]
+        for train, subject in zip(asked, others, strict=True)
+    }
 
 
 def _similarity(codes: Codes, subject: Subject) -> dict[str, Any]:
@@ -161,7 +187,9 @@ def _similarity(codes: Codes, subject: Subject) -> dict[str, Any]:
 
 
 def _ablation(model, task: Task, split: str, train_samples: int, num_samples: int, progress: bool) -> dict[str, Any]:
-    means = mean_codes(model, task_batches(task, "train", train_samples, _BATCH_SIZE))
-    batches = list(task_batches(task, split, num_samples, _BATCH_SIZE))
-    whole, without = ablate_heads(model, task, batches, means, progress)
+    batches = task_batches(task, "train", train_samples, _BATCH_SIZE)
+    total = -(-train_samples // _BATCH_SIZE)
+    means = mean_codes(model, tqdm(batches, desc="Averaging codes", total=total, disable=not progress))
+    scored = list(task_batches(task, split, num_samples, _BATCH_SIZE))
+    whole, without = ablate_heads(model, task, scored, means, progress)
     return {"metric": task.metric_names[0], "whole": whole, "without": without.tolist()}

@@ -16,6 +16,8 @@ from .latents import Batch
 LEAST_PER_CLASS = 10
 # How far the samples of a split are searched for the number that would be enough.
 _SEARCHED = 20_000
+# Into how many classes numbers are divided where a probe reads the answer.
+_ANSWER_BINS = 16
 
 
 @dataclasses.dataclass
@@ -110,6 +112,26 @@ def subjects(task: Task, columns: dict[str, np.ndarray]) -> list[Subject]:
     names = tuple(f"{term:0{task.num_variables}b}" for term in trained)  # type: ignore[attr-defined]
     present = (columns["terms"][..., None] == np.array(trained)).any(axis=1)
     return [Subject("term", present, names), Subject("target", columns["labels"])]
+
+
+def combinations_of(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """A number (samples,) for each sample that samples of the same combination of rules or terms have too."""
+    parts = columns["rules"] if "rules" in columns else np.sort(columns["terms"], axis=1)
+    return np.unique(parts, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def answer_features(train_target: Subject, target: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Features (rows, bins) of training and other samples that hold the right answer and nothing else, one-hot: what a probe is
+    to be compared with, since codes that tell the answer tell of the rules or terms what the answer tells of them.
+
+    Numbers are told apart by the quantiles of the training samples' numbers.
+    """
+    edges = np.unique(np.quantile(train_target.values, np.arange(1, _ANSWER_BINS) / _ANSWER_BINS))
+    if target.names:
+        edges = np.arange(1, len(target.names))
+    train, other = (np.searchsorted(edges, one.values, side="right") for one in (train_target, target))
+    return np.eye(len(edges) + 1)[train], np.eye(len(edges) + 1)[other]
 
 
 def check_sizes(task: Task, split: str, train_samples: int, num_samples: int) -> None:

@@ -166,7 +166,10 @@ def _probe_of(run: Path) -> dict[str, Any] | None:
 
 
 def _probed(probe: dict[str, Any]) -> list[list[str]]:
-    """Rows of a table: what is asked for, by which metric, and its score by each layer and by all, and of the control."""
+    """
+    Rows of a table: what is asked for, by which metric, and its score by each layer and by all, of the control and of the
+    answer alone. Of classes that may hold together not their accuracy, which is high for a probe that says no to all.
+    """
 
     def cell(score: dict[str, float], chance: float) -> str:
         return f"{score['value']:.3f} ± {score['standard_error']:.3f} ({chance:.3f})"
@@ -174,10 +177,13 @@ def _probed(probe: dict[str, Any]) -> list[list[str]]:
     rows = []
     for subject in dict.fromkeys(result["subject"] for result in probe["probes"]):
         results = [result for result in probe["probes"] if result["subject"] == subject]
-        for metric in results[0]["scores"]:
+        alone = probe["answer_alone"].get(subject)
+        for metric in ["f1"] if results[0]["kind"] == "labels" else results[0]["scores"]:
             cells = [cell(result["scores"][metric], result["chance"][metric]) for result in results]
             last = results[-1]
-            rows.append([subject, metric, *cells, cell(last["control"][metric], last["chance"][metric])])
+            cells.append(cell(last["control"][metric], last["chance"][metric]))
+            cells.append("{value:.3f} ± {standard_error:.3f}".format(**alone[metric]) if alone else "–")
+            rows.append([subject, metric, *cells])
     return rows
 
 

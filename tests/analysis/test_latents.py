@@ -45,6 +45,23 @@ def test_features_keep_answers_apart_and_layers_in_order(build, sraven):
     np.testing.assert_array_equal(collected.features(1), features[:, 8:])
 
 
+def test_a_module_that_holds_a_model_will_do_and_frozen_parts_stay_frozen(build, logic):
+    class Held(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs):
+            return self.model(**inputs)
+
+    model = build(logic).model.train()
+    model.layers[0].eval()
+    batches = [{"input_values": torch.rand(3, 6, 4)}]
+    held = collect_codes(Held(model), batches)
+    assert model.training and model.layers[1].mlp.training and not model.layers[0].self_attn.training
+    np.testing.assert_array_equal(held.codes, collect_codes(model, batches).codes)
+
+
 def test_any_model_and_batches_with_padding_and_training_mode(build, logic):
     model = build(logic, attention_dropout=0.5).model.train()
     values = torch.rand(3, 6, 4)

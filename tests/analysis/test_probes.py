@@ -86,9 +86,10 @@ def test_standard_errors_are_the_spread_over_fresh_samples():
     spread = np.std([result["scores"]["accuracy"]["value"] for result in results])
     stated = np.mean([result["scores"]["accuracy"]["standard_error"] for result in results])
     assert stated == pytest.approx(spread, rel=0.35)
-    # Rows that say the same of one sample are one observation.
+    # Rows that say the same are one observation, wherever they stand.
     codes, values = planted("classes", 400, 1.0, 2)
-    twice = probe(*train, codes.repeat(4, axis=0), values.repeat(4), rows_per_sample=4, num_shuffles=2)
+    rows = np.random.default_rng(0).permutation(np.arange(400).repeat(4))
+    twice = probe(*train, codes[rows], values[rows], groups=rows, num_shuffles=2)
     assert twice["scores"]["accuracy"]["standard_error"] == pytest.approx(stated, rel=0.35)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_hyla.analysis import Codes, probe_report, task_batches
-from hf_hyla.analysis.subjects import check_sizes, query_point, subjects
+from hf_hyla.analysis.report import table
+from hf_hyla.analysis.subjects import Subject, answer_features, check_sizes, combinations_of, query_point, subjects
 from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
 from hf_hyla.tasks.rules import RULES
@@ -118,6 +119,43 @@ def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic, tmp_
     assert report["fixed_query"] == query.tolist()
     # In the first layer the answer token knows of nothing but the point.
     assert report["figures"] == ["probes.png", "similarity.png", "map_layer_2.png"]
+
+
+def test_what_the_answer_alone_tells_is_told_beside_what_the_codes_tell(build, logic, tmp_path):
+    report = probe_report(build(logic), logic, train_samples=600, num_samples=600, fixed_query=True, output=tmp_path)
+    # One point has few answers, and each is the value of its larger term: they tell more of the terms than nothing does.
+    term = next(result for result in report["probes"] if (result["subject"], result["layer"]) == ("term", None))
+    assert list(report["answer_alone"]) == ["term"]
+    alone = report["answer_alone"]["term"]["f1"]["value"]
+    assert alone > term["chance"]["f1"] + 0.05
+    assert f"{alone:.3f}" in table(report) and "from the answer alone" in table(report)
+
+
+def test_answers_are_read_as_classes_and_numbers_by_their_quantiles():
+    numbers = Subject("target", np.arange(1600) / 1600), Subject("target", np.array([-1.0, 0.0, 0.5, 2.0]))
+    train, other = answer_features(*numbers)
+    np.testing.assert_array_equal(train.sum(axis=0), np.full(16, 100))
+    np.testing.assert_array_equal(other.argmax(axis=1), [0, 0, 8, 15])
+    few = Subject("target", np.repeat([0.25, 0.75], [10, 990])), Subject("target", np.array([0.25, 0.75, 0.75]))
+    train, other = answer_features(*few)
+    assert len(np.unique(train, axis=0)) == 2 and (other[0] != other[1]).any()
+    classes = (
+        Subject("target", np.array([0, 2, 1]), ("0", "1", "2")),
+        Subject("target", np.array([2]), ("0", "1", "2")),
+    )
+    train, other = answer_features(*classes)
+    np.testing.assert_array_equal(train, np.eye(3)[[0, 2, 1]])
+    np.testing.assert_array_equal(other, np.eye(3)[[2]])
+
+
+def test_samples_of_one_combination_are_one_observation(logic, sraven):
+    columns = logic.samples("ood", np.arange(200))
+    expected = {frozenset(terms) for terms in columns["terms"].tolist()}
+    groups = combinations_of(columns)
+    assert len(np.unique(groups)) == len(expected)
+    for group in np.unique(groups):
+        assert len({frozenset(terms) for terms in columns["terms"][groups == group].tolist()}) == 1
+    assert len(np.unique(combinations_of(sraven.samples("ood", np.arange(500))))) == len(sraven.combinations("ood"))
 
 
 def test_the_number_of_samples_that_is_named_is_enough(logic):
