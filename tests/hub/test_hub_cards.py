@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_hyla.hub.publish import plan
@@ -65,6 +68,50 @@ def test_the_weights_score_what_the_record_says(folder):
         assert last["step"] == record.steps
         scores = evaluate(model, task, split, record.recipe["trainer"].get("eval_samples", 2048))
         assert scores[metric] == pytest.approx(last[f"{split}/{metric}"], abs=2e-3), split
+
+
+@trained
+def test_the_weights_score_as_well_on_puzzles_of_another_generator(folder, golden):
+    """The official generator's puzzles, or truth tables at points that no code of this package has drawn."""
+    record = RunRecord.load(folder)
+    task = get_task(**record.recipe["task"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    draw = {"sraven": official_puzzles, "logic": fresh_truth_tables}[task.name]
+    combinations, inputs, answers = draw(task, golden)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    if task.name == "sraven":
+        scores = (logits.argmax(-1) == answers).all(-1).double()
+    else:
+        scores = 1 - (logits - answers[:, -1]).squeeze(-1).double() ** 2 / answers.squeeze(-1).double().var(
+            1, correction=0
+        )
+    for split in ("test", "ood"):
+        known = set(task.combinations("train" if split == "test" else "ood"))
+        own = scores[torch.tensor([combination in known for combination in combinations])]
+        standard_error = own.std() / len(own) ** 0.5
+        assert len(own) > 40 and standard_error < 0.1
+        assert abs(own.mean() - record.metrics[split][task.metric_names[0]]) < 4 * standard_error, split
+
+
+def official_puzzles(task, golden):
+    """The official generator's 512 puzzles, as it drew them."""
+    official = load_file(golden / "sraven_instances.safetensors")
+    panels = official["train.instances"].long().flatten(1, 2)
+    ids = torch.cat([panels[:, :8].flatten(1), torch.full((len(panels), 4), 8)], dim=1)
+    return [tuple(sorted(rules)) for rules in official["train.latents"].tolist()], {"input_ids": ids}, panels[:, 8]
+
+
+def fresh_truth_tables(task, golden):
+    """Every function of the splits 64 times, at points that no code of this package has drawn."""
+    combinations = [*task.combinations("train"), *task.combinations("ood")] * 64
+    places = torch.tensor([8, 4, 2, 1])
+    plain = torch.tensor(combinations)[..., None] // places % 2 == 1  # (tasks, terms, variables)
+    points = torch.from_numpy(np.random.default_rng(0).random((len(plain), 32, 4), dtype=np.float32))
+    values = torch.where(plain[:, None], points[:, :, None], 1 - points[:, :, None]).amin(-1).amax(-1, keepdim=True)
+    shown = values.clone()
+    shown[:, -1] = 0
+    return combinations, {"input_values": torch.cat([points, shown], dim=-1)}, values
 
 
 @trained
