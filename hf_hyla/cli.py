@@ -153,6 +153,9 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--split", default="ood", help="split to score (default: ood)")
     parser.add_argument("--num-samples", type=int, help="samples to score (default: the paper's number)")
     parser.add_argument("--batch-size", type=int, default=1024, help="samples per batch (default: 1024)")
+    parser.add_argument(
+        "--by-combination", action="store_true", help="score every combination of rules or terms by itself"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_evaluate, sections=("task",))
 
@@ -163,6 +166,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     task = _task_of_model(arguments)
     model = load_model(arguments.model)
+    if arguments.by_combination:
+        return _evaluate_by_combination(arguments, model, task)
     scores = evaluate(model, task, arguments.split, arguments.num_samples, arguments.batch_size)
     if arguments.json:
         print(
@@ -175,6 +180,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 if isinstance(value, float)
                 else f"{arguments.split}/{name}: {value}"
             )
+
+
+def _evaluate_by_combination(arguments: argparse.Namespace, model, task) -> None:
+    from .analysis.combinations import score_by_combination, table
+    from .training.record import environment
+
+    found = score_by_combination(model, task, arguments.split, arguments.num_samples, arguments.batch_size)
+    if arguments.json:
+        about = {"model": arguments.model, "task": task.settings, "split": arguments.split}
+        print(json.dumps(about | {"combinations": found, "environment": environment()}, indent=1))
+    else:
+        print(table(found, task.metric_names[0]))
 
 
 def _task_of_model(arguments: argparse.Namespace):

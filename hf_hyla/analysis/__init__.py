@@ -1,6 +1,7 @@
 """What the latent codes say: collected, probed, averaged away, drawn. Needs the extra `analysis` beyond collecting."""
 
 from .ablation import ablate_heads, ablated, mean_codes
+from .combinations import score_by_combination
 from .latents import Codes, collect_codes
 from .probes import code_similarity, probe
 from .report import probe_report
@@ -17,5 +18,6 @@ __all__ = [
     "mean_codes",
     "probe",
     "probe_report",
+    "score_by_combination",
     "task_batches",
 ]

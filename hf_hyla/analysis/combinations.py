@@ -1,0 +1,74 @@
+"""Scores by combination: which of them a model solves, and how much training showed it of their parts."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ..model import HylaForSequenceClassification
+from ..tasks import Task
+from .latents import run
+from .subjects import combinations_of, task_batches
+
+
+def score_by_combination(
+    model: HylaForSequenceClassification,
+    task: Task,
+    split: str,
+    num_samples: int | None = None,
+    batch_size: int = 1024,
+) -> list[dict[str, Any]]:
+    """
+    The scores of a classification model on each combination of a split, the worst first.
+
+    Args:
+        num_samples: of the split, of the paper's length where it is `None`.
+
+    Returns:
+        for each combination that occurs among the samples its `parts` (ids of rules or terms), `trained`, in how many training
+        combinations each of them occurs, `num_samples`, and `scores` by metric.
+
+    Raises:
+        ValueError: if model and task do not fit, or the split is unknown.
+    """
+    task.check_model(model.config)
+    num_samples = len(task.dataset(split, num_samples))
+    read = next(name for name in task.model_columns if name != "labels")
+    parts_column = "rules" if task.name == "sraven" else "terms"
+    kept: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], read: [], parts_column: []}
+    for batch in task_batches(task, split, num_samples, batch_size):
+        for name, column in (batch | {"logits": run(model, batch).logits.float().cpu()}).items():
+            if name in kept:
+                kept[name].append(column)
+    columns = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
+    trained = Counter(part for combination in task.combinations("train") for part in set(combination))
+    groups = combinations_of(columns)
+    found = []
+    for group in range(groups.max() + 1):
+        rows = groups == group
+        parts = sorted(columns[parts_column][rows][0].tolist())
+        found.append(
+            {
+                "parts": parts,
+                "trained": [trained[part] for part in parts],
+                "num_samples": int(rows.sum()),
+                "scores": task.metrics(columns["logits"][rows], columns["labels"][rows], columns[read][rows]),
+            }
+        )
+    return sorted(found, key=lambda one: one["scores"][task.metric_names[0]])
+
+
+def table(found: list[dict[str, Any]], metric: str) -> str:
+    """What `score_by_combination` found as text: every combination, then their mean by how often the rarest part was trained."""
+    lines = [f"{'combination':<16}{'trained with':<20}{'samples':>8}{metric:>12}"]
+    for one in found:
+        parts, trained = (" ".join(map(str, one[key])) for key in ("parts", "trained"))
+        lines.append(f"{parts:<16}{trained:<20}{one['num_samples']:>8}{one['scores'][metric]:>12.4f}")
+    lines.append("")
+    for rarest in sorted({min(one["trained"]) for one in found}):
+        scores = [one["scores"][metric] for one in found if min(one["trained"]) == rarest]
+        lines.append(
+            f"{metric} {sum(scores) / len(scores):.4f} over the {len(scores)} combinations whose rarest part is in {rarest} of the "
+            "trained ones"
+        )
+    return "\n".join(lines)
