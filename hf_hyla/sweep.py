@@ -13,11 +13,10 @@ from subprocess import Popen
 from typing import Any
 
 import torch
-import yaml
 
-from .tasks import nearest
 from .training.recipe import Recipe, find_recipe, load_recipe
 from .training.record import RECORD_NAME, RunRecord
+from .training.typed_yaml import read_mapping
 
 
 _KEYS = ("base", "grid", "seeds")
@@ -55,20 +54,7 @@ def load_sweep(path: str | Path) -> Sweep:
         OSError: if the file or its base cannot be read.
     """
     path = find_recipe(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold the keys {', '.join(_KEYS)}, got {type(content).__name__}.")
-    for key in content:
-        if key not in _KEYS:
-            raise ValueError(
-                f"{path} has an unknown key {key!r}{nearest(str(key), _KEYS)}: expected {', '.join(_KEYS)}."
-            )
-    for key in _KEYS:
-        if key not in content:
-            raise ValueError(f"{path} lacks the key {key!r}: expected {', '.join(_KEYS)}.")
+    content = read_mapping(path, "key", _KEYS)
     base, seeds = content["base"], content["seeds"]
     if not isinstance(base, str):
         raise ValueError(f"{path}: base must be the path of a recipe, got {base!r}.")

@@ -58,7 +58,7 @@ ALLOWED = {
     "paper": ({"model"}, set()),
     "plots": ({"paper"}, {"matplotlib"}),
     "compare": ({"model", "paper", "tasks", "training"}, set()),
-    "sweep": ({"tasks", "training"}, {"torch", "yaml"}),
+    "sweep": ({"training"}, {"torch"}),
 }
 
 

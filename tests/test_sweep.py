@@ -113,6 +113,13 @@ def test_a_sweep_that_is_stopped_stops_its_runs_with_their_checkpoints_saved(tmp
     assert not (tmp_path / "runs/base/1").exists()
 
 
+def test_a_sweep_with_a_key_twice_is_refused(tmp_path):
+    path = write(tmp_path, grid={}, seeds=[0])
+    path.write_text(path.read_text() + "seeds: [1]\n")
+    with pytest.raises(ValueError, match="not valid YAML: the key 'seeds' stands there twice"):
+        load_sweep(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
+from ..tasks import one_line
 from .checkpoint import UNFINISHED, publish
 from .record import RECORD_NAME
 
@@ -199,7 +200,7 @@ class HylaTrainer(Trainer):
                 rotate_checkpoints(str(folder), self.args.save_total_limit)
         except Exception as error:  # the libraries that write raise what they like when a disk is full
             shutil.rmtree(aside, ignore_errors=True)
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = one_line(error).rstrip(".")
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} could not be written ({reason}): free some space or "
                 f"choose another --output; {_INTACT}."
