@@ -87,7 +87,10 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
-        """Scores, by `metric_names`, of a model's logits on samples with these labels and inputs."""
+        """
+        Scores, by `metric_names`, of a model's logits on samples with these labels and inputs; one that has no sample to be
+        measured on is left out.
+        """
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -265,8 +265,8 @@ def by_key(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
         for section, values in settings.items()
-        for key, value in values.items()
         if section != "expect"
+        for key, value in values.items()
     }
 
 

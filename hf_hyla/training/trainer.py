@@ -24,6 +24,15 @@ from .checkpoint import UNFINISHED, publish
 from .record import RECORD_NAME
 
 
+# Devices whose numbers are there as soon as they are asked for.
+_READ_AT_ONCE = ("cpu",)
+# A run whose mean loss grows to this many times that of its beginning will not come back.
+_DIVERGED = 100
+_INTACT = "checkpoints before this step are intact"
+# Of a log entry, what the progress bar leaves out.
+_NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")
+
+
 @dataclass
 class HylaTrainingArguments(TrainingArguments):
     """
@@ -322,13 +331,6 @@ class HylaTrainer(Trainer):
         )
 
 
-# Devices whose numbers are there as soon as they are asked for.
-_READ_AT_ONCE = ("cpu",)
-# A run whose mean loss grows to this many times that of its beginning will not come back.
-_DIVERGED = 100
-_INTACT = "checkpoints before this step are intact"
-
-
 def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
     return FloatingPointError(
         f"The {what} is {number} in step {step}: look for numbers in the inputs that are not finite, or lower the learning "
@@ -357,6 +359,3 @@ class RunProgress(ProgressCallback):
         shown = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_NOT_SHOWN)}
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.training_bar.write(f"step {state.global_step:>6}  {numbers}")
-
-
-_NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")
