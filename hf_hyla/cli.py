@@ -124,7 +124,9 @@ def _report(recipe, record) -> str:
         theirs = "-"
         if paper and paper.metric.startswith(f"{split}/"):
             theirs = f"{paper.metric.partition('/')[2]} {paper.mean:.4f} ± {paper.standard_error:.4f}"
-        lines.append(f"{split:<15}" + "".join(f"{scores[name]:>18.4f}" for name in metric_names) + f"{theirs:>22}")
+        # A score that has no sample to be measured on is left out.
+        ours = [f"{scores[name]:.4f}" if name in scores else "-" for name in metric_names]
+        lines.append(f"{split:<15}" + "".join(f"{score:>18}" for score in ours) + f"{theirs:>22}")
     minutes = f"{record.seconds / 60:.1f} minutes of training"
     if paper:
         share = record.samples_seen / paper.num_samples
@@ -165,13 +167,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from .training.weights import load_model
 
     task = _task_of_model(arguments)
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
     model = load_model(arguments.model)
     if arguments.by_combination:
         return _evaluate_by_combination(arguments, model, task)
     scores = evaluate(model, task, arguments.split, arguments.num_samples, arguments.batch_size)
     if arguments.json:
         print(
-            json.dumps({"model": arguments.model, "task": task.settings, "split": arguments.split, "metrics": scores})
+            json.dumps(
+                {"model": arguments.model, "task": task.settings, "split": arguments.split, "metrics": scores},
+                allow_nan=False,
+            )
         )
     else:
         for name, value in scores.items():
@@ -321,18 +328,19 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print("\n".join(point.folder for point in sweep.points))
         return 0
-    failed = 0
+    done: list[Path] = []
     # As an exception, so that the runs are stopped with the sweep.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         for point, outcome in run_sweep(sweep, output, arguments.jobs):
             print(f"{point.folder}: {outcome}", flush=True)
-            failed += outcome.startswith("failed")
+            if not outcome.startswith("failed"):
+                done.append(output / point.folder)
     finally:
         signal.signal(signal.SIGTERM, before)
-    if failed < len(sweep.points):
-        print(table(compare(find_records([output]))))
-    return int(failed > 0)
+    if done:
+        print(table(compare(find_records(done))))
+    return int(len(done) < len(sweep.points))
 
 
 def _add_bench(commands) -> None:
@@ -515,7 +523,7 @@ def _ceiling(arguments: argparse.Namespace) -> None:
             f"{split}: accuracy {scores['accuracy']:.4f} ± {scores['standard_error']:.4f}, {arguments.num_samples} puzzles"
         )
     if arguments.output:
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _task_of(name: str, overrides: dict[str, str]):

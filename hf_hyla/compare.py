@@ -9,7 +9,8 @@ from typing import Any
 
 from .model import HylaConfig
 from .paper import PaperResult, paper_result
-from .tasks import TASKS, get_task
+from .tasks import get_task
+from .training.recipe import by_key
 from .training.record import RECORD_NAME, RunRecord
 
 
@@ -71,9 +72,18 @@ def find_records(paths: Iterable[str | Path]) -> list[RunRecord]:
 
 
 def compare(records: Iterable[RunRecord]) -> list[Comparison]:
-    """One `Comparison` for each recipe, in the order of their first runs."""
+    """
+    One `Comparison` for each recipe, in the order of their first runs.
+
+    Raises:
+        ValueError: for a record that lacks the task, the model or the score that is compared.
+    """
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
+        if "name" not in record.recipe.get("task", {}):
+            raise _lacking(record, "the name of its task")
+        if "model" not in record.recipe:
+            raise _lacking(record, "the model section of its recipe")
         groups.setdefault(json.dumps([record.name, _settings(record)], sort_keys=True), []).append(record)
     return [_compared(group, [other[0] for other in groups.values()]) for group in groups.values()]
 
@@ -106,9 +116,12 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     first = runs[0]
     expect: dict[str, Any] = first.recipe.get("expect") or {}
     paper = _paper(first)
-    task = TASKS[first.recipe["task"]["name"]]
+    task = get_task(**first.recipe["task"])
     metric = expect.get("metric") or (paper.metric if paper else f"ood/{task.metric_names[0]}")
     split, _, score = metric.partition("/")
+    for run in runs:
+        if score not in run.metrics.get(split, {}):
+            raise _lacking(run, f"the score {metric}")
     values = [run.metrics[split][score] for run in runs]
     mean = statistics.fmean(values)
     samples = min(run.samples_seen for run in runs)
@@ -129,6 +142,12 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     )
 
 
+def _lacking(record: RunRecord, what: str) -> ValueError:
+    return ValueError(
+        f"The record of {record.name} with the seeds {record.seeds} lacks {what}: train the run again, or leave it out."
+    )
+
+
 def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | None) -> str:
     if not expect:
         return NOT_JUDGED
@@ -144,19 +163,13 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
 def _paper(record: RunRecord) -> PaperResult | None:
     if "model_name_or_path" in record.recipe["model"]:
         return None  # the paper tunes no trained model further
-    settings = dict(record.recipe["task"])
-    task = get_task(settings.pop("name"), **settings)
+    task = get_task(**record.recipe["task"])
     return paper_result(task, HylaConfig(**{**task.model_defaults, **record.recipe["model"]}))
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    """What a run was but for its seeds, by `section.key`; what was expected of it may change with what is known."""
-    return {
-        f"{section}.{key}": value
-        for section, settings in record.recipe.items()
-        for key, value in settings.items()
-        if section != "expect" and key != "seed"
-    }
+    """What a run was but for its seeds, by `section.key`."""
+    return {key: value for key, value in by_key(record.recipe).items() if not key.endswith(".seed")}
 
 
 def _told_apart(record: RunRecord, namesakes: list[RunRecord]) -> str:

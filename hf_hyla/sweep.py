@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,11 @@ from subprocess import Popen
 from typing import Any
 
 import torch
-import yaml
 
-from .tasks import nearest
-from .training.recipe import Recipe, find_recipe, load_recipe
+from .tasks import one_line
+from .training.recipe import Recipe, find_recipe, first_difference, load_recipe
 from .training.record import RECORD_NAME, RunRecord
+from .training.typed_yaml import read_mapping
 
 
 _KEYS = ("base", "grid", "seeds")
@@ -55,20 +56,7 @@ def load_sweep(path: str | Path) -> Sweep:
         OSError: if the file or its base cannot be read.
     """
     path = find_recipe(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold the keys {', '.join(_KEYS)}, got {type(content).__name__}.")
-    for key in content:
-        if key not in _KEYS:
-            raise ValueError(
-                f"{path} has an unknown key {key!r}{nearest(str(key), _KEYS)}: expected {', '.join(_KEYS)}."
-            )
-    for key in _KEYS:
-        if key not in content:
-            raise ValueError(f"{path} lacks the key {key!r}: expected {', '.join(_KEYS)}.")
+    content = read_mapping(path, "key", _KEYS)
     base, seeds = content["base"], content["seeds"]
     if not isinstance(base, str):
         raise ValueError(f"{path}: base must be the path of a recipe, got {base!r}.")
@@ -98,23 +86,33 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
     own whose output goes into a log file beside the run's folder. Yields each point as it ends, with `finished`, `done
     before` or `failed: ` and its error. A point that was interrupted goes on.
     """
-    devices = torch.cuda.device_count()
-    jobs = jobs or max(1, devices)
+    devices = _visible_devices()
+    jobs = jobs or max(1, len(devices))
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
     running: set[Popen] = set()
+    stopping = threading.Event()
 
-    def run(point: Point) -> str:
-        folder = output / point.folder
-        if (folder / RECORD_NAME).exists():
-            if RunRecord.load(folder).recipe == point.recipe.settings:
-                return "done before"
-            return f"failed: {folder} holds a run of another recipe, choose another --output"
+    def outcome(point: Point) -> str:
         slot = slots.get()
+        try:
+            return run(point, output / point.folder, slot)
+        except (ValueError, OSError) as error:  # of this point: the others go on
+            return f"failed: {one_line(error)}"
+        finally:
+            slots.put(slot)
+
+    def run(point: Point, folder: Path, slot: int) -> str:
+        if (folder / RECORD_NAME).exists():
+            if key := first_difference(point.recipe.settings, RunRecord.load(folder).recipe):
+                return (
+                    f"failed: {folder} holds a run of another recipe, which differs in {key}: choose another --output"
+                )
+            return "done before"
         environment = dict(os.environ)
         if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % devices)
+            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
         elif jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         words = [f"--{key}={value}" for key, value in point.overrides.items()]
@@ -122,11 +120,13 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_name(f"{folder.name}.log")
         with log.open("a") as file:
-            process = Popen(command, env=environment, stdout=file, stderr=file)
+            # In a session of its own, since Ctrl-C in a terminal would kill it before it has saved.
+            process = Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         running.add(process)
+        if stopping.is_set():
+            process.terminate()
         code = process.wait()
         running.discard(process)
-        slots.put(slot)
         if code == 0:
             return "finished"
         lines = log.read_text().splitlines()
@@ -134,13 +134,21 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            yield from zip(sweep.points, pool.map(run, sweep.points), strict=True)
+            yield from zip(sweep.points, pool.map(outcome, sweep.points), strict=True)
         except BaseException:
-            # Each saves its checkpoint; those that have not begun stay so.
+            # Each saves its checkpoint, which is waited for; those that have not begun stay so.
             pool.shutdown(wait=False, cancel_futures=True)
+            stopping.set()
             for process in list(running):
                 process.terminate()
             raise
+
+
+def _visible_devices() -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    count = torch.cuda.device_count()
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return inherited.split(",")[:count] if inherited else [str(number) for number in range(count)]
 
 
 def _axis(path: Path, name: str, values: Any) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def on_ranks(folder: Path, function, processes: int) -> list[tuple[int, str]]:
         try:
             for stream, name in ((1, f"out{rank}.txt"), (2, f"err{rank}.txt")):
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-            sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
             os.chdir(folder)
             if processes > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
@@ -62,16 +62,18 @@ def on_ranks(folder: Path, function, processes: int) -> list[tuple[int, str]]:
 class ForkedCommand:
     """Stands in for `subprocess.Popen` of `python -m hf_hyla`, without importing everything again."""
 
-    def __init__(self, command, env, stdout, stderr):
+    def __init__(self, command, env, stdout, stderr, start_new_session):
         assert command[:3] == [sys.executable, "-m", "hf_hyla"]
         self.pid = os.fork()
         if self.pid == 0:
             code = 99
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
             try:
+                if start_new_session:
+                    os.setsid()
                 os.dup2(stdout.fileno(), 1)
                 os.dup2(stderr.fileno(), 2)
-                sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+                sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
                 os.environ.update(env)
                 code = main(command[3:])
             except BaseException:

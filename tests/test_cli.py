@@ -95,8 +95,9 @@ def test_data_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "ood: 20 examples" in printed and "Fingerprint sha256:" in printed
     assert json.loads((tmp_path / "data" / "task.json").read_text())["task"]["num_examples"] == 3
+    arguments[arguments.index("20")] = "30"
     assert main([*arguments, "--output", str(tmp_path / "data")]) == 2
-    assert "holds the split test already" in capsys.readouterr().err
+    assert "holds the split test already, of 20 examples, and 30 are asked for" in capsys.readouterr().err
 
 
 def test_ceiling_prints_and_records_what_the_ideal_observer_reaches(tmp_path, capsys):
@@ -129,6 +130,9 @@ def test_env_is_json(capsys):
             ["train", "{recipe}", "--output", "{run}", "--trainer.report_to", "clearml"],
             "clearml, which is not installed",
         ),
+        (["train", "{recipe}", "--dry-run", "--task.data", "{run}-2"], "holds no data of a task"),
+        (["train", "{recipe}", "--dry-run", "--trainer.report_to", "clearml"], "clearml, which is not installed"),
+        (["evaluate", "{run}-2", "--task", "logic", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["evaluate", "{run}", "--split", "odd"], "has no split 'odd'"),
         (["evaluate", "{run}", "--task", "sraven"], "does not fit the task sraven"),
         (["evaluate", "{recipe.parent}", "--task", "logic"], "holds no model"),

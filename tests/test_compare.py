@@ -117,6 +117,17 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert "is not a run record" in capsys.readouterr().err
 
 
+def test_a_record_that_lacks_what_is_compared_is_named(record):
+    for lacking, message in (
+        ({"metrics": {}}, r"record of logic-demo with the seeds .* lacks the score ood/r2: train"),
+        ({"metrics": {"ood": {"loss": 1.0}}}, "lacks the score ood/r2"),
+        ({"recipe": {}}, "lacks the name of its task"),
+        ({"recipe": {"task": record.recipe["task"]}}, "lacks the model section"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare([record, dataclasses.replace(record, **lacking)])
+
+
 def test_another_seed_of_a_recipe_keeps_its_expectation():
     recipe = load_recipe("logic/hyla.yaml", {"task.seed": "1", "trainer.seed": "1"})
     assert recipe.expect is not None and recipe.settings["expect"]["budget"] == 6_400_000

@@ -42,9 +42,10 @@ STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
     "model": ({"model"}, {"torch", "transformers", "huggingface_hub", "numpy", "numba", "triton"}),
     "metrics": ({"metrics"}, {"numpy", "evaluate", "datasets"}),
-    "tasks": ({"tasks", "metrics"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
+    "files": (set(), set()),
+    "tasks": ({"tasks", "metrics", "files"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
     "training": (
-        {"training", "model", "tasks", "metrics", "hub", "plots"},
+        {"training", "model", "tasks", "metrics", "hub", "plots", "files"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
     ),
     # The trainer hands a finished run to hub; nothing of hub trains.
@@ -58,7 +59,7 @@ ALLOWED = {
     "paper": ({"model"}, set()),
     "plots": ({"paper"}, {"matplotlib"}),
     "compare": ({"model", "paper", "tasks", "training"}, set()),
-    "sweep": ({"tasks", "training"}, {"torch", "yaml"}),
+    "sweep": ({"tasks", "training"}, {"torch"}),
 }
 
 

@@ -1,5 +1,6 @@
 """Sweeps: every point a valid recipe and a run of its own; what is finished is skipped, the rest goes on."""
 
+import os
 import signal
 import threading
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forks import ForkedCommand
+from forks import ForkedCommand, in_children
 
 from hf_hyla import sweep as sweeps
 from hf_hyla.cli import main
@@ -87,30 +88,87 @@ def test_a_sweep_runs_skips_and_goes_on(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, grid={"model.attention_type": ["hyla"]}, seeds=[0], base={
         **BASE, "trainer": {**BASE["trainer"], "max_steps": 8}})  # fmt: skip
     assert main(command) == 1
-    assert "holds a run of another recipe" in capsys.readouterr().out
+    assert "holds a run of another recipe, which differs in trainer.max_steps" in capsys.readouterr().out
 
 
-def test_a_sweep_that_is_stopped_stops_its_runs_with_their_checkpoints_saved(tmp_path, monkeypatch):
+def test_a_sweep_that_is_stopped_in_a_terminal_stops_its_runs_with_their_checkpoints_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
     base = {**BASE, "trainer": {**BASE["trainer"], "max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}}
     path = write(tmp_path, grid={}, seeds=[0, 1], base=base)
-    log = tmp_path / "runs/base/0.log"
+    log, group = tmp_path / "runs/base/0.log", tmp_path / "group"
+
+    def prepare(rank):
+        os.setpgrp()
+        # A shell that starts the tests in the background lets them ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        group.write_text(str(os.getpgrp()))
 
     def interrupt():
         while not log.exists() or "loss" not in log.read_text():
             time.sleep(0.05)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        # As Ctrl-C in a terminal does: every process of the group, and not the sweep alone.
+        os.killpg(int(group.read_text()), signal.SIGINT)
 
-    # A shell that starts the tests in the background lets them ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        threading.Thread(target=interrupt, daemon=True).start()
-        assert main(["sweep", str(path), "--output", str(tmp_path / "runs")]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    threading.Thread(target=interrupt, daemon=True).start()
+    ((code, _),) = in_children(tmp_path, ["sweep", str(path), "--output", "runs"], prepare=prepare)
+    assert code == 130
     assert "Stopped by SIGTERM after step" in log.read_text()
     assert list((tmp_path / "runs/base/0/checkpoints").glob("checkpoint-*/seal.json"))
     assert not (tmp_path / "runs/base/1").exists()
+
+
+def test_a_damaged_record_fails_its_point_alone_and_gives_its_place_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
+    path = write(tmp_path, grid={}, seeds=[0, 1])
+    damaged = tmp_path / "runs/base/0/run.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    assert main(["sweep", str(path), "--output", str(tmp_path / "runs")]) == 1
+    printed = capsys.readouterr().out
+    assert f"base/0: failed: {damaged} is not a run record" in printed and "base/1: finished" in printed
+    assert "(1)" in printed.splitlines()[-1]
+
+
+def test_only_what_is_expected_of_a_run_may_change_between_sweeps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
+    command = ["sweep", str(write(tmp_path, grid={}, seeds=[0])), "--output", str(tmp_path / "runs")]
+    assert main(command) == 0
+    expect = {"metric": "ood/r2", "value": 0.8, "tolerance": 0.1, "source": "ours"}
+    write(tmp_path, grid={}, seeds=[0], base={**BASE, "expect": expect})
+    assert main(command) == 0
+    assert "base/0: done before" in capsys.readouterr().out
+    write(tmp_path, grid={}, seeds=[0], base={**BASE, "task": {**BASE["task"], "held_out": 0.4}})
+    assert main(command) == 1
+    assert "a run of another recipe, which differs in task.held_out" in capsys.readouterr().out
+
+
+def test_a_sweep_keeps_to_the_gpus_that_it_was_given(tmp_path, monkeypatch):
+    given = []
+
+    class Command:
+        def __init__(self, command, env, **streams):
+            given.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(sweeps, "Popen", Command)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    sweep = load_sweep(write(tmp_path, grid={}, seeds=[0, 1, 2, 3]))
+    for inherited, names in ((None, {"0", "1"}), ("2,GPU-3", {"2", "GPU-3"})):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if inherited:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+        given.clear()
+        assert {outcome for _, outcome in sweeps.run_sweep(sweep, tmp_path / "runs")} == {"finished"}
+        assert set(given) <= names and len(given) == 4
+
+
+def test_a_sweep_with_a_key_twice_is_refused(tmp_path):
+    path = write(tmp_path, grid={}, seeds=[0])
+    path.write_text(path.read_text() + "seeds: [1]\n")
+    with pytest.raises(ValueError, match="not valid YAML: the key 'seeds' stands there twice"):
+        load_sweep(path)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,10 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
-        """Scores, by `metric_names`, of a model's logits on samples with these labels and inputs."""
+        """
+        Scores, by `metric_names`, of a model's logits on samples with these labels and inputs; one that has no sample to be
+        measured on is left out.
+        """
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -177,6 +180,8 @@ class Task(ABC):
         Where the reference draws once, this draws again until that holds: held-out combinations are new combinations
         of *known* parts.
         """
+        if not 0 < held_out < 1:  # which is also true of what is not a number
+            raise ValueError(f"held_out must lie between 0 and 1, got {held_out}.")
         parts = np.unique(combinations)
         count = int(len(combinations) * held_out)
         key = stream_key(self.name, self.seed, "held out")

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import write_whole
 from .base import Task, TaskDataset
 
 
@@ -71,8 +72,8 @@ class Manifest:
 
 def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path) -> Manifest:
     """
-    Writes the first samples of splits as Parquet files, beside a dataset card and a task.json; a folder that holds other
-    splits of the same task keeps them.
+    Writes the first samples of splits as Parquet files, beside a dataset card and a task.json; a folder that holds splits of
+    the same task keeps them, so that the same call goes on after an interruption.
 
     Args:
         task: whose samples.
@@ -82,7 +83,7 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
 
     Raises:
         ValueError: for an unknown split, a number below 1, or a folder of another task.
-        FileExistsError: if the folder holds something else, or one of the splits.
+        FileExistsError: if the folder holds something else, or one of the splits with another number of examples.
     """
     from .card import dataset_card
 
@@ -90,22 +91,25 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         manifest.check(task, folder)
-    elif folder.exists() and any(path.name != "data" for path in folder.iterdir()):
+    elif folder.exists() and any(path.name not in ("data", f"{MANIFEST_NAME}.tmp") for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no data of a task: choose another folder.")
     else:
         manifest = Manifest.of(task)
-    for split in splits:
-        if split in manifest.splits:
+    for split, length in lengths.items():
+        held = manifest.splits.get(split, {}).get("num_examples", length)
+        if held != length:
             raise FileExistsError(
-                f"{folder} holds the split {split} already, of {manifest.splits[split]['num_examples']} examples: choose "
-                "another folder."
+                f"{folder} holds the split {split} already, of {held} examples, and {length} are asked for: choose another "
+                "folder."
             )
     for split, length in lengths.items():
+        if manifest.splits.get(split, {}).get("file_bytes") == _file_bytes(folder / "data", split):
+            continue
         manifest.splits[split] = _write_split(task, split, length, folder / "data")
         manifest.splits = {name: manifest.splits[name] for name in task.splits if name in manifest.splits}
         # Last, so that what it names is whole.
-        (folder / MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-        dataset_card(task, manifest).save(folder / "README.md")
+        write_whole(folder / MANIFEST_NAME, json.dumps(dataclasses.asdict(manifest), indent=2, allow_nan=False) + "\n")
+    write_whole(folder / "README.md", str(dataset_card(task, manifest)))
     return manifest
 
 
@@ -115,12 +119,9 @@ def _write_split(task: Task, split: str, num_examples: int, folder: Path) -> dic
         unfinished.unlink()
     features = task.features()
     num_files = -(-num_examples // _EXAMPLES_PER_FILE)
-    num_bytes, sums = (
-        0,
-        dict.fromkeys(
-            (name for name, feature in features.items() if getattr(feature, "dtype", None) in ("bool", "float32")), 0.0
-        ),
-    )
+    num_bytes = 0
+    # Of every column that is one number or truth value per example.
+    sums = {name: 0.0 for name, column in features.items() if getattr(column, "dtype", None) in ("bool", "float32")}
     for number in range(num_files):
         path = folder / f"{split}-{number:05d}-of-{num_files:05d}.parquet"
         stop = min((number + 1) * _EXAMPLES_PER_FILE, num_examples)
@@ -140,9 +141,13 @@ def _write_split(task: Task, split: str, num_examples: int, folder: Path) -> dic
     return {
         "num_examples": num_examples,
         "num_bytes": num_bytes,
-        "file_bytes": sum(path.stat().st_size for path in folder.glob(f"{split}-*.parquet")),
+        "file_bytes": _file_bytes(folder, split),
         "means": {name: total / num_examples for name, total in sums.items()},
     }
+
+
+def _file_bytes(folder: Path, split: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(f"{split}-*.parquet"))
 
 
 def _arrow(column: np.ndarray, arrow_type: pa.DataType) -> pa.Array:

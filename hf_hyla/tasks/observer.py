@@ -96,8 +96,8 @@ def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:
         `num_samples`; `accuracy`, its `standard_error`, and `expected_accuracy`, the mean probability that the observer
         gives its answers, which estimates the same with less noise; `feature_accuracy` of the same answers;
         `accuracy_all_combinations`, where the observer holds every combination of rules possible and not only the
-        split's; `accuracy_unique`, where the answer is strictly unique; `undecided`, the fraction of puzzles that leave
-        the observer more than one answer; `ambiguous_official` and `ambiguous_strict`, see `ambiguity`.
+        split's; `accuracy_unique`, where the answer is strictly unique, if any is; `undecided`, the fraction of puzzles
+        that leave the observer more than one answer; `ambiguous_official` and `ambiguous_strict`, see `ambiguity`.
 
     Raises:
         ValueError: for an unknown split or no samples.
@@ -129,7 +129,7 @@ def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:
         "expected_accuracy": float(results["probability"].mean()),
         "feature_accuracy": float(results["right"].mean()),
         "accuracy_all_combinations": float(results["right_all"].mean()),
-        "accuracy_unique": float(solved[~strict].mean()) if not strict.all() else math.nan,
+        **({} if strict.all() else {"accuracy_unique": float(solved[~strict].mean())}),
         "undecided": float(results["undecided"].mean()),
         "ambiguous_official": float(results["official"].mean()),
         "ambiguous_strict": float(strict.mean()),

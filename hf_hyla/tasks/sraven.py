@@ -223,8 +223,9 @@ class SravenTask(Task):
         predictions = logits.argmax(axis=-1)
         unique = ~self.ambiguous(inputs, labels)[1]
         scores = sraven_accuracy(predictions, labels)
-        on_unique = sraven_accuracy(predictions[unique], labels[unique])["accuracy"] if unique.any() else math.nan
-        return scores | {"accuracy_unique": on_unique}
+        if unique.any():
+            scores["accuracy_unique"] = sraven_accuracy(predictions[unique], labels[unique])["accuracy"]
+        return scores
 
     def ambiguous(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`ambiguity` of these samples: official and strict, each (samples,)."""

@@ -1,11 +1,14 @@
 """Checkpoints that are whole or not there: written aside, sealed with sizes and hashes, then renamed."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+
+from ..files import fsync_folder, write_whole
 
 
 try:
@@ -21,37 +24,25 @@ LOCK = ".lock"
 UNFINISHED = "unfinished"
 
 
-def claim(folder: Path) -> IO[str] | None:
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
     """
-    Keeps other processes out of the folder of a run, until the file that is returned is closed or this process dies.
+    Keeps other processes out of the folder of a run, until the block ends or this process dies.
 
     Raises:
         FileExistsError: if another process trains there.
     """
-    if fcntl is None:
-        return None
-    file = (folder / LOCK).open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise FileExistsError(
-            f"Another process trains in {folder}: wait for it to end, or choose another --output."
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return file
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that after a crash holds either this text or what it held before."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _fsync_folder(path.parent)
+    with (folder / LOCK).open("w") as file:  # closing it gives the lock back
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise FileExistsError(
+                f"Another process trains in {folder}: wait for it to end, or choose another --output."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def publish(written: Path, checkpoint: Path) -> None:
@@ -66,7 +57,7 @@ def publish(written: Path, checkpoint: Path) -> None:
     if checkpoint.exists():
         shutil.rmtree(checkpoint)
     written.rename(checkpoint)
-    _fsync_folder(checkpoint.parent)
+    fsync_folder(checkpoint.parent)
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -92,8 +83,8 @@ def fault(checkpoint: Path) -> str | None:
 
 def last_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """
-    The last checkpoint of a run that is whole, and a line about each later one, which is removed: what it held is
-    computed again.
+    The last checkpoint of a run that is whole, and a line about each later one, which is put aside: what it held is
+    computed again, but it may be somebody's only copy.
     """
     said = []
     if (checkpoints / UNFINISHED).exists():
@@ -104,8 +95,12 @@ def last_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
         problem = fault(checkpoint)
         if problem is None:
             return checkpoint, said
-        said.append(f"{checkpoint.name} is damaged and not used: it {problem}.")
-        shutil.rmtree(checkpoint)
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        said.append(f"{checkpoint.name} is damaged and not used: it {problem}; it is kept as {aside.name}.")
+    if said:
+        said.append("No checkpoint is whole: training starts from the beginning.")
     return None, said
 
 
@@ -116,13 +111,3 @@ def _step(checkpoint: Path) -> int:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _fsync_folder(folder: Path) -> None:
-    if os.name == "nt":  # which cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

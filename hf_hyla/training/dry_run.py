@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .processes import share_of_batch
 from .recipe import Recipe
-from .run import training_samples
+from .run import check_before_start, training_data, training_samples
 from .trainer import HylaTrainer, HylaTrainingArguments
 from .weights import initial_model
 
@@ -23,7 +23,13 @@ _MEASURED_STEPS = 8
 
 
 def dry_run(recipe: Recipe) -> str:
-    """The resolved recipe, parameters, steps, samples, estimated minutes and peak memory, as text."""
+    """
+    The resolved recipe, parameters, steps, samples, estimated minutes and peak memory, as text.
+
+    Raises:
+        ValueError, OSError: if `train` would refuse the recipe, whatever it wrote into.
+    """
+    check_before_start(recipe)
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
         args = HylaTrainingArguments(**{**recipe.trainer, **quiet, "output_dir": folder})
@@ -37,7 +43,7 @@ def dry_run(recipe: Recipe) -> str:
         trainer = HylaTrainer(
             model=model,
             args=args,
-            train_dataset=recipe.task.dataset("train", num_samples=num_samples),
+            train_dataset=training_data(recipe, num_samples),
             data_collator=recipe.task.collate,
             callbacks=[watch],
         )

@@ -1,24 +1,39 @@
 """A recipe: one YAML file, one run, one model. Everything in it is checked before anything starts."""
 
 import dataclasses
-import types
-import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
-from ..tasks import TASKS, Task, get_task, nearest
+from ..tasks import TASKS, Task, get_task, nearest, one_line
 from .trainer import HylaTrainingArguments, check_schedule
+from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 
 
 SECTIONS = ("task", "model", "trainer", "expect")
 _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
-# Keys that a recipe may not have, and why.
+# The keys of `trainer`: those by which a run goes on exactly and is scored on all samples. transformers has a hundred
+# more, and a key that changes a score would do so without a word.
+_ALLOWED_TRAINER = {
+    *_REQUIRED_TRAINER,
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "torch_empty_cache_steps"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "ddp_backend", "ddp_timeout"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_samples"),
+    *("per_device_eval_batch_size", "eval_accumulation_steps"),
+    *("save_strategy", "save_steps", "save_total_limit"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
+    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+}
+# Why others are not.
 _BY_THE_RUN = "is set by the run itself"
 _BY_MAX_STEPS = "has no effect: a run is max_steps long and follows the reference's schedule"
 _PUBLISHED_ONCE = (
@@ -26,7 +41,13 @@ _PUBLISHED_ONCE = (
 )
 _BY_THE_LAUNCH = "belongs to the launch: write it into the --config_file of accelerate launch"
 _NOT_EXACT = "is not supported: an interrupted run would not go on exactly"
+_OTHER_SCORES = "is not supported: scores would be of other samples, or mean something else"
 _REFUSED_TRAINER = {
+    **{
+        field.name: "is not supported: no run has been tested with it"
+        for field in dataclasses.fields(HylaTrainingArguments)
+        if field.name not in _ALLOWED_TRAINER
+    },
     "output_dir": "is set by --output",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _BY_THE_LAUNCH),
     **dict.fromkeys(
@@ -37,8 +58,23 @@ _REFUSED_TRAINER = {
             "auto_find_batch_size",
             "restore_callback_states_from_checkpoint",
             "enable_jit_checkpoint",
+            "dataloader_in_order",
         ),
         _NOT_EXACT,
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_drop_last",
+            "label_names",
+            "label_smoothing_factor",
+            "accelerator_config",
+            "eval_do_concat_batches",
+            "batch_eval_metrics",
+            "prediction_loss_only",
+            "bf16_full_eval",
+            "fp16_full_eval",
+        ),
+        _OTHER_SCORES,
     ),
     "load_best_model_at_end": "is not supported: a run is scored with the weights of its last step",
     **dict.fromkeys(("resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"), _BY_THE_RUN),
@@ -51,20 +87,26 @@ _REFUSED_MODEL = dict.fromkeys(
     ("architectures", "transformers_version", "dtype", "return_dict", "is_encoder_decoder", "format_version"),
     "says what was saved, not what to build",
 )
-_LEAST_TRAINER = {
-    "max_steps": 1,
-    "warmup_steps": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "eval_samples": 1,
-    "eval_steps": 1,
-    "save_steps": 1,
-    "logging_steps": 1,
-    "seed": 0,
+_LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
+_NAMES_TRAINER = {
+    # Samples are all of one length, by which transformers could also group them.
+    "train_sampling_strategy": ("sequential", "random"),
+    **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("no", "steps", "epoch")),
+    # Those that need no other package.
+    "optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
 }
+_LEAST_TRAINER = {
+    **dict.fromkeys(("max_steps", "eval_steps", "save_steps", "logging_steps", "save_total_limit"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "seed"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0),
+}
+_BELOW_TRAINER = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
+# What transformers takes for shares of the run where they lie below 1.
+_WHOLE_TRAINER = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
 
 
 @dataclasses.dataclass
@@ -124,51 +166,46 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
         OSError: if the file cannot be read.
     """
     path = find_recipe(path)
-    try:
-        sections = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(sections, dict):
-        raise ValueError(f"{path} must hold the sections {', '.join(SECTIONS)}, got {type(sections).__name__}.")
-    for name, section in sections.items():
-        if name not in SECTIONS:
-            raise ValueError(
-                f"{path} has an unknown section {name!r}{nearest(str(name), SECTIONS)}: expected {', '.join(SECTIONS)}."
-            )
-        if not isinstance(section, dict):
-            raise ValueError(f"{path}: the section {name!r} must hold keys and values, got {section!r}.")
-    for name in ("task", "model", "trainer"):
-        if name not in sections:
-            raise ValueError(
-                f"{path} lacks the section {name!r}: expected {', '.join(SECTIONS)}, of which only expect may miss."
-            )
+    sections = read_sections(path)
     for key, text in (overrides or {}).items():
         section, _, name = key.partition(".")
         if section not in SECTIONS or not name:
             raise ValueError(
                 f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key."
             )
-        sections.setdefault(section, {})[name] = _value(key, text)
+        sections.setdefault(section, {})[name] = read_value(key, text)
     return check_recipe(
         sections, name=f"{path.parent.name}-{path.stem}".lstrip("-"), source=str(path), overridden=overrides or ()
     )
 
 
+def read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """
+    The sections of a recipe's file as they stand there.
+
+    Raises:
+        ValueError: if they are not those of a recipe.
+        OSError: if the file cannot be read.
+    """
+    sections = read_mapping(path, "section", SECTIONS, optional=("expect",))
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{path}: the section {name!r} must hold keys and values, got {section!r}.")
+    return sections
+
+
 def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: Collection[str] = ()) -> Recipe:
     """The `Recipe` of these sections; see `load_recipe`. `source` is what errors call it."""
-    model_settings = _checked(
+    model_settings = in_types(
         f"{source}: model",
         sections["model"],
         HylaConfig,
         refused=_REFUSED_MODEL,
         also={"num_labels": int, **CHECKPOINT_KEYS},
     )
-    trainer = _checked(f"{source}: trainer", sections["trainer"], HylaTrainingArguments, refused=_REFUSED_TRAINER)
-    for required in _REQUIRED_TRAINER:
-        if required not in trainer:
-            raise ValueError(f"{source} lacks trainer.{required}.")
+    trainer = _checked_trainer(source, sections["trainer"])
     task_settings = dict(sections["task"])
-    data = _in_type(f"{source}: task.data", task_settings.pop("data", None), str | None)
+    data = in_type(f"{source}: task.data", task_settings.pop("data", None), str | None)
     task = checked_task(f"{source}: task", task_settings)
     if "model_name_or_path" in model_settings:
         config = config_of_checkpoint(f"{source}: model", model_settings, task)
@@ -177,35 +214,12 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     else:
         config = _built(f"{source}: model", HylaConfig, {**task.model_defaults, **model_settings})
         task.check_model(config)
-    for key, least in _LEAST_TRAINER.items():
-        if trainer.get(key) is not None and trainer[key] < least:
-            raise ValueError(f"{source}: trainer.{key} must be at least {least}, got {trainer[key]}.")
-    check_schedule(trainer["warmup_steps"], trainer["max_steps"])
-    if trainer.get("push_to_hub") and "/" not in (trainer.get("hub_model_id") or ""):
-        raise ValueError(
-            f"{source}: trainer.push_to_hub needs trainer.hub_model_id, the repository as ORG/NAME, got "
-            f"{trainer.get('hub_model_id')!r}."
-        )
-    # Refuses what only transformers can judge, such as the name of an optimiser.
-    _built(f"{source}: trainer", HylaTrainingArguments, {**trainer, "output_dir": "unused"})
-
     expect = None
     if "expect" in sections:
-        expected = _checked(f"{source}: expect", sections["expect"], Expectation)
-        for field in ("metric", "value", "tolerance", "source"):
-            if field not in expected:
-                raise ValueError(
-                    f"{source} lacks expect.{field}: expected all of metric, value, tolerance and source."
-                )
-        for field, least in (("tolerance", 0), ("budget", 1)):
-            if expected.get(field) is not None and expected[field] < least:
-                raise ValueError(f"{source}: expect.{field} must be at least {least}, got {expected[field]}.")
-        scored = [f"{split}/{metric}" for split in task.splits if split != "train" for metric in task.metric_names]
-        if expected["metric"] not in scored:
-            raise ValueError(f"{source}: expect.metric={expected['metric']!r} must be one of {', '.join(scored)}.")
+        expect = _checked_expectation(source, sections["expect"], task)
         other_runs = (key for key in overridden if key.startswith(("task.", "model.", "trainer.")))
-        if all(key.endswith(".seed") or key == "task.data" for key in other_runs):
-            expect = Expectation(**expected)
+        if not all(key.endswith(".seed") or key == "task.data" for key in other_runs):
+            expect = None
     settings = {
         "task": {"name": task.name, **task.settings},
         "model": dict(model_settings),
@@ -230,69 +244,75 @@ def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str]
     Raises:
         ValueError: for a missing, unknown or wrong setting; `where` says in it where the settings come from.
     """
-    settings = settings | {key: _value(key, text) for key, text in (overrides or {}).items()}
+    settings = settings | {key: read_value(key, text) for key, text in (overrides or {}).items()}
     if "name" not in settings:
         raise ValueError(f"{where} lacks the key 'name': expected one of {', '.join(TASKS)}.")
     name = settings.pop("name")
     if not isinstance(name, str) or name not in TASKS:
         get_task(name)  # raises, naming the nearest
-    return get_task(name, **_checked(where, settings, TASKS[name]))
+    return get_task(name, **in_types(where, settings, TASKS[name]))
 
 
-def _value(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"The value of {key} is not valid YAML: {text!r}.") from None
+def first_difference(settings: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first `section.key` by which two runs with these settings differ; `None` if they are the same run."""
+    ours, theirs = by_key(settings), by_key(other)
+    missing = object()
+    return next((key for key in ours | theirs if ours.get(key, missing) != theirs.get(key, missing)), None)
+
+
+def by_key(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run by `section.key`: all but what is expected of it, which may change with what is known."""
+    return {
+        f"{section}.{key}": value
+        for section, values in settings.items()
+        if section != "expect"
+        for key, value in values.items()
+    }
+
+
+def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
+    trainer = in_types(f"{source}: trainer", section, HylaTrainingArguments, refused=_REFUSED_TRAINER)
+    for required in _REQUIRED_TRAINER:
+        if required not in trainer:
+            raise ValueError(f"{source} lacks trainer.{required}.")
+    for key, value in trainer.items():
+        where = f"{source}: trainer.{key}"
+        if value is None:
+            continue
+        if key in _NAMES_TRAINER:
+            one_of(where, value, _NAMES_TRAINER[key])
+        if key in _LEAST_TRAINER and value < _LEAST_TRAINER[key]:
+            raise ValueError(f"{where} must be at least {_LEAST_TRAINER[key]}, got {value}.")
+        if key in _BELOW_TRAINER and value >= _BELOW_TRAINER[key]:
+            raise ValueError(f"{where} must be less than {_BELOW_TRAINER[key]}, got {value}.")
+        if key in _WHOLE_TRAINER and value != int(value):
+            raise ValueError(f"{where} must be a whole number, got {value}.")
+    check_schedule(trainer["warmup_steps"], trainer["max_steps"])
+    if trainer.get("push_to_hub") and "/" not in (trainer.get("hub_model_id") or ""):
+        raise ValueError(
+            f"{source}: trainer.push_to_hub needs trainer.hub_model_id, the repository as ORG/NAME, got "
+            f"{trainer.get('hub_model_id')!r}."
+        )
+    # Refuses what only transformers can judge, such as settings that contradict each other.
+    _built(f"{source}: trainer", HylaTrainingArguments, {**trainer, "output_dir": "unused"})
+    return trainer
+
+
+def _checked_expectation(source: str, section: dict[str, Any], task: Task) -> Expectation:
+    expected = in_types(f"{source}: expect", section, Expectation)
+    for field in ("metric", "value", "tolerance", "source"):
+        if field not in expected:
+            raise ValueError(f"{source} lacks expect.{field}: expected all of metric, value, tolerance and source.")
+    for field, least in (("tolerance", 0), ("budget", 1)):
+        if expected.get(field) is not None and expected[field] < least:
+            raise ValueError(f"{source}: expect.{field} must be at least {least}, got {expected[field]}.")
+    scored = [f"{split}/{metric}" for split in task.splits if split != "train" for metric in task.metric_names]
+    one_of(f"{source}: expect.metric", expected["metric"], scored)
+    return Expectation(**expected)
 
 
 def _built(where: str, cls: type, settings: dict[str, Any]) -> Any:
     try:
         return cls(**settings)
     except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
-
-
-def _checked(
-    where: str,
-    section: dict[str, Any],
-    schema: type,
-    refused: dict[str, str] | None = None,
-    also: dict[str, type] | None = None,
-) -> dict[str, Any]:
-    """
-    The section's values in the types of the dataclass `schema`; unknown keys fail with the nearest name.
-
-    `refused` are keys that the schema knows and a recipe may not have, with the reason; `also` are keys that it takes
-    without declaring them.
-    """
-    refused = refused or {}
-    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema) if f.init} | (also or {})
-    allowed = [name for name in known if name not in refused]
-    checked = {}
-    for name, value in section.items():
-        if name in refused:
-            raise ValueError(f"{where} has the key {name!r}, which {refused[name]}: remove it.")
-        if name not in known:
-            hint = nearest(str(name), allowed) or (f": expected {', '.join(allowed)}" if len(allowed) < 12 else "")
-            raise ValueError(f"{where} has no key {name!r}{hint}.")
-        checked[name] = _in_type(f"{where}.{name}", value, known[name])
-    return checked
-
-
-def _in_type(where: str, value: Any, annotation: Any) -> Any:
-    """`value` if its type is among the scalar types of the annotation; YAML reads 3e-3 as text and 1 as an integer."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    options = typing.get_args(annotation) if union else (annotation,)
-    scalars = {option for option in options if option in (int, float, bool, str, types.NoneType)}
-    if not scalars or len(scalars) != len(set(options)) or type(value) in scalars:
-        return value  # not a plain scalar: what receives the value checks it
-    if float in scalars and type(value) is int:
-        return float(value)
-    if float in scalars and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    expected = " or ".join(sorted("null" if option is types.NoneType else option.__name__ for option in scalars))
-    raise ValueError(f"{where} must be {expected}, got {value!r}.")
+        raise ValueError(f"{where}: {one_line(error)}") from None

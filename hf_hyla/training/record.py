@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_whole
+from ..files import write_whole
 
 
 RECORD_NAME = "run.json"
@@ -58,7 +58,7 @@ class RunRecord:
 
     def save(self, folder: Path) -> None:
         """Writes run.json whole or not at all."""
-        write_whole(folder / RECORD_NAME, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_whole(folder / RECORD_NAME, json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "RunRecord":

@@ -1,25 +1,28 @@
 """A run, top to bottom: recipe → data → model → training → evaluation → run.json."""
 
+import contextlib
 import inspect
+import math
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import EvalPrediction, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 
+from ..files import write_whole
 from ..model import HylaForSequenceClassification
 from ..plots import can_draw, learning_curve
-from ..tasks import Task, TaskDataset
-from .checkpoint import LOCK, claim, last_whole, write_whole
+from ..tasks import Task, TaskDataset, one_line
+from .checkpoint import LOCK, claimed, last_whole
 from .processes import check_launch, on_main, share_of_batch
-from .recipe import Recipe
+from .recipe import Recipe, first_difference, read_sections
 from .record import PROBE_NAME, RECORD_NAME, RunRecord, environment, hardware
 from .stopping import StopRequests
 from .trainer import HylaTrainer, HylaTrainingArguments, RunProgress
@@ -29,6 +32,8 @@ from .weights import initial_model
 RECIPE_NAME = "resolved_recipe.yaml"
 CHECKPOINTS = "checkpoints"
 CURVE_NAME = "learning_curve.png"
+# Of what the Trainer reports, what is no score.
+_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: float | None = None) -> RunRecord:
@@ -48,69 +53,71 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
         FloatingPointError: if loss, gradient or weights are not finite, or the loss grows a hundredfold.
         Stopped: if it was stopped by SIGTERM or `max_minutes`; the same call goes on.
     """
-    # Imported here: what follows a run reads its record, which is part of this package.
-    from ..hub.publish import check_before_training
-
     check_launch()
-    check_before_training(recipe)
     stop = StopRequests(max_minutes)
     task = recipe.task
     args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **_tracking(output) | recipe.trainer)
-    if missing := sorted(set(args.report_to or ()) - set(get_available_reporting_integrations())):
-        raise ValueError(f"trainer.report_to names {missing[0]}, which is not installed: install it, or write 'none'.")
+    check_before_start(recipe)
     num_samples = training_samples(args)
-    train_dataset = _training_data(recipe, num_samples)
+    train_dataset = training_data(recipe, num_samples)
     args.per_device_train_batch_size = share_of_batch(args.per_device_train_batch_size, args.world_size, args.n_gpu)
-    held: list[IO[str] | None] = []  # the lock of the folder, for as long as this call runs
-    resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, held))
-
-    set_seed(args.seed)
-    model = initial_model(recipe)
-    evaluated = [split for split in task.splits if split != "train"]
-    trainer = HylaTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset={split: task.dataset(split, args.eval_samples) for split in evaluated},
-        data_collator=task.collate,
-        compute_metrics=_metrics_of(task),
-        callbacks=[stop],
-    )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RunProgress)
-    if resume_from:
-        _say_how_it_goes_on(resume_from, args.world_size)
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        stop.check(trainer.state)
-        metrics = {split: _evaluate_split(trainer, task, split) for split in evaluated}
-    curve = _curve(trainer.state.log_history, evaluated)
-    record = RunRecord(
-        name=recipe.name,
-        recipe=recipe.settings,
-        seeds={"task": task.seed, "trainer": args.seed},
-        num_parameters=model.num_parameters(),
-        steps=trainer.state.global_step,
-        samples_seen=num_samples,
-        seconds=max((entry["seconds"] for entry in curve), default=0.0),
-        metrics=metrics,
-        curve=curve,
-        environment=environment(),
-        hardware=hardware(),
-        data_fingerprint=task.fingerprint(),
-    )
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, where they are sharded
-    if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output, state_dict=weights)
-        if can_draw():
-            (output / CURVE_NAME).write_bytes(learning_curve(record))
-        else:
-            _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
-        record.save(output)  # last: it says that the run is finished
-    if args.push_to_hub and (published := trainer.push_to_hub()):
-        _say(published)
+    with contextlib.ExitStack() as until_the_end:
+        resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, until_the_end))
+        set_seed(args.seed)
+        model = initial_model(recipe)
+        evaluated = [split for split in task.splits if split != "train"]
+        trainer = HylaTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset={split: task.dataset(split, args.eval_samples) for split in evaluated},
+            data_collator=task.collate,
+            compute_metrics=_metrics_of(task),
+            callbacks=[stop],
+        )
+        if not args.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(RunProgress)
+        if resume_from:
+            _say_how_it_goes_on(resume_from, args.world_size)
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            stop.check(trainer.state)
+            metrics = {split: _evaluate_split(trainer, task, split) for split in evaluated}
+        curve = _curve(trainer.state.log_history, evaluated)
+        record = RunRecord(
+            name=recipe.name,
+            recipe=recipe.settings,
+            seeds={"task": task.seed, "trainer": args.seed},
+            num_parameters=model.num_parameters(),
+            steps=trainer.state.global_step,
+            samples_seen=num_samples,
+            seconds=max((entry["seconds"] for entry in curve), default=0.0),
+            metrics=metrics,
+            curve=curve,
+            environment=environment(),
+            hardware=hardware(),
+            data_fingerprint=task.fingerprint(),
+        )
+        _write_results(trainer, record, output)
+        if args.push_to_hub and (published := trainer.push_to_hub()):
+            _say(published)
     return record
+
+
+def check_before_start(recipe: Recipe) -> None:
+    """
+    Raises:
+        ValueError: if the recipe asks for what this machine lacks, or the card of its run would not be valid.
+    """
+    # Imported here: what follows a run reads its record, which is part of this package.
+    from ..hub.publish import check_before_training
+
+    check_before_training(recipe)
+    asked = recipe.trainer.get("report_to") or []
+    trackers = {asked} if isinstance(asked, str) else set(asked)
+    if missing := sorted(trackers - {"all", "none", *get_available_reporting_integrations()}):
+        raise ValueError(f"trainer.report_to names {missing[0]}, which is not installed: install it, or write 'none'.")
 
 
 def evaluate(
@@ -133,8 +140,11 @@ def evaluate(
         return _evaluate_split(trainer, task, split, num_samples)
 
 
-def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, held: list) -> Path | None:
-    """Makes and claims the folder and writes the recipe into it; the checkpoint to go on from, if there is one."""
+def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end: contextlib.ExitStack) -> Path | None:
+    """
+    Makes the folder, claims it for the time of the `ExitStack`, and writes the recipe into it; the checkpoint to go on
+    from, if there is one.
+    """
     written = output / RECIPE_NAME
     ours = {LOCK, f"{RECIPE_NAME}.tmp"}
     try:
@@ -142,12 +152,13 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, held: list) -
         if others and not written.exists():
             raise FileExistsError(f"{output} is not empty and holds no run: choose another --output.")
         output.mkdir(parents=True, exist_ok=True)
-        held.append(claim(output))
+        until_the_end.enter_context(claimed(output))
         if overwrite:
             _remove_run(output)
-        elif written.exists() and yaml.safe_load(written.read_text()) != recipe.settings:
+        elif written.exists() and (key := first_difference(recipe.settings, _written_recipe(written))):
             raise FileExistsError(
-                f"{output} holds a run of another recipe: choose another --output, or pass --overwrite."
+                f"{output} holds a run of another recipe, which differs in {key}: choose another --output, or pass "
+                "--overwrite."
             )
         elif (output / RECORD_NAME).exists():
             raise FileExistsError(f"{output} holds a finished run: choose another --output, or pass --overwrite.")
@@ -160,6 +171,35 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, held: list) -
     for line in said:
         _say(line)
     return checkpoint
+
+
+def _written_recipe(path: Path) -> dict:
+    try:
+        return read_sections(path)
+    except ValueError:
+        raise ValueError(
+            f"{path} is damaged, so that nobody can say whether the run there is of this recipe: choose another --output, or "
+            "pass --overwrite."
+        ) from None
+
+
+def _write_results(trainer: HylaTrainer, record: RunRecord, output: Path) -> None:
+    """Writes weights, code, curve and record; on every process, since each may hold a part of the weights."""
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    try:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output, state_dict=weights)
+        if can_draw():
+            (output / CURVE_NAME).write_bytes(learning_curve(record))
+        else:
+            _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
+        record.save(output)  # last: it says that the run is finished
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"Training has ended, but its results could not be written to {output} ({one_line(error).rstrip('.')}): free some "
+            "space and give the same command again; the checkpoints are intact."
+        ) from error
 
 
 def _tracking(output: Path) -> dict[str, str]:
@@ -193,7 +233,13 @@ def _remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _training_data(recipe: Recipe, num_samples: int) -> TaskDataset:
+def training_data(recipe: Recipe, num_samples: int) -> TaskDataset:
+    """
+    The samples that the recipe's run is trained on.
+
+    Raises:
+        ValueError: if they are to be read from a folder that does not hold them.
+    """
     if recipe.data is None:
         return recipe.task.dataset("train", num_samples)
     # datasets is slow to import and not needed otherwise.
@@ -219,11 +265,9 @@ def _evaluate_split(trainer: HylaTrainer, task: Task, split: str, num_samples: i
     # Not `trainer.evaluate`, which would log the scores into the curve.
     output = trainer.predict(dataset, metric_key_prefix=split)
     scores = {name.removeprefix(f"{split}_"): value for name, value in (output.metrics or {}).items()}
-    scored = {name: value for name, value in scores.items() if name not in _TIMINGS}
+    # JSON has no word for what is not a number.
+    scored = {name: value for name, value in scores.items() if name not in _TIMINGS and math.isfinite(value)}
     return {**scored, "num_samples": len(dataset)}
-
-
-_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def _curve(history: list[dict], splits: list[str]) -> list[dict[str, float]]:
@@ -239,5 +283,5 @@ def _curve(history: list[dict], splits: list[str]) -> list[dict[str, float]]:
                 if name.startswith(prefix) and name.removeprefix(prefix) not in _TIMINGS:
                     point[f"{split}/{name.removeprefix(prefix)}"] = value
         if len(point) > 2:
-            curve.append(point)
+            curve.append({name: value for name, value in point.items() if math.isfinite(value)})
     return curve

@@ -14,10 +14,9 @@ from transformers import TrainerCallback
 
 # Steps between two questions of several processes whether one of them wants to stop: each waits for all.
 _STEPS_PER_QUESTION = 10
-
-
-SIGTERM = "by SIGTERM"
-OUT_OF_TIME = "at --max-minutes"
+# Reasons to stop, as the sentence about it has them.
+_BY_SIGNAL = "by SIGTERM"
+_OUT_OF_TIME = "at --max-minutes"
 
 
 class Stopped(Exception):
@@ -29,7 +28,7 @@ class Stopped(Exception):
             f"Stopped {reason} after step {step:,} of {max_steps:,} ({share}), whose checkpoint is saved: the same command "
             "goes on from there."
         )
-        self.by_signal = reason == SIGTERM
+        self.by_signal = reason == _BY_SIGNAL
 
 
 class StopRequests(TrainerCallback):
@@ -63,7 +62,7 @@ class StopRequests(TrainerCallback):
     def _requested(self, number, frame) -> None:
         self._signalled = True
         if not self._in_training:
-            raise Stopped(SIGTERM, self.step, self.max_steps)
+            raise Stopped(_BY_SIGNAL, self.step, self.max_steps)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = monotonic()
@@ -77,7 +76,7 @@ class StopRequests(TrainerCallback):
         if state.global_step % steps:
             return
         out_of_time = now + (steps + 1) * self._longest > self._deadline
-        wish = SIGTERM if self._signalled else OUT_OF_TIME if out_of_time else None
+        wish = _BY_SIGNAL if self._signalled else _OUT_OF_TIME if out_of_time else None
         self.reason = wish if processes.num_processes == 1 else self._agreed(wish, processes)
         if self.reason and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
@@ -85,7 +84,7 @@ class StopRequests(TrainerCallback):
     def on_prediction_step(self, args, state, control, **kwargs):
         if self._in_training:  # the evaluations of the curve are part of the step that they follow
             return
-        out_of_time = OUT_OF_TIME if monotonic() > self._deadline else None
+        out_of_time = _OUT_OF_TIME if monotonic() > self._deadline else None
         processes = PartialState()
         if processes.num_processes > 1:
             out_of_time = self._agreed(out_of_time, processes)
@@ -94,7 +93,7 @@ class StopRequests(TrainerCallback):
 
     def _agreed(self, wish: str | None, processes: PartialState) -> str | None:
         """What one process wishes, all do, at the same step."""
-        wishes = (None, OUT_OF_TIME, SIGTERM)
+        wishes = (None, _OUT_OF_TIME, _BY_SIGNAL)
         strongest = reduce(torch.tensor(wishes.index(wish), device=processes.device), reduction="max")
         return wishes[int(strongest)]
 
@@ -107,6 +106,6 @@ class StopRequests(TrainerCallback):
         """
         self.step, self.max_steps = state.global_step, state.max_steps
         self._in_training = False
-        reason = self.reason if self.step < self.max_steps else SIGTERM if self._signalled else None
+        reason = self.reason if self.step < self.max_steps else _BY_SIGNAL if self._signalled else None
         if reason:
             raise Stopped(reason, self.step, self.max_steps)

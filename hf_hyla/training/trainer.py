@@ -19,8 +19,18 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
+from ..tasks import one_line
 from .checkpoint import UNFINISHED, publish
 from .record import RECORD_NAME
+
+
+# Devices whose numbers are there as soon as they are asked for.
+_READ_AT_ONCE = ("cpu",)
+# A run whose mean loss grows to this many times that of its beginning will not come back.
+_DIVERGED = 100
+_INTACT = "checkpoints before this step are intact"
+# Of a log entry, what the progress bar leaves out.
+_NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")
 
 
 @dataclass
@@ -199,7 +209,7 @@ class HylaTrainer(Trainer):
                 rotate_checkpoints(str(folder), self.args.save_total_limit)
         except Exception as error:  # the libraries that write raise what they like when a disk is full
             shutil.rmtree(aside, ignore_errors=True)
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = one_line(error).rstrip(".")
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} could not be written ({reason}): free some space or "
                 f"choose another --output; {_INTACT}."
@@ -321,13 +331,6 @@ class HylaTrainer(Trainer):
         )
 
 
-# Devices whose numbers are there as soon as they are asked for.
-_READ_AT_ONCE = ("cpu",)
-# A run whose mean loss grows to this many times that of its beginning will not come back.
-_DIVERGED = 100
-_INTACT = "checkpoints before this step are intact"
-
-
 def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
     return FloatingPointError(
         f"The {what} is {number} in step {step}: look for numbers in the inputs that are not finite, or lower the learning "
@@ -356,6 +359,3 @@ class RunProgress(ProgressCallback):
         shown = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_NOT_SHOWN)}
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.training_bar.write(f"step {state.global_step:>6}  {numbers}")
-
-
-_NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")

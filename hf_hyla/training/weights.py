@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..model import HylaConfig, HylaForSequenceClassification
-from ..tasks import Task
+from ..tasks import Task, one_line
 
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def load_model(name: str | Path, **kwargs: Any):
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )
     except (SafetensorError, StrictDataclassError, RuntimeError, HTTPError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}") from None
+        raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{name} lacks weights, {missing[0]} among them: its scores would be those of random numbers."
@@ -88,7 +88,7 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
             settings["revision"] = extract_commit_hash(found, None)
         config = AutoConfig.from_pretrained(name, revision=settings.get("revision"), trust_remote_code=False)
     except (OSError, ValueError, HTTPError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise ValueError(
             f"{where}.model_name_or_path: {name} cannot be loaded ({reason}): expected the folder of a run or the id of "
             "a repository on the Hub."
@@ -100,7 +100,7 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
     try:
         wanted = HylaConfig.from_dict(config.to_dict() | asked)
     except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where}: {one_line(error)}") from None
     for field in asked:
         if field not in _OF_THE_RUN and _effective(wanted, field) != _effective(config, field):
             raise ValueError(

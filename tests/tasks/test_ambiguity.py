@@ -175,3 +175,5 @@ def test_accuracy_on_unique_puzzles_leaves_the_others_out():
     assert tuple(scores) == task.metric_names
     assert scores["accuracy"] == pytest.approx(1 - (30 + ambiguous.sum()) / 400)
     assert scores["accuracy_unique"] == pytest.approx(1 - 30 / (~ambiguous).sum())
+    none_unique = [column[ambiguous] for column in (logits, samples["labels"], samples["input_ids"])]
+    assert set(task.metrics(*none_unique)) == {"accuracy", "feature_accuracy"}

@@ -200,6 +200,29 @@ def test_a_run_is_refused_data_that_are_not_its_own(tmp_path):
     assert not (tmp_path / "run").exists()  # each was refused before anything started
 
 
+def test_writing_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    task, folder = get_task("logic", num_examples=3), tmp_path / "data"
+    monkeypatch.setattr("hf_hyla.tasks.data._EXAMPLES_AT_ONCE", 5)
+
+    def interrupted(table):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(task, "to_table", lambda samples: next(tables)(samples))
+        tables = iter([task.__class__.to_table.__get__(task)] * 3 + [interrupted])  # amid the second split
+        write_data(task, ["test", "ood"], 10, folder)
+    assert list(Manifest.load(folder).splits) == ["test"]
+    (folder / "task.json.tmp").write_text("{")
+    written = (folder / "data" / "test-00000-of-00001.parquet").stat().st_mtime_ns
+    assert list(write_data(task, ["test", "ood"], 10, folder).splits) == ["test", "ood"]
+    assert (folder / "data" / "test-00000-of-00001.parquet").stat().st_mtime_ns == written
+    assert "ood" in (folder / "README.md").read_text() and len(FolderDataset(folder, task, "ood", 10)) == 10
+
+    (folder / "data" / "test-00000-of-00001.parquet").write_bytes(b"")  # what is no longer whole is written again
+    write_data(task, ["test", "ood"], 10, folder)
+    assert len(FolderDataset(folder, task, "test", 10)) == 10
+
+
 def test_a_folder_keeps_what_it_holds(tmp_path):
     task = get_task("logic", num_examples=3)
     (tmp_path / "mine").mkdir()

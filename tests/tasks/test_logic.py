@@ -125,7 +125,10 @@ def test_metric_is_the_mean_of_ratios_and_uses_the_asked_value():
         ({"num_examples": 1}, "at least 2"),
         ({"num_terms": 5}, "num_terms must be 1 to 4"),
         ({"held_out": 0.99}, "must occur in training"),
-        ({"held_out": -0.5}, "choose another held_out"),
+        *(
+            ({"held_out": value}, f"held_out must lie between 0 and 1, got {value}")
+            for value in (-0.5, float("inf"), float("nan"))
+        ),
     ],
 )
 def test_settings_that_make_no_task_are_refused(settings, message):

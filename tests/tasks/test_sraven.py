@@ -228,9 +228,9 @@ def test_items_have_the_documented_form_alone_and_in_batches():
     [
         ({"num_features": 9}, "num_features must be 2 to 8"),
         ({"num_values": 2}, "at least 3"),
-        ({"held_out": 1}, "holds out 330 and leaves 0"),
-        ({"held_out": 1.5}, "choose another held_out"),
-        ({"held_out": 0.0}, "holds out 0"),
+        ({"held_out": 1}, "held_out must lie between 0 and 1, got 1"),
+        ({"held_out": 1.5}, "held_out must lie between 0 and 1, got 1.5"),
+        ({"held_out": 0.001}, "holds out 0 and leaves 330"),
         ({"held_out": "half"}, "held_out"),
         ({"num_feature": 4}, "did you mean 'num_features'"),
     ],

@@ -104,7 +104,12 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(task={"num_examples": "many"}), "num_examples must be int, got 'many'"),
         (changed(task={"held_out": 0.99}), "must occur in training"),
         (changed(model={"atention_type": "hyla"}), "no key 'atention_type' .did you mean 'attention_type'"),
-        (changed(model={"attention_type": "quadratic"}), "expected one of"),
+        (
+            changed(model={"attention_type": "hylq"}),
+            "must be one of hyla, linear, softmax, got 'hylq' .did you mean 'hyla'",
+        ),
+        (changed(model={"score_norm": "nothing"}), "score_norm must be one of rms_head, softmax, none, got 'nothing'"),
+        (changed(model={"hidden_size": 0}), r"recipe\.yaml: model: hidden_size must be at least 1, got 0"),
         (changed(model={"input_size": 7}), "its input_size is 7"),
         (changed(trainer={"learnig_rate": 1}), "did you mean 'learning_rate'"),
         (changed(trainer={"learning_rate": "fast"}), "learning_rate must be float, got 'fast'"),
@@ -115,7 +120,61 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(trainer={"hub_strategy": "checkpoint"}), "never its checkpoints, which hold pickles"),
         (changed(trainer={"hub_token": "x"}), "must never lie in a file"),
         (changed(trainer={"num_train_epochs": 3}), "'num_train_epochs', which has no effect"),
-        (changed(trainer={"optim": "foo"}), "foo is not a valid OptimizerNames"),
+        (changed(trainer={"optim": "adamw_torhc"}), "got 'adamw_torhc' .did you mean 'adamw_torch'"),
+        (
+            changed(trainer={"train_sampling_strategy": "sequentail"}),
+            "must be one of sequential, random, got 'sequentail' .did you mean 'sequential'",
+        ),
+        (changed(trainer={"eval_strategy": False}), 'must be str, got False; write "no", with the quotes'),
+        (changed(trainer={"save_strategy": "best"}), "save_strategy must be one of no, steps, epoch, got 'best'"),
+        (changed(trainer={"torch_compile_mode": "max"}), "torch_compile_mode must be one of default, reduce-overhead"),
+        (changed(trainer={"report_to": ["none", 1]}), "report_to must be list of str or null or str"),
+        (
+            changed(trainer={"neftune_noise_alpha": 5.0}),
+            "'neftune_noise_alpha', which is not supported: no run has been",
+        ),
+        *(
+            (changed(trainer={key: value}), f"'{key}', which is not supported: scores would be of other samples")
+            for key, value in {
+                "dataloader_drop_last": True,
+                "label_names": ["labels"],
+                "label_smoothing_factor": 0.1,
+                "accelerator_config": {"split_batches": True},
+                "eval_do_concat_batches": False,
+                "batch_eval_metrics": True,
+                "prediction_loss_only": True,
+                "bf16_full_eval": True,
+            }.items()
+        ),
+        *(
+            (changed(trainer={key: value}), rf"trainer\.{key} must be a finite number, got {value}")
+            for key in (
+                "learning_rate",
+                "weight_decay",
+                "max_grad_norm",
+                "warmup_steps",
+                "save_steps",
+                "logging_steps",
+            )
+            for value in (float("nan"), float("inf"))
+        ),
+        (changed(trainer={"adam_beta1": 2.0}), "adam_beta1 must be less than 1, got 2.0"),
+        (changed(trainer={"seed": 2**32}), "seed must be less than 4294967296"),
+        (changed(trainer={"warmup_steps": 0.6}), "warmup_steps must be a whole number, got 0.6"),
+        (changed(trainer={"save_steps": 1.5}), "save_steps must be a whole number, got 1.5"),
+        (changed(trainer={"learning_rate": 10**400}), "learning_rate must be float, got 1000"),
+        (changed(task={"held_out": float("inf")}), r"task\.held_out must be a finite number, got inf"),
+        (changed(task={"held_out": float("nan")}), r"task\.held_out must be a finite number, got nan"),
+        *(
+            (
+                {**GOOD, "expect": {"metric": "ood/r2", "value": 1, "tolerance": 1, "source": "x", key: float("nan")}},
+                rf"expect\.{key} must be a finite number, got nan",
+            )
+            for key in ("value", "tolerance")
+        ),
+        ("task:\n  name: logic\n  name: sraven\n", "not valid YAML: the key 'name' stands there twice.*line 3"),
+        ("task: {}\ntask: {}\n", "not valid YAML: the key 'task' stands there twice"),
+        ("task: \x00", "not valid YAML"),
         (changed(trainer={"per_device_train_batch_size": 0}), "per_device_train_batch_size must be at least 1, got 0"),
         (changed(trainer={"learning_rate": -1.0}), "learning_rate must be at least 0"),
         ({**GOOD, "task": {"name": ["logic"]}}, "There is no task"),
@@ -157,6 +216,22 @@ def test_a_recipe_of_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
     assert load_recipe("recipes/logic/demo.yaml").name == load_recipe("logic/demo.yaml").name == "logic-demo"
     with pytest.raises(FileNotFoundError, match=r"logic/dem\.yaml"):
         load_recipe("logic/dem.yaml")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default"},
+        {"train_sampling_strategy": "random", "eval_strategy": "no", "report_to": ["none"], "optim": "sgd"},
+    ],
+)
+def test_what_runs_exactly_may_be_set(tmp_path, settings):
+    assert load_recipe(write(tmp_path, changed(trainer=settings))).trainer.items() >= settings.items()
+
+
+def test_a_key_that_merges_another_mapping_is_not_there_twice(tmp_path):
+    text = yaml.safe_dump(GOOD).replace("trainer:\n", "trainer:\n  <<: {max_steps: 9, seed: 3}\n")
+    assert load_recipe(write(tmp_path, text)).trainer["max_steps"] == 10
 
 
 def test_an_override_that_is_not_yaml_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
 import random
 import resource
@@ -15,7 +16,7 @@ import torch
 import yaml
 from forks import in_children
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, modeling_utils
 
 from hf_hyla import HylaForSequenceClassification
 from hf_hyla.tasks import get_task
@@ -221,6 +222,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(uninterrupted,
     assert any(f"checkpoint-{STEPS} is damaged and not used: it {said}" in line for line in lines)
     assert f"Goes on from checkpoint-{STEPS - 2}." in lines
     assert_same_run(run, uninterrupted)
+    aside = run / "checkpoints" / f"damaged-checkpoint-{STEPS}"
+    assert aside.name in lines[0] and (aside / "trainer_state.json").exists()
+
+
+def test_without_a_whole_checkpoint_a_run_says_that_it_begins_again(uninterrupted, tmp_path, capfd):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "run.json").unlink()
+    for checkpoint in (run / "checkpoints").iterdir():
+        truncate(checkpoint)
+    train(recipe_in(tmp_path), run)
+    assert "No checkpoint is whole: training starts from the beginning." in capfd.readouterr().err.splitlines()
+    assert_same_run(run, uninterrupted)
 
 
 def test_of_checkpoints_the_last_ones_stay_and_each_is_whole(uninterrupted):
@@ -248,6 +262,75 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_checkpoint_before_it_used(uni
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-2"]
     train(recipe, tmp_path / "run")
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+# Where the results of a finished run are written: code is copied, then the weights.
+@pytest.mark.parametrize(
+    ("owner", "name"), [(HylaForSequenceClassification, "save_pretrained"), (modeling_utils, "safe_save_file")]
+)
+def test_a_disk_that_is_full_after_training_is_said_in_a_sentence_and_nothing_lost(
+    uninterrupted, tmp_path, owner, name
+):
+    save = getattr(owner, name)
+
+    def full(*args, **kwargs):
+        if "checkpoints" not in str(args[1]):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+        return save(*args, **kwargs)
+
+    def prepare():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        setattr(owner, name, full)
+
+    recipe = recipe_in(tmp_path)
+    code, errors = in_child(tmp_path, prepare)
+    assert code == 2, errors
+    said = errors.splitlines()[-1]
+    assert said.startswith("hyla: Training has ended, but its results could not be written to run (")
+    assert "free some space and give the same command again" in said
+    assert not (tmp_path / "run/run.json").exists()
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["", "task: [", "task: {}", "\x00\x00"])
+def test_a_damaged_recipe_in_a_runs_folder_is_named(uninterrupted, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "resolved_recipe.yaml").write_text(damage)
+    with pytest.raises(ValueError, match=r"run/resolved_recipe\.yaml is damaged.*or pass --overwrite"):
+        train(recipe_in(tmp_path), run)
+
+
+def test_a_run_goes_on_when_only_what_is_expected_of_it_has_changed(uninterrupted, tmp_path, capfd):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "run.json").unlink()
+    expect = {"metric": "ood/r2", "value": 0.8, "tolerance": 0.1, "source": "ours"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SECTIONS, "expect": expect}))
+    record = train(load_recipe(tmp_path / "recipe.yaml"), run)
+    assert f"Goes on from checkpoint-{STEPS}." in capfd.readouterr().err
+    assert record.recipe["expect"]["value"] == 0.8
+    assert_same_run(run, uninterrupted)
+
+
+def test_the_folder_of_a_run_that_failed_is_free_while_its_error_is_looked_at(tmp_path, monkeypatch):
+    recipe = recipe_in(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(HylaTrainer, "training_step", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as failed:
+            train(recipe, tmp_path / "run")
+    # A lock of a process is free to the process itself: another one has to ask.
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(can_claim, (tmp_path / "run",)), failed.value
+
+
+def can_claim(folder) -> bool:
+    try:
+        with checkpoints.claimed(folder):
+            return True
+    except FileExistsError:
+        return False
 
 
 def test_a_folder_in_which_another_process_trains_is_refused_until_that_dies(uninterrupted, tmp_path):

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
 from hf_hyla.training import RunRecord, evaluate, load_recipe, train
 
@@ -105,7 +106,13 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({}, "holds a finished run"), ({"trainer": {"learning_rate": 5e-3}}, "holds a run of another recipe")],
+    [
+        ({}, "holds a finished run"),
+        (
+            {"trainer": {"learning_rate": 5e-3}},
+            "holds a run of another recipe, which differs in trainer.learning_rate:",
+        ),
+    ],
 )
 def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, message):
     run = tmp_path / "run"
@@ -135,6 +142,15 @@ def test_sraven_trains_and_scores_too(tmp_path):
     record = train(recipe, tmp_path / "run")
     assert set(record.metrics) == {"test", "ood"}
     assert 0 <= record.metrics["ood"]["accuracy"] <= record.metrics["ood"]["feature_accuracy"] <= 1
+
+
+def test_a_record_is_json_where_no_puzzle_is_unique(tmp_path):
+    recipe_in(tmp_path)
+    sections = {**SECTIONS, "task": {"name": "sraven", "num_features": 8, "num_values": 3}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(sections))
+    assert main(["train", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text(), parse_constant=pytest.fail)  # called for NaN
+    assert "accuracy" in record["metrics"]["ood"] and "accuracy_unique" not in record["metrics"]["ood"]
 
 
 def test_a_model_that_does_not_fit_the_task_is_refused(finished):

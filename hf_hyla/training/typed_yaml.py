@@ -1,0 +1,133 @@
+"""YAML files of keys and values, each value in the type of a dataclass's field."""
+
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..tasks import nearest, one_line
+
+
+# The types that YAML has itself; a field of another type is left to what receives its value.
+_PLAIN = {int: "int", float: "float", bool: "bool", str: "str", types.NoneType: "null", list[str]: "list of str"}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                twice = f"the key {key.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """
+    The content of a YAML file with these keys, of which the `optional` may miss; `what` is what errors call a key.
+
+    Raises:
+        ValueError: if it is not YAML, or has other keys, or one of them twice.
+        OSError: if it cannot be read.
+    """
+    expected = ", ".join(keys)
+    try:
+        content = yaml.load(path.read_text(), _Loader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold the {what}s {expected}, got {type(content).__name__}.")
+    for name in content:
+        if name not in keys:
+            raise ValueError(f"{path} has an unknown {what} {name!r}{nearest(str(name), keys)}: expected {expected}.")
+    for name in keys:
+        if name not in content and name not in optional:
+            but = f", of which only {' and '.join(optional)} may miss" if optional else ""
+            raise ValueError(f"{path} lacks the {what} {name!r}: expected {expected}{but}.")
+    return content
+
+
+def read_value(key: str, text: str) -> Any:
+    """The value that an override gives the key."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError:
+        raise ValueError(f"The value of {key} is not valid YAML: {text!r}.") from None
+
+
+def in_types(
+    where: str,
+    section: dict[str, Any],
+    schema: type,
+    refused: dict[str, str] | None = None,
+    also: dict[str, type] | None = None,
+) -> dict[str, Any]:
+    """
+    The section's values in the types of the dataclass `schema`; unknown keys fail with the nearest name.
+
+    `refused` are keys that may not be there, with the reason; `also` are keys that the schema takes without declaring
+    them.
+
+    Raises:
+        ValueError: for an unknown or refused key or a value of another type; `where` says in it what the section is.
+    """
+    refused = refused or {}
+    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema) if f.init} | (also or {})
+    allowed = [name for name in known if name not in refused]
+    checked = {}
+    for name, value in section.items():
+        if name in refused:
+            raise ValueError(f"{where} has the key {name!r}, which {refused[name]}: remove it.")
+        if name not in known:
+            hint = nearest(str(name), allowed) or (f": expected {', '.join(allowed)}" if len(allowed) < 12 else "")
+            raise ValueError(f"{where} has no key {name!r}{hint}.")
+        checked[name] = in_type(f"{where}.{name}", value, known[name])
+    return checked
+
+
+def in_type(where: str, value: Any, annotation: Any) -> Any:
+    """
+    `value` in a type of the annotation: YAML reads 3e-3 as text and 1 as an integer.
+
+    Raises:
+        ValueError: if it is of none of them, or not finite; `where` is what it calls the value.
+    """
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if union else (annotation,)
+    literals = [option for option in options if typing.get_origin(option) is typing.Literal]
+    if names := [name for literal in literals for name in typing.get_args(literal)]:
+        return value if value is None and types.NoneType in options else one_of(where, value, names)
+    if not set(options) <= set(_PLAIN):
+        return value
+    if float in options and type(value) in {int, str} - set(options):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value}.")
+    is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if (list[str] if is_texts else type(value)) in options:
+        return value
+    expected = " or ".join(sorted(_PLAIN[option] for option in options))
+    # What an unquoted no is to YAML.
+    hint = '; write "no", with the quotes, for the word' if value is False and str in options else ""
+    raise ValueError(f"{where} must be {expected}, got {value!r}{hint}.")
+
+
+def one_of(where: str, value: Any, names: Collection[str]) -> str:
+    """
+    Raises:
+        ValueError: unless the value is one of these names, with the nearest.
+    """
+    if value not in names:
+        hint = nearest(str(value), names)
+        raise ValueError(f"{where} must be one of {', '.join(names)}, got {value!r}{hint}.")
+    return value
