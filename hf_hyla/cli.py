@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """
+    The arguments of a command; `run` is its function, and `overrides` its `--section.key value` by key.
+
+    Raises:
+        ValueError: for an unknown argument. argparse exits by itself for a missing one.
+    """
     parser = argparse.ArgumentParser(prog="hyla", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adds = (
@@ -28,17 +34,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     for add in adds:
         add(commands)
+    rest, overrides = _split_overrides(argv)
+    arguments, unknown = parser.parse_known_args(rest)
+    accepted = getattr(arguments, "sections", ())
+    unknown += [f"--{key}" for key in overrides if key.partition(".")[0] not in accepted]
+    if unknown:
+        expected = " or ".join(f"--{section}.key value" for section in accepted)
+        raise ValueError(
+            f"Unknown argument {unknown[0]!r}" + (f": expected {expected}." if expected else "; see --help.")
+        )
+    arguments.overrides = overrides
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
     try:
-        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
-        arguments, unknown = parser.parse_known_args(rest)
-        accepted = getattr(arguments, "sections", ())
-        unknown += [f"--{key}" for key in overrides if key.partition(".")[0] not in accepted]
-        if unknown:
-            expected = " or ".join(f"--{section}.key value" for section in accepted)
-            raise ValueError(
-                f"Unknown argument {unknown[0]!r}" + (f": expected {expected}." if expected else "; see --help.")
-            )
-        arguments.overrides = overrides
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         return arguments.run(arguments) or 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"hyla: {' '.join(str(error).split())}", file=sys.stderr)

@@ -41,7 +41,9 @@ def learning_curve(record) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
-        axes.legend()
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    # Below the axes, where it covers no curve.
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(len(lines), 1))
     figure.suptitle(record.name)
     return _png(figure)
 
@@ -66,7 +68,7 @@ def scores(record, metric: str, paper: PaperResult | None) -> bytes:
             fmt="D",
             color="black",
             capsize=6,
-            label="paper, full budget",
+            label="paper" if record.samples_seen >= paper.num_samples else "paper, full budget",
         )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.15)

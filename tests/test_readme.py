@@ -4,17 +4,26 @@ import contextlib
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from hf_hyla.cli import main
+from hf_hyla.cli import main, parse
 
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
 # A python block, and the text block that shows what it prints.
 SNIPPETS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, flags=re.DOTALL)
+# The lines of bash blocks that call this project's commands.
+LINES = [
+    line
+    for name in ("README.md", "hub_cards/README.md", "recipes/README.md", "recipes/accelerate/README.md")
+    for block in re.findall(r"```bash\n(.*?)```", (PROJECT / name).read_text(), flags=re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.match(r"hyla|python|accelerate", line)
+]
 RESULTS = sorted((PROJECT / "recipes" / "results").glob("*/*.json"))
 
 
@@ -28,6 +37,14 @@ def test_snippets_print_what_is_shown(code, shown):
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert printed.getvalue() == shown
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_are_ones_that_the_command_line_takes_and_name_files_that_are_there(line):
+    words = shlex.split(line, comments=True)
+    if words[0] != "python":
+        parse(words[1 + words.index("hyla" if "hyla" in words else "hf_hyla") :])
+    assert all(list(PROJECT.glob(word)) for word in words if word.startswith("recipes/"))
 
 
 @pytest.mark.parametrize("name", ["logic-demo", "logic-demo-attention_type=softmax"])

@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import plots
 from ..model import HylaConfig
-from ..paper import PaperResult, paper_result
+from ..paper import PaperResult, differing_settings, paper_result
 from ..tasks import Task, get_task
-from ..training.record import PROBE_NAME, RECORD_NAME, RunRecord, weights_digest
+from ..training.record import PROBE_NAME, RunRecord, weights_digest
+from .checks import finished_record, model_config
 
 
 TASK_TITLES = {"logic": "fuzzy logic", "sraven": "SRAVEN, symbolic Raven's progressive matrices"}
@@ -119,49 +119,36 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
     check_card(_render(record, task, config, repo_id, name, [record], probe=None, printed=""))
 
 
-def finished_record(run: Path) -> RunRecord:
-    """
-    The record of a run.
-
-    Raises:
-        ValueError: if the run is not finished or has no results.
-        OSError: if it cannot be read.
-    """
-    if not (run / RECORD_NAME).exists():
-        raise FileNotFoundError(
-            f"{run} holds no finished run: expected {RECORD_NAME}; give the command that trains it (again)."
-        )
-    record = RunRecord.load(run)
-    if record.steps < record.recipe["trainer"]["max_steps"]:
-        raise ValueError(
-            f"{run} is not finished: it made {record.steps} of {record.recipe['trainer']['max_steps']} updates; train it "
-            "to its end."
-        )
-    task = get_task(**record.recipe["task"])
-    for split in (split for split in task.splits if split != "train"):
-        for name in (*task.metric_names, "num_samples"):
-            value = record.metrics.get(split, {}).get(name)
-            if value is None or not math.isfinite(value):
-                raise ValueError(
-                    f"{run / RECORD_NAME} has no result {split}/{name}, got {value}: train the run to its end."
-                )
-    return record
-
-
 def _probe_of(run: Path) -> dict[str, Any] | None:
     """
     The report of `hyla probe` in a run's folder, if there is one.
 
     Raises:
-        ValueError: if it is about other weights than the run's.
+        ValueError: if it is none, or about other weights than the run's.
         OSError: if a figure of it is missing.
     """
     path = run / PROBE_NAME
     if not path.exists():
         return None
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("weights") != weights_digest(run):
-        raise ValueError(f"{path} is about other weights than those of {run}: call `hyla probe {run}` again.")
+    again = f"call `hyla probe {run}` again."
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        weights, figures = report["weights"], report["figures"]
+        # What the card shows, so that it is found out here what is missing.
+        (
+            _probed(report),
+            report["codes"]["layers"],
+            report["num_samples"]["train"],
+            report["num_samples"][report["split"]],
+        )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no report of a probe ({type(error).__name__}: {error}): {again}") from None
+    if weights != weights_digest(run):
+        raise ValueError(f"{path} is about other weights than those of {run}: {again}")
+    for name in figures:
+        # A figure lies beside its report; any other path would publish a file of somewhere else.
+        if not (isinstance(name, str) and re.fullmatch(r"\w+\.png", name)):
+            raise ValueError(f"{path} names the figure {name!r}, expected a plain name that ends with .png: {again}")
     return report
 
 
@@ -185,20 +172,6 @@ def _probed(probe: dict[str, Any]) -> list[list[str]]:
             cells.append("{value:.3f} ± {standard_error:.3f}".format(**alone[metric]) if alone else "–")
             rows.append([subject, metric, *cells])
     return rows
-
-
-def model_config(run: Path) -> HylaConfig:
-    """
-    The config of a run's model.
-
-    Raises:
-        ValueError: if it is not one.
-        OSError: if it is missing.
-    """
-    try:
-        return HylaConfig.from_pretrained(run)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{run / 'config.json'} is no config of a model: {error}") from None
 
 
 def check_card(text: str) -> None:
@@ -252,6 +225,12 @@ def sibling_repo(repo_id: str | None, name: str) -> str:
     return f"{repo_id.partition('/')[0]}/{name}" if repo_id else name
 
 
+def dataset_repo(task: Task, repo_id: str | None) -> str:
+    """The repository of a task's samples; settings other than the paper's are in its name, since samples differ by them."""
+    differing = [f"-{name}-{value}".lower() for name, value in differing_settings(task).items()]
+    return sibling_repo(repo_id, task.name + "".join(differing))
+
+
 def _render(
     record: RunRecord,
     task: Task,
@@ -268,7 +247,7 @@ def _render(
         license=LICENSE,
         library_name="transformers",
         tags=["hyla", f"{config.attention_type}-attention", "compositional-generalization", task.name],
-        datasets=[sibling_repo(repo_id, task.name)],
+        datasets=[dataset_repo(task, repo_id)],
         metrics=list(task.metric_names),
         # A folder is no repository, which is what the Hub would take it for.
         base_model=None if base_model and Path(base_model).exists() else base_model,
@@ -291,7 +270,7 @@ def _render(
             share=record.samples_seen / task.num_samples["train"],
             percent=_percent,
             shown=_shown,
-            num_seeds=len(seeds),
+            seeds=seeds,
             spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
             probe=probe,
             probed=_probed(probe) if probe else None,
@@ -318,7 +297,8 @@ def _shown(value: Any) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    """A share in three digits; what is less than all does not read as all."""
+    return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.3g} %"
 
 
 def _model_index(record: RunRecord, task: Task, repo_id: str | None) -> list[EvalResult]:
@@ -327,7 +307,7 @@ def _model_index(record: RunRecord, task: Task, repo_id: str | None) -> list[Eva
         EvalResult(
             task_type="other",
             task_name=TASK_TITLES.get(task.name, task.name),
-            dataset_type=sibling_repo(repo_id, task.name),
+            dataset_type=dataset_repo(task, repo_id),
             dataset_name=TASK_TITLES.get(task.name, task.name),
             dataset_split=split,
             metric_type=name,
@@ -340,13 +320,16 @@ def _model_index(record: RunRecord, task: Task, repo_id: str | None) -> list[Eva
 
 def _eval_results(record: RunRecord, task: Task, repo_id: str | None) -> str:
     """The headline metric of every split, each split being a task of the dataset, as .eval_results/ has it."""
-    share = _percent(record.samples_seen / task.num_samples["train"])
+    if "model_name_or_path" in record.recipe["model"]:
+        budget = f"trained further on {record.samples_seen:,} samples"
+    else:
+        budget = f"{_percent(record.samples_seen / task.num_samples['train'])} of the paper's training samples"
     entries = [
         EvalResultEntry(
-            dataset_id=sibling_repo(repo_id, task.name),
+            dataset_id=dataset_repo(task, repo_id),
             task_id=split,
             value=scores[task.metric_names[0]],
-            notes=f"{task.metric_names[0]}, one seed, {share} of the paper's training samples",
+            notes=f"{task.metric_names[0]}, one seed, {budget}",
         )
         for split, scores in record.metrics.items()
     ]
@@ -377,7 +360,10 @@ def _different(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:
 
 def _command(record: RunRecord) -> str:
     processes = record.hardware.get("num_processes", 1)
-    launched = f"accelerate launch --num_processes {processes} -m hf_hyla" if processes > 1 else "hyla"
+    # On a CPU, accelerate starts several processes only by such a configuration.
+    config = f"recipes/accelerate/{'ddp' if record.hardware.get('accelerator') else 'ddp_cpu'}.yaml"
+    launch = f"accelerate launch --config_file {config} --num_processes {processes} -m hf_hyla"
+    launched = launch if processes > 1 else "hyla"
     stays = " --trainer.push_to_hub false" if record.recipe["trainer"].get("push_to_hub") else ""
     return f"{launched} train resolved_recipe.yaml --output run{stays}"
 

@@ -2,31 +2,36 @@
 A finished run → repositories on the Hub: its model, and on request its dataset, its metric and a Space.
 
 Everything is read and checked before the first call; then each repository gets one commit, so that whatever breaks
-leaves it as it was or whole, and the same command goes on from there.
+leaves its files as they were or whole, and the same command goes on from there. A repository that is made for them may be
+left empty.
 """
 
 import contextlib
 import dataclasses
 import fnmatch
 import importlib.util
-import json
-import mmap
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, get_token
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 
-from ..model import HylaForSequenceClassification
 from ..tasks import Task, get_task
 from ..training.record import RECORD_NAME, RunRecord, environment
-from .card import card_files, check_card_before_training, finished_record, model_config, sibling_repo
+from .card import card_files, check_card_before_training, dataset_repo
+from .checks import (
+    CODE,
+    check_code,
+    check_committed,
+    check_file,
+    check_secrets,
+    check_text,
+    check_weights,
+    finished_record,
+)
 from .spaces import demo_files, demo_repo, metric_files, metric_repo
 
 
@@ -40,28 +45,18 @@ _RUN_FILES = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "*_hyla.py",
+    *CODE,
     RECORD_NAME,
     RECIPE_NAME,
 )
-_DATASET_FILES = ("README.md", "task.json", "*.parquet", "*/*.parquet", "*.png")
+_DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
 # What the card of a dataset calls its own place, before it has one on the Hub.
 _DATASET_PLACE = "path/to/this/folder"
 # Files on the Hub that a publication may remove where it no longer has them; any other is left alone.
 _OURS = {
-    "model": ("*.safetensors", "*_hyla.py", ".eval_results/*.yaml"),
+    "model": ("*.safetensors", "model.safetensors.index.json", "*_hyla.py", ".eval_results/*.yaml", "probe/*"),
     "dataset": ("*.parquet", "*/*.parquet"),
     "space": (),
-}
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-_PICKLE_STARTS = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
-_SECRETS = {
-    "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})",
-    "an AWS key": rb"\bAKIA[0-9A-Z]{16}\b",
-    "an API key": rb"\bsk-[A-Za-z0-9_-]{24,}",
-    "a Slack token": rb"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
 }
 
 
@@ -140,14 +135,16 @@ def plan(
     run = Path(run)
     check_repo_id(repo_id)
     record = finished_record(run)
-    _check_repeatable(run, record)
     task = get_task(**record.recipe["task"])
     found, left_out = _files_in(run, _RUN_FILES, skipped=("checkpoints",))
-    _check_weights(run, found)
+    check_text(found)
+    _check_repeatable(run, record)
+    check_code(run, found)
+    check_weights(run, found)
     card = card_files(run, repo_id, others)
     repositories = []
     if dataset is not None:
-        repositories.append(_dataset_repository(Path(dataset), task, sibling_repo(repo_id, task.name)))
+        repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
     if metric:
         repositories.append(_of_contents(metric_repo(task, repo_id), "space", metric_files(task, repo_id)))
     model = _of_contents(repo_id, "model", card)
@@ -159,7 +156,8 @@ def plan(
         repositories.append(_of_contents(demo_repo(repo_id), "space", demo_files(task, repo_id)))
     for repository in repositories:
         for name, content in repository.files.items():
-            _check_content(f"{repository.repo_id}/{name}", content)
+            if isinstance(content, bytes):  # the others have been looked at in their folder
+                check_secrets(f"{repository.repo_id}/{name}", content)
     return repositories
 
 
@@ -178,19 +176,26 @@ def publish(
         token: default: the one of `hf auth login` or `HF_TOKEN`.
 
     Raises:
-        OSError: if the Hub refuses or cannot be reached; each repository is then as it was or whole, and the same call
-            goes on from there.
-        ValueError: if a repository is public already, and `private` is set.
+        OSError: if the Hub refuses or cannot be reached; the files of each repository are then as they were or whole, and
+            the same call goes on from there.
+        ValueError: if a repository is public already, and `private` is set; nothing is sent then.
     """
     api = HfApi(token=token)
     repositories = list(repositories)
     lines: list[str] = []
+    if private:
+        public = [one for one in repositories if _is_public(api, one)]
+        if public:
+            raise ValueError(
+                f"The {public[0].repo_type} {public[0].repo_id} is public already, so nothing was sent: make it private in "
+                "its settings on the Hub, or leave out --private."
+            )
     for repository in repositories:
-        with _in_one_sentence(f"{repository.repo_type} {repository.repo_id}", lines):
+        with _in_one_sentence(f"{repository.repo_type} {repository.repo_id}", _STATE, lines):
             lines.append(_commit(api, repository, private))
     if collection:
         namespace = repositories[0].repo_id.partition("/")[0]
-        with _in_one_sentence(f"collection {collection!r}", lines):
+        with _in_one_sentence(f"collection {collection!r}", "it may hold some of them only", lines):
             made = api.create_collection(collection, namespace=namespace, private=bool(private), exists_ok=True)
             for repository in repositories:
                 api.add_collection_item(made.slug, repository.repo_id, repository.repo_type, exists_ok=True)  # type: ignore[arg-type]
@@ -208,12 +213,23 @@ def check_before_training(recipe: "Recipe") -> None:
     check_card_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
     if not recipe.trainer.get("push_to_hub"):
         return
-    check_repo_id(recipe.trainer["hub_model_id"])
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("push_to_hub needs matplotlib for the plots of the card: pip install hf-hyla[analysis].")
+    check_publishable(recipe, recipe.trainer["hub_model_id"])
     if get_token() is None:
         raise ValueError("push_to_hub needs a token: log in by `hf auth login`, or set HF_TOKEN.")
-    _check_committed(environment()["git_commit"], "This run")
+
+
+def check_publishable(recipe: "Recipe", repo_id: str) -> None:
+    """
+    Refuses what would keep a run of this recipe from being published, whatever it reaches.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    check_repo_id(repo_id)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("A card needs matplotlib for its plots: pip install hf-hyla[analysis].")
+    check_committed(environment()["git_commit"], "This run")
+    _check_base_model(recipe.settings["model"], "This run")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -231,11 +247,6 @@ def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:
     sdk = "gradio" if repo_type == "space" else None
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
     before = api.repo_info(repo_id, repo_type=repo_type)
-    if private and not before.private:
-        raise ValueError(
-            f"The {repo_type} {repo_id} is public already, so nothing was sent: make it private in its settings on the Hub, "
-            "or leave out --private."
-        )
     there = [file.rfilename for file in before.siblings or []]  # type: ignore[union-attr]
     gone = [name for name in there if name not in repository.files and _matches(name, _OURS[repo_type])]
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in repository.files.items()]
@@ -252,29 +263,44 @@ def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:
     return f"{repo_type} {repo_id}: {state}, {commit.commit_url}"
 
 
+def _is_public(api: HfApi, repository: Repository) -> bool:
+    with _in_one_sentence(f"{repository.repo_type} {repository.repo_id}", "nothing was sent", []):
+        try:
+            return not api.repo_info(repository.repo_id, repo_type=repository.repo_type).private
+        except RepositoryNotFoundError:
+            return False
+
+
 @contextlib.contextmanager
-def _in_one_sentence(what: str, done: list[str]) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one sentence that says what to do, and holds no word of the request."""
+def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
+    """
+    Turns what huggingface_hub raises into one sentence that says what to do, and holds no word of the request.
+
+    `state` says what may have become of `what`, and `done` what was published before.
+    """
     try:
         yield
-    except (HTTPError, OSError, RuntimeError) as error:
-        # huggingface_hub wraps what breaks an upload in a RuntimeError.
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # huggingface_hub wraps what breaks an upload in a RuntimeError, and metadata that the Hub refuses in a ValueError.
+        cause = error.__cause__ if isinstance(error, (RuntimeError, ValueError)) and error.__cause__ else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is None:
+        if status is None and isinstance(cause, ValueError):
+            reason = "the Hub answers with something else than JSON: wait"
+        elif status is None:
             reason = f"the Hub cannot be reached ({type(cause).__name__}): look at the network"
         elif status >= 500:
             reason = f"the Hub is in trouble (status {status}): wait"
         else:
-            reason = _REASONS.get(status, "the Hub refuses it (status {status}): look at the name and at your rights")
+            reason = _REASONS.get(status, f"the Hub refuses it (status {status}): look at the name and at your rights")
         published = f" Before it came: {', '.join(line.partition(': ')[0] for line in done)}." if done else ""
         raise OSError(
-            f"Publishing the {what} failed, since {reason.format(status=status)}, then publish again; it is as it was "
-            f"or whole.{published}"
+            f"Publishing the {what} failed, since {reason}, then publish again; {state}.{published}"
         ) from None
 
 
+_STATE = "its files are as they were or all published, and if it is new, it may be there and empty"
 _REASONS = {
+    400: "the Hub refuses the card's metadata or the files (status 400): look at the top of the card",
     401: "the Hub does not accept your token (status 401): log in by `hf auth login`, or set HF_TOKEN",
     403: "your token may not write there (status 403): take one with write access, or another organisation",
     409: "it is being changed by somebody else (status 409): see what they did",
@@ -285,13 +311,8 @@ _REASONS = {
 
 def _check_repeatable(run: Path, record: RunRecord) -> None:
     """A run is published only if its code and its recipe can be found again."""
-    _check_committed(record.environment.get("git_commit"), str(run))
-    base_model = record.recipe["model"].get("model_name_or_path")
-    if base_model and Path(base_model).exists():
-        raise ValueError(
-            f"{run} was trained from the folder {base_model}, which nobody else has: publish that model first, and train from "
-            "its repository."
-        )
+    check_committed(record.environment.get("git_commit"), str(run))
+    _check_base_model(record.recipe["model"], str(run))
     written = run / RECIPE_NAME
     if not written.exists():
         raise FileNotFoundError(f"{run} lacks {RECIPE_NAME}, the recipe it was made by: train it again.")
@@ -301,11 +322,12 @@ def _check_repeatable(run: Path, record: RunRecord) -> None:
         )
 
 
-def _check_committed(commit: str | None, run: str) -> None:
-    if (commit or "").endswith("+changes"):
+def _check_base_model(settings: dict[str, Any], run: str) -> None:
+    base_model = settings.get("model_name_or_path")
+    if base_model and Path(base_model).exists():
         raise ValueError(
-            f"{run} is made by code that differs from its commit (git_commit is {commit}), so that nobody can repeat it: "
-            "commit the changes, and train again before it is published."
+            f"{run} is trained from the folder {base_model}, which nobody else has: publish that model first, and train from "
+            "its repository."
         )
 
 
@@ -316,21 +338,19 @@ def _files_in(
     The files that are published, by name, and the names of the others.
 
     Raises:
-        ValueError: for a pickle, which may lie in no published folder; the `skipped` ones are local, and not looked at.
+        ValueError: for a secret or a pickle, which may lie in no published folder, published or not; the `skipped` ones
+            are local, and only searched for secrets.
     """
     found: dict[str, Any] = {}
     left_out = [f"{name}/" for name in skipped if (folder / name).is_dir()]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or path.relative_to(folder).parts[0] in skipped:
+        if not path.is_file():
             continue
-        with path.open("rb") as file:
-            start = file.read(4)
-        if path.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
-            raise ValueError(
-                f"{path} is a pickle or an archive, which can run code where it is loaded: remove it from the folder; only "
-                "safetensors, Parquet and text are published."
-            )
+        check_secrets(str(path), path)
+        if path.relative_to(folder).parts[0] in skipped:
+            continue
+        check_file(path)
         if _matches(name, patterns):
             found[name] = path
         else:
@@ -343,61 +363,18 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_weights(run: Path, found: dict[str, Path]) -> None:
-    """Weights are those of the config's model, all of them, and finite."""
-    weights = [path for name, path in found.items() if name.endswith(".safetensors")]
-    if not weights or "config.json" not in found:
-        raise FileNotFoundError(f"{run} holds no model: expected config.json and model.safetensors.")
-    names: set[str] = set()
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  not a dict
-                    names.add(name)
-                    if not torch.isfinite(tensors.get_tensor(name)).all():
-                        raise ValueError(
-                            f"{path} holds NaN or infinite numbers in {name}: the training diverged; do not publish it."
-                        )
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): train again, or copy it again.") from None
-    with torch.device("meta"):
-        expected = set(HylaForSequenceClassification(model_config(run)).state_dict())
-    if different := sorted(names ^ expected):
-        raise ValueError(f"{run}: the weights are not those of config.json, {different[0]} is in one of the two only.")
-
-
-def _check_content(name: str, content: Path | bytes) -> None:
-    """Raises a ValueError for anything that looks like a secret, which it does not repeat."""
-    if isinstance(content, bytes):
-        return _check_secrets(name, content)
-    with content.open("rb") as file:
-        if content.stat().st_size:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _check_secrets(name, data)
-
-
-def _check_secrets(name: str, data: bytes | mmap.mmap) -> None:
-    for what, pattern in _SECRETS.items():
-        if match := re.search(pattern, data):
-            raise ValueError(
-                f"{name} holds what looks like {what} (at byte {match.start()}): remove it, and revoke it if it is one."
-            )
-
-
 def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
+    # datasets is slow to import and not needed otherwise.
+    from ..tasks.data import Manifest
+
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: write a dataset by `hyla data`, and name its folder.")
     files, left_out = _files_in(folder, _DATASET_FILES)
-    if "README.md" not in files or not any(name.endswith(".parquet") for name in files):
-        raise ValueError(
-            f"{folder} holds no dataset: expected README.md and Parquet files, as `hyla data` writes them."
-        )
-    if "task.json" in files:
-        written = json.loads(files["task.json"].read_text(encoding="utf-8"))["task"]
-        if get_task(**written) != task:
-            raise ValueError(
-                f"{folder} holds samples of {get_task(**written)}, but the run is of {task}: choose its folder."
-            )
+    manifest = Manifest.load(folder)
+    manifest.check(task, folder)
+    manifest.check_files(folder)
+    if "README.md" not in files:
+        raise FileNotFoundError(f"{folder} has no card: expected README.md, as `hyla data` writes it.")
     readme = folder / "README.md"
     DatasetCard.load(readme)
     files["README.md"] = readme.read_text(encoding="utf-8").replace(_DATASET_PLACE, repo_id).encode()

@@ -69,6 +69,27 @@ class Manifest:
                 f"now give {expected.data_fingerprint}; write the folder again."
             )
 
+    def check_files(self, folder: Path) -> None:
+        """
+        Raises:
+            ValueError: if the folder's Parquet files are not whole, or not those of the splits that are named here.
+        """
+        files = {path.relative_to(folder) for path in folder.rglob("*.parquet")}
+        for split, held in self.splits.items():
+            shards = sorted((folder / "data").glob(f"{split}-*.parquet"))
+            files -= {path.relative_to(folder) for path in shards}
+            try:
+                found = sum(pq.read_metadata(path).num_rows for path in shards)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"The data of {folder} cannot be read: {error}; write the folder again.") from None
+            if found != held["num_examples"] or sum(path.stat().st_size for path in shards) != held["file_bytes"]:
+                raise ValueError(
+                    f"{folder} holds {found} examples of {split} in {len(shards)} files, which are not the "
+                    f"{held['num_examples']} that {MANIFEST_NAME} names: write the folder again."
+                )
+        if files:
+            raise ValueError(f"{folder} holds {min(files)}, which {MANIFEST_NAME} does not name: remove it.")
+
 
 def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path) -> Manifest:
     """

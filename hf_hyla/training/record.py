@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from ..files import write_whole
 
@@ -22,12 +24,16 @@ SCHEMA_VERSION = 1
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
 
 
+@strict
 @dataclasses.dataclass
 class RunRecord:
     """
+    The record of a run; a value of another type than it has here is refused.
+
     Attributes:
         name: of the recipe.
-        recipe: the sections task, model, trainer and expect, overrides applied.
+        recipe: the sections task, model, trainer and, where the run was expected to reach something, expect; overrides
+            applied.
         seeds: `task`, of held-out combinations and samples; `trainer`, of initial weights and dropout.
         num_parameters: of the model.
         steps, samples_seen: updates made and training samples they used.
@@ -43,14 +49,14 @@ class RunRecord:
     """
 
     name: str
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
     seeds: dict[str, int]
     num_parameters: int
     steps: int
     samples_seen: int
-    seconds: float
-    metrics: dict[str, dict[str, float]]
-    curve: list[dict[str, float]]
+    seconds: int | float
+    metrics: dict[str, dict[str, int | float]]
+    curve: list[dict[str, int | float]]
     environment: dict[str, Any]
     hardware: dict[str, Any]
     data_fingerprint: str | None = None
@@ -71,9 +77,24 @@ class RunRecord:
         """
         path = Path(path) if Path(path).is_file() else Path(path) / RECORD_NAME
         try:
-            return cls(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is not a run record of schema {SCHEMA_VERSION}: {error}.") from None
+            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+            record._check()
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{path} is not a run record of schema {SCHEMA_VERSION} ({reason}): train the run again, or update hf_hyla."
+            ) from None
+        return record
+
+    def _check(self) -> None:
+        """What types cannot say of a record that was read."""
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version is {self.schema_version}")
+        for section, key, kind in (("task", "name", str), ("trainer", "max_steps", int)):
+            if not isinstance(self.recipe.get(section, {}).get(key), kind):
+                raise ValueError(f"its recipe lacks {section}.{key}")
+        if "model" not in self.recipe:
+            raise ValueError("its recipe lacks the section model")
 
 
 def environment() -> dict[str, Any]:

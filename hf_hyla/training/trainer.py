@@ -315,9 +315,10 @@ class HylaTrainer(Trainer):
         folder = self._finished_run()
         try:
             [line] = publish(plan(folder, self.args.hub_model_id), private, token=token or self.args.hub_token)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             later = f"hyla publish {folder} --repo-id {self.args.hub_model_id}"
-            raise OSError(f"{error} The run itself is finished; `{later}` publishes it.") from None
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"{error} The run itself is finished; `{later}` publishes it.") from None
         return line
 
     def _finished_run(self) -> Path:

@@ -1,23 +1,21 @@
 """
 Fine-tunes a SRAVEN model on puzzles of five features, compares, and lists what publishing it would send:
 
-    python recipes/sraven/finetune.py MODEL OUTPUT ORG/NAME [section.key=value ...]
+    python recipes/sraven/finetune.py MODEL OUTPUT [ORG/NAME] [section.key=value ...]
 
-MODEL is a repository's id or the folder of a run, OUTPUT the folder of the new run, ORG/NAME where it would be published.
-The rest are changes of the recipe, such as trainer.max_steps=2000.
+MODEL is a repository's id or the folder of a run, OUTPUT the folder of the new run, ORG/NAME where it is to be published;
+without it nothing is asked of the run but to train. The rest are changes of the recipe, such as trainer.max_steps=2000.
 """
 
 import sys
 from pathlib import Path
 
-from hf_hyla.hub.publish import plan
+from hf_hyla.hub.publish import check_publishable, plan
 from hf_hyla.training import evaluate, load_recipe, train
 from hf_hyla.training.weights import initial_model
 
 
-model, output, repo_id, *changes = sys.argv[1:]
-settings = {
-    "model.model_name_or_path": model,
+SETTINGS = {
     "task.num_features": "5",
     "trainer.max_steps": "10000",
     "trainer.warmup_steps": "500",
@@ -25,20 +23,33 @@ settings = {
     "trainer.eval_steps": "1000",
     "trainer.save_steps": "1000",
 }
-recipe = load_recipe("recipes/sraven/hyla.yaml", settings | dict(change.split("=", 1) for change in changes))
 
-# The weights have the same shape for any number of features, so the model can be asked before it is trained on five.
-before = {split: evaluate(initial_model(recipe), recipe.task, split) for split in ("test", "ood")}
-record = train(recipe, Path(output))
 
-print(f"\n{'split':<8}{'metric':<20}{'before':>10}{'after':>10}")
-for split, scores in before.items():
-    for name in recipe.task.metric_names:
-        print(f"{split:<8}{name:<20}{scores[name]:>10.4f}{record.metrics[split][name]:>10.4f}")
+def finetune(model: str, output: Path, repo_id: str | None, changes: dict[str, str]) -> None:
+    recipe = load_recipe("recipes/sraven/hyla.yaml", {"model.model_name_or_path": model} | SETTINGS | changes)
+    if repo_id:  # what would stop it is said before the training
+        check_publishable(recipe, repo_id)
+    record = train(recipe, output)
 
-if Path(model).exists():
-    print(f"\nA run that starts from a folder cannot be published: publish {model} first, and name its repository.")
-else:
-    print(f"\n`hyla publish {output} --repo-id {repo_id}` would send:")
-    for repository in plan(output, repo_id):
-        print(repository.listing())
+    # The weights have the same shape for any number of features, so the model could be asked before it was trained on five.
+    before = {split: evaluate(initial_model(recipe), recipe.task, split) for split in ("test", "ood")}
+    print(f"\n{'split':<8}{'metric':<20}{'before':>10}{'after':>10}")
+    for split, scores in before.items():
+        for name in recipe.task.metric_names:
+            print(f"{split:<8}{name:<20}{scores[name]:>10.4f}{record.metrics[split][name]:>10.4f}")
+
+    if repo_id:
+        print(f"\n`hyla publish {output} --repo-id {repo_id}` would send:")
+        for repository in plan(output, repo_id):
+            print(repository.listing())
+
+
+if __name__ == "__main__":
+    names = [word for word in sys.argv[1:] if "=" not in word]
+    changes = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+    if len(names) not in (2, 3):
+        sys.exit("Usage: python recipes/sraven/finetune.py MODEL OUTPUT [ORG/NAME] [section.key=value ...]")
+    try:
+        finetune(names[0], Path(names[1]), names[2] if len(names) == 3 else None, changes)
+    except (ValueError, OSError) as error:
+        sys.exit(f"finetune.py: {' '.join(str(error).split())}")

@@ -9,6 +9,7 @@ import yaml
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.tasks import get_task
+from hf_hyla.tasks.data import write_data
 from hf_hyla.training import RunRecord, load_recipe, train
 
 
@@ -65,6 +66,15 @@ def demo_run(tmp_path_factory) -> Path:
     record.save(run)
     (run / "resolved_recipe.yaml").write_text(yaml.safe_dump(record.recipe))
     return run
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A folder of `hyla data`, and a file of somebody's in it."""
+    folder = tmp_path / "data"
+    write_data(get_task("sraven", num_features=2), ["train", "ood"], 10, folder)
+    (folder / "notes.txt").write_text("mine")
+    return folder
 
 
 @pytest.fixture

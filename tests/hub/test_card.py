@@ -2,9 +2,12 @@
 
 import json
 import re
+import shlex
 import socket
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -21,6 +24,9 @@ from hf_hyla.hub.publish import check_before_training
 from hf_hyla.paper import paper_result
 from hf_hyla.tasks import get_task
 from hf_hyla.training import RunRecord, load_recipe, train
+
+
+PROJECT = Path(__file__).parents[2]
 
 
 def files_in(folder):
@@ -53,6 +59,7 @@ def test_the_card_shows_the_records_scores_beside_the_papers(demo_run, demo_card
 def test_a_budget_below_the_papers_is_said_in_the_first_lines(demo_card, logic_run, copied):
     text = ModelCard(demo_card["README.md"]).text
     assert "> Trained on 512,000 samples, 8 % of the paper's 6,400,000" in "\n".join(text.splitlines()[:6])
+    assert card._percent(0.99999) == "99.9 %" and card._percent(1.0) == "100 %" and card._percent(0.0808) == "8.08 %"
     whole = card_files(copied(logic_run, samples_seen=6_400_000))["README.md"]
     assert "WARNING" not in whole and "The paper reports no result for this model on this task" in whole
 
@@ -62,6 +69,7 @@ def test_other_numbers_in_the_record_give_other_numbers_in_the_card(demo_run, co
     record.metrics["ood"]["r2"] = 0.12345
     files = card_files(copied(demo_run, metrics=record.metrics, samples_seen=6_400_000), "org/x")
     assert table_row(files["README.md"], "`ood`")[3] == "0.1235" and "WARNING" not in files["README.md"]
+    assert "Its r2 on `ood` is 0.6879 below the paper's mean" in files["README.md"]
     assert "value: 0.12345" in files["README.md"] and "value: 0.12345" in files[".eval_results/logic.yaml"]
 
 
@@ -77,12 +85,15 @@ def test_metadata_and_eval_results_read_back_as_the_record(demo_run, demo_card):
     assert {entry.dataset_id for entry in entries} == {"org/logic"}
 
 
-def test_a_model_that_was_trained_further_is_not_compared_with_the_paper(demo_run, copied, monkeypatch):
+def test_a_model_that_was_trained_further_is_not_compared_with_the_paper(demo_run, copied):
     recipe = RunRecord.load(demo_run).recipe
-    recipe["model"]["model_name_or_path"] = "org/base"
-    text = card_files(copied(demo_run, recipe=recipe))["README.md"]
-    assert ModelCard(text).data.base_model == "org/base" and "from the weights of `org/base`" in text
+    recipe["model"] |= {"model_name_or_path": "org/base", "revision": "a" * 40}
+    files = card_files(copied(demo_run, recipe=recipe))
+    text = files["README.md"]
+    assert ModelCard(text).data.base_model == "org/base"
+    assert f"from the weights of `org/base`, commit `{'a' * 40}`, and went on for 512,000 samples" in text
     assert "a model that was trained further" in text and "0.8113" not in text
+    assert "WARNING" not in text and "of the paper's" not in text + files[".eval_results/logic.yaml"]
 
 
 def test_only_settings_that_differ_from_the_default_are_listed_as_such(sraven_run):
@@ -118,6 +129,19 @@ def test_the_command_of_the_card_repeats_the_run(logic_run):
     assert load_recipe(logic_run / "resolved_recipe.yaml").settings == RunRecord.load(logic_run).recipe
 
 
+def test_the_command_of_a_run_of_two_processes_starts_two_on_a_cpu(logic_run):
+    record = RunRecord.load(logic_run)
+    record.hardware |= {"num_processes": 2, "accelerator": None}
+    words = shlex.split(card._command(record))
+    start = words.index("train")
+    assert words[start:] == ["train", "resolved_recipe.yaml", "--output", "run"]
+    accelerate = str(Path(sys.executable).parent / words[0])
+    launched = subprocess.run(
+        [accelerate, *words[1:start], "env"], capture_output=True, text=True, cwd=PROJECT, timeout=300
+    )
+    assert launched.stdout.count('"num_processes": 2') == 2, launched.stderr[-2000:]
+
+
 def test_the_spread_is_the_standard_error_over_the_seeds(logic_run, other_seed):
     text = card_files(logic_run, others=[other_seed / "run.json"])["README.md"]
     first, second = (RunRecord.load(run).metrics["ood"]["r2"] for run in (logic_run, other_seed))
@@ -126,6 +150,17 @@ def test_the_spread_is_the_standard_error_over_the_seeds(logic_run, other_seed):
     assert table_row(text, "`ood`")[3:5] == [f"{first:.4f}", expected]
     assert text == card_files(logic_run, others=[logic_run, other_seed])["README.md"]
     assert "how far they vary from seed to seed is not known" not in text
+    # The two differ in the training's seed only, and each is listed.
+    assert "runs that differ in their seeds only; this card's" in text
+    assert "| 0 | 0 | " in text and re.search(rf"\| 0 \| 1 \| [-.\d]+ \| {second:.4f} \|", text)
+
+
+def test_the_spread_says_where_held_out_combinations_differ_too(logic_run, other_seed, tmp_path):
+    record = RunRecord.load(other_seed)
+    record.seeds["task"] = record.recipe["task"]["seed"] = 1
+    record.save(tmp_path)
+    text = card_files(logic_run, others=[tmp_path])["README.md"]
+    assert "in their seeds only, which also draw other\nheld-out combinations; this card's" in text
 
 
 def test_a_spread_over_something_else_is_refused(logic_run, sraven_run, other_seed, copied):
@@ -153,6 +188,19 @@ def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(lo
     assert "400 samples of trained combinations and scored on 200 of `ood`" in text
     assert f"{report['ablation']['whole']:.4f} with all heads" in text
     assert "What its latent codes tell" not in card_files(logic_run)["README.md"]
+
+    for spoilt, message in [
+        (report | {"figures": ["../../secret.txt"]}, "names the figure '../../secret.txt'"),
+        (report | {"figures": ["../run.png"]}, "names the figure"),
+        (report | {"figures": [7]}, "names the figure 7"),
+        (report | {"probes": [{}]}, "is no report of a probe"),
+        ({"weights": report["weights"]}, "is no report of a probe"),
+        ([], "is no report of a probe"),
+    ]:
+        (run / "probe" / "probe.json").write_text(json.dumps(spoilt))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            card_files(run)
+    (run / "probe" / "probe.json").write_text(json.dumps(report))
 
     other = HylaForSequenceClassification.from_pretrained(run)
     with torch.no_grad():
@@ -207,10 +255,19 @@ def test_the_pictures_show_the_record(demo_run, monkeypatch):
     [axes] = plots.scores(record, "r2", paper_result(recipe.task, recipe.config)).axes
     assert [bar.get_height() for bar in axes.patches] == [scores["r2"] for scores in record.metrics.values()]
     assert axes.containers[1][0].get_ydata() == [0.8113]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["this run", "paper, full budget"]
     losses, scored = plots.learning_curve(record).axes
     assert losses.lines[0].get_ydata().tolist() == [point["loss"] for point in record.curve if "loss" in point]
     assert losses.lines[0].get_xdata()[-1] == record.samples_seen
     assert [line.get_label() for line in scored.lines] == list(record.metrics)
+    # The legend lies beside the axes, where it covers no curve.
+    [legend] = losses.figure.legends
+    assert [text.get_text() for text in legend.texts] == ["train", *record.metrics]
+    losses.figure.draw_without_rendering()
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in (losses, scored))
+    record.samples_seen = 6_400_000
+    [axes] = plots.scores(record, "r2", paper_result(recipe.task, recipe.config)).axes
+    assert [text.get_text() for text in axes.get_legend().texts] == ["this run", "paper"]
 
 
 def test_without_matplotlib_the_message_says_what_to_install(logic_run, monkeypatch):

@@ -6,6 +6,7 @@ Nothing is shared between the processes but the server, each has a cache of its 
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from hf_hyla.training import load_recipe
 from hf_hyla.training.weights import initial_model
 
 
-PROJECT = Path(__file__).parents[2]
-LOGIC, SRAVEN = "org/hyla-logic", "org/hyla-sraven"
+FINETUNE = Path(__file__).parents[2] / "recipes" / "sraven" / "finetune.py"
+LOGIC, SRAVEN, DATA = "org/hyla-logic", "org/hyla-sraven", "org/sraven-num_features-2"
 PUZZLE = [[[0, 1], [1, 1], [2, 1]], [[3, 5], [4, 5], [5, 5]], [[1, 0], [2, 0], None]]
 TABLE = [[0.1, 0.9, 0.3, 0.4, 0.7], [0.2, 0.8, 0.5, 0.4, 0.2], [0.6, 0.1, 0.3, 0.9, 0.5], [0.5, 0.5, 0.2, 0.1, None]]
 # As the fixtures train: on short splits, and as if the checkout had no changes.
@@ -89,7 +90,7 @@ def published(logic_run, sraven_run, tmp_path_factory):
     """
     with HubServer() as hub:
         hub.run(PRELUDE + command, tmp_path_factory.mktemp("publisher"), hub.token)
-        assert set(hub.repos) == {("model", LOGIC), ("model", SRAVEN), ("dataset", "org/sraven")}
+        assert set(hub.repos) == {("model", LOGIC), ("model", SRAVEN), ("dataset", DATA)}
         yield hub
 
 
@@ -105,7 +106,7 @@ def test_a_new_process_loads_models_pipeline_and_dataset_by_their_names(publishe
         + ASKED
         + """
     from datasets import load_dataset
-    puzzles = load_dataset("org/sraven", split="ood")
+    puzzles = load_dataset("org/sraven-num_features-2", split="ood")
     print(json.dumps([answers(), puzzles["panels"][:], puzzles["answer"][:]]))
     """,
         home,
@@ -128,7 +129,9 @@ def test_a_process_without_the_package_gets_the_same_by_the_repositorys_code(
     assert len(answers["solved"]["answer"]) == 2 and isinstance(answers["filled"]["answer"], float)
 
 
-def test_a_published_checkpoint_is_tuned_by_recipe_and_published_again_and_a_revision_pins(published, home, asked):
+def test_a_published_checkpoint_is_tuned_by_recipe_and_published_again_and_a_revision_pins(
+    published, home, asked, sraven_run
+):
     repo = published.repo(LOGIC)
     first = repo.head
     (home / "tune.yaml").write_text(
@@ -157,7 +160,10 @@ trainer: {{max_steps: 6, learning_rate: 0.05, warmup_steps: 1, weight_decay: 0.1
 
     sys.argv = ["finetune.py", "{SRAVEN}", "five", "org/five", "trainer.max_steps=4", "trainer.warmup_steps=1",
                 "trainer.learning_rate=0.1", "trainer.eval_samples=16", "trainer.disable_tqdm=true"]
-    runpy.run_path({str(PROJECT / "recipes" / "sraven" / "finetune.py")!r})
+    runpy.run_path({str(FINETUNE)!r}, run_name="__main__")
+    assert main(["publish", "five", "--repo-id", "org/five"]) == 0
+    sys.argv[1:4] = [{str(sraven_run)!r}, "five-local"]
+    runpy.run_path({str(FINETUNE)!r}, run_name="__main__")
     """,
         home,
         published.token,
@@ -169,8 +175,31 @@ trainer: {{max_steps: 6, learning_rate: 0.05, warmup_steps: 1, weight_decay: 0.1
     assert len(repo.commits) == 3 and repo.files(first)["model.safetensors"] != repo.files()["model.safetensors"]
     assert "`hyla publish five --repo-id org/five` would send:" in printed
     assert re.search(r"^ood +accuracy +[0-9.]+ +[0-9.]+\n(.*\n)*.* {2}model.safetensors$", printed, re.MULTILINE)
-    assert ("model", "org/five") not in published.repos
+    assert f"commit `{published.repo(SRAVEN).head}`" in published.repo("org/five").files()["README.md"].decode()
+    assert printed.count("before") == 2 and (home / "five-local" / "run.json").exists()
     assert f"base_model: {LOGIC}" in repo.files()["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{run}"], "Usage: python recipes/sraven/finetune.py MODEL OUTPUT"),
+        (["{run}", "{home}/five", "org/five"], "which nobody else has: publish that model first"),
+        (["{run}", "{home}/five", "five"], "A repository is named ORG/NAME, got 'five'"),
+        (["{run}", "{run}"], "holds a run of another recipe"),
+        (["{home}/nowhere", "{home}/five"], "cannot be loaded"),
+    ],
+)
+def test_the_fine_tuning_script_says_in_a_sentence_what_would_go_wrong_before_it_trains(
+    sraven_run, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40})
+    monkeypatch.setattr("hf_hyla.training.run.HylaTrainer", lambda **_: pytest.fail("it trains"))
+    monkeypatch.setattr("sys.argv", ["finetune.py", *(word.format(run=sraven_run, home=tmp_path) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FINETUNE), run_name="__main__")
+    assert message in ended.value.code and "\n" not in ended.value.code
+    assert not (tmp_path / "five").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Folders of Parquet files: what they hold, who can read them, and that training from one is the same run."""
 
 import json
+import re
+import shlex
 import shutil
 import time
 import warnings
@@ -48,6 +50,20 @@ def sraven(tmp_path_factory):
     assert main(["data", "sraven", "--split", "ood", "--num-examples", "300", "--output", str(folder)]) == 0
     assert main(["data", "sraven", "--split", "train", "test", "--num-examples", "200", "--output", str(folder)]) == 0
     return folder
+
+
+def test_the_snippets_of_the_card_read_the_folder_and_make_it_again(sraven, tmp_path, monkeypatch):
+    card = (sraven / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names = {}
+    exec(code.replace("path/to/this/folder", str(sraven)), names)
+    assert len(names["dataset"]) == 300
+    [commands] = re.findall(r"```bash\n(.*?)```", card, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for line in commands.strip().splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    for name in ("README.md", "task.json"):
+        assert (tmp_path / "folder" / name).read_bytes() == (sraven / name).read_bytes()
 
 
 def test_load_dataset_reads_what_the_task_draws_with_named_and_typed_columns(sraven):
