@@ -49,8 +49,8 @@ NUM_STAGES = 1  # a second stage of loads exceeds the shared memory of the wides
 MAX_HEADS = 64
 # Heads times width that a tile holds without many register spills; wider heads are processed in chunks.
 MAX_TILE = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 512, torch.float64: 256}
-# Bytes of shared memory that the greediest kernel, the key gradient, takes for each byte of heads times width.
-SHARED_MEMORY_FACTOR = 80
+# Bytes of shared memory that the greediest kernel, the key gradient of HYLA+, takes for each of these numbers.
+SHARED_BYTES = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 328, torch.float64: 656}
 OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, that Triton compiles for; older ones lack bfloat16 too
 
 
@@ -64,7 +64,7 @@ def _widest(query: Tensor) -> int:
     widest = max(16, MAX_TILE[query.dtype] // heads)
     if query.is_cuda:
         _, available = _gpu(query.device.index)
-        while widest * heads * query.element_size() * SHARED_MEMORY_FACTOR > available:
+        while widest * heads * SHARED_BYTES[query.dtype] > available:
             widest //= 2
     return widest
 
