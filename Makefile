@@ -41,7 +41,7 @@ test-oldest: .venv-oldest/ready
 test-common: setup
 	HYLA_COMMON_TESTS=1 $(BIN)/python -m pytest tests/common
 
-# On a machine with a GPU, torch and transformers, without .venv and network: tests, benchmark, and the SRAVEN recipe in full.
+# On a machine with a GPU, torch and transformers, without .venv and network: benchmark, the SRAVEN recipe in full, and tests.
 # `make gpu OUT=folder MAX_MINUTES=8` stops training in time, and given again goes on; recipes/gpu.sh has the other settings.
 gpu:
 	PYTHON="$(PYTHON)" recipes/gpu.sh

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# What `make gpu` does, for a machine with a GPU, or with REHEARSAL=1 without: tests, benchmark, training, none of which
-# needs more than torch, transformers and accelerate. A part that fails does not stop the next; the exit code says if one did.
+# What `make gpu` does, for a machine with a GPU, or with REHEARSAL=1 without: benchmark, training, tests, none of which
+# needs more than torch, transformers and accelerate. The tests come last, since they compile for many minutes what the
+# benchmark has checked at its own sizes. A part that fails does not stop the next, and what a part leaves is in OUT when it
+# ends; the exit code says if one failed.
 #
 #   OUT           folder of what is worth taking home: at most 8 files, none over 16 MiB
 #   RUN           folder of the training run
 #   MAX_MINUTES   training saves and stops in this time; the same command goes on
 #   FROM          checkpoint.tar of an earlier OUT, to go on from where RUN is gone
 #   TRAIN         more arguments of `hyla train`, the same every time (default: four processes draw data ahead)
-#   PARTS         which of: tests bench train
+#   PARTS         which of: bench train tests
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,7 +19,7 @@ OUT=${OUT:-runs/gpu}
 RUN=${RUN:-runs/gpu-run}
 MAX_MINUTES=${MAX_MINUTES:-30}
 FROM=${FROM:-$OUT/checkpoint.tar}
-PARTS=${PARTS:-tests bench train}
+PARTS=${PARTS:-bench train tests}
 read -ra TRAIN <<<"${TRAIN:---trainer.dataloader_num_workers 4 --trainer.dataloader_persistent_workers true}"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
@@ -76,8 +78,8 @@ main() {
             echo "== $part: FAILED in $SECONDS seconds"
             failed=1
         fi
+        pack || failed=1
     done
-    pack || failed=1
     return "$failed"
 }
 

@@ -1,13 +1,14 @@
 """
 `hyla bench`: the time and memory that attention, training steps and data take, of every backend in one run.
 
-A backend is first compared with the definition in float64, and where it disagrees no speed is reported. What is compared is
-timed in turn, so that a machine that grows slower or faster does so for all.
+A backend is first compared with the definition in float64, and where it disagrees no speed of it is reported, only that of
+the others. What is compared is timed in turn, so that a machine that grows slower or faster does so for all.
 """
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def benchmark(
     overrides: dict[str, str] | None = None,
     batch_size: int = 128,
     say: Callable[[str], None] = lambda line: None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """
     Measures on the accelerator torch sees, or on the CPU.
@@ -47,15 +49,17 @@ def benchmark(
         overrides: of the recipes whose steps are measured, as `load_recipe` takes them.
         batch_size: of training steps and data.
         say: is told what is measured next.
+        save: is given what there is so far, after every shape of attention, training step and task's data.
 
     Returns:
-        What JSON can hold: `rows`, `skipped` (what was not measured, and why), `seed`, `threads`, `repeats`, `environment`,
-        `hardware` and `schema_version`. A row has `part`, `work` (what was done, `shape` for attention on which sizes),
+        What JSON can hold: `rows`, `skipped` (what was not measured, and why), `failed` (what does not compute what the
+        definition says, or cannot be run, and has no rows), `seed`, `threads`, `repeats`, `environment`, `hardware` and
+        `schema_version`. A row has `part`, `work` (what was done, `shape` for attention on which sizes),
         `subject` (who did it), `seconds` (the median), `quartiles` and `repeats` of it, `peak_bytes` (memory beyond what was
         taken before; `None` where that cannot be known) and `ratios`, its median divided by those of other subjects.
 
     Raises:
-        ValueError: if a backend does not compute what the definition says, or an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     for name, number in {"threads": threads, "repeats": repeats, "lengths": min(lengths, default=1)}.items():
         if number is not None and number < 1:
@@ -63,27 +67,32 @@ def benchmark(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = Meter(device, repeats, say)
     with _threads(threads or torch.get_num_threads()):
-        for part in parts:
-            if part == "attention":
-                curve = [Shape(1, length, 8, 16) for length in lengths]
-                flash = [FLASH_SHAPE] if device.type == "cuda" else []
-                for shape in dict.fromkeys([*shapes, *curve, *flash]):
-                    measure_attention(meter, shape)
-            elif part == "data":
-                for task in ("sraven", "logic"):
-                    measure_data(meter, task, batch_size, overrides)
-            else:
-                measure_steps(meter, part, batch_size, overrides)
-        return {
+        result = {
             "schema_version": SCHEMA_VERSION,
             "rows": meter.rows,
             "skipped": meter.skipped,
+            "failed": meter.failed,
             "seed": SEED,
             "threads": torch.get_num_threads(),
             "repeats": repeats,
             "environment": environment(),
             "hardware": hardware(),
         }
+        # What is asked of a GPU comes first and the long curve last, since a machine may be lent for a short time.
+        flash = [FLASH_SHAPE] if device.type == "cuda" else []
+        curve = [Shape(1, length, 8, 16) for length in lengths]
+        measurements: dict[str, list[Callable[[], None]]] = {
+            "attention": [
+                partial(measure_attention, meter, shape) for shape in dict.fromkeys([*flash, *shapes, *curve])
+            ],
+            "sraven": [partial(measure_steps, meter, "sraven", batch_size, overrides)],
+            "logic": [partial(measure_steps, meter, "logic", batch_size, overrides)],
+            "data": [partial(measure_data, meter, task, batch_size, overrides) for task in ("sraven", "logic")],
+        }
+        for measure in itertools.chain.from_iterable(measurements[part] for part in parts):
+            measure()
+            save(result)
+        return result
 
 
 @contextlib.contextmanager

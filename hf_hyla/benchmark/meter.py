@@ -28,6 +28,7 @@ class Meter:
         self.device, self.repeats, self.say = device, repeats, say
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
+        self.failed: list[str] = []
 
     def compare(
         self,
@@ -35,25 +36,31 @@ class Meter:
         against: tuple[str, ...],
         facts: dict[str, Any],
         factors: dict[str, float] | None = None,
-    ) -> None:
+    ) -> dict[str, dict[str, Any]]:
         """
         Times the works, by the name of their subject, and appends a row for each with its ratios to those named in
-        `against` and the `facts`; the seconds of a subject in `factors` count that many times.
+        `against` and the `facts`; the seconds of a subject in `factors` count that many times. Returns the rows by subject;
+        a work that cannot be run has none.
         """
-        self.say(", ".join(fact for fact in facts.values() if isinstance(fact, str)))
+        what = ", ".join(fact for fact in facts.values() if isinstance(fact, str))
+        self.say(what)
         peaks = {}
         for name, work in works.items():
-            work()  # compiles what there is to compile
-            peaks[name] = self._peak_bytes(work)
-        times: dict[str, list[float]] = {name: [] for name in works}
+            try:
+                work()  # compiles what there is to compile
+                peaks[name] = self._peak_bytes(work)
+            except Exception as error:  # compilers and drivers raise what they like
+                self.fail(f"{what}: {name} cannot be run ({in_a_line(error)}), so no speed of it is reported.")
+        times: dict[str, list[float]] = {name: [] for name in peaks}
         started = time.perf_counter()
-        while self._goes_on(len(next(iter(times.values()))), time.perf_counter() - started):
-            for name, work in works.items():
-                times[name].append(self._seconds(work) * (factors or {}).get(name, 1.0))
+        while times and self._goes_on(len(next(iter(times.values()))), time.perf_counter() - started):
+            for name in times:
+                times[name].append(self._seconds(works[name]) * (factors or {}).get(name, 1.0))
         medians = {name: statistics.median(measured) for name, measured in times.items()}
+        rows = {}
         for name, measured in times.items():
             spread = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else measured * 3
-            self.rows.append({
+            rows[name] = {
                 **facts,
                 "subject": name,
                 "seconds": medians[name],
@@ -61,11 +68,17 @@ class Meter:
                 "repeats": len(measured),
                 "peak_bytes": peaks[name],
                 "ratios": {other: medians[name] / medians[other] for other in against if other in medians},
-            })  # fmt: skip
+            }
+        self.rows += rows.values()
+        return rows
 
     def skip(self, what: str, why: str) -> None:
         self.skipped.append(f"{what}: {why}")
         self.say(f"{what} is skipped: {why}")
+
+    def fail(self, sentence: str) -> None:
+        self.failed.append(sentence)
+        self.say(sentence)
 
     def _goes_on(self, done: int, seconds: float) -> bool:
         if self.repeats is not None:
@@ -109,6 +122,11 @@ def _proc_bytes(file: str, field: str) -> int:
     """A field in kilobytes of a file under Linux's /proc, in bytes."""
     lines = Path("/proc", file).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def available_bytes() -> int | None:

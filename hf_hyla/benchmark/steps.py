@@ -12,7 +12,7 @@ from ..model.modeling_hyla import HylaForSequenceClassification
 from ..tasks import Task
 from ..tasks.throughput import data_throughput
 from ..training import HylaTrainer, HylaTrainingArguments, Recipe, load_recipe
-from .meter import SEED, Meter, Work
+from .meter import SEED, Meter, Work, in_a_line
 
 
 def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:
@@ -21,23 +21,26 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
         step = partial(_TrainingStep, folder=folder, batch_size=batch_size)
         first = step(recipe, "hyla")
         works: dict[str, Work] = {"eager": step(recipe, "eager"), "hyla": first, "softmax": step(softmax, "hyla")}
+        modes = {"hyla, compiled": "default"}
         if meter.device.type == "cuda":
-            for subject, mode in {"hyla, compiled": "default", "hyla, CUDA graphs": "reduce-overhead"}.items():
-                compiled = step(recipe, "hyla", compile_mode=mode)
-                try:
-                    compiled()
-                    works[subject] = compiled
-                except Exception as error:  # compilers raise what they like
-                    meter.skip(f"{name}, {subject}", str(error).partition("\n")[0])
+            modes["hyla, CUDA graphs"] = "reduce-overhead"
+        for subject, mode in modes.items():
+            meter.say(f"{name}: compiles the step of {subject!r}")
+            compiled = step(recipe, "hyla", compile_mode=mode)
+            try:
+                compiled()
+                works[subject] = compiled
+            except Exception as error:  # such as where there is no C++ compiler; compilers raise what they like
+                meter.skip(f"{name}, {subject}", in_a_line(error))
         matrix = torch.randn(1024, 1024, device=meter.device)
         works["matrix products"] = partial(torch.mm, matrix, matrix)
-        meter.compare(
+        rows = meter.compare(
             works,
-            against=("eager", "softmax", "matrix products"),
+            against=("eager", "hyla", "softmax", "matrix products"),
             factors={"matrix products": first.matrix_flop / (2 * 1024**3)},
             facts={"part": name, "work": f"training step of {batch_size}"},
         )
-        meter.rows[-1] |= {"peak_bytes": None, "flop": first.matrix_flop}
+        rows["matrix products"] |= {"peak_bytes": None, "flop": first.matrix_flop}
 
 
 class _TrainingStep:
@@ -89,8 +92,7 @@ def measure_data(meter: Meter, name: str, batch_size: int, overrides: dict[str, 
     facts = {"part": "data", "work": f"{name}, batch of {batch_size}"}
     with tempfile.TemporaryDirectory() as folder:
         step = _TrainingStep(recipe, "hyla", folder=folder, batch_size=batch_size)
-        meter.compare({"training step": step}, against=(), facts=facts)
-    taken = meter.rows[-1]["seconds"]
+        rows = meter.compare({"training step": step}, against=(), facts=facts)
     found = data_throughput(recipe.task, batch_size)
     for order in ("sequential", "shuffled"):
         seconds = batch_size / found[order]
@@ -101,6 +103,6 @@ def measure_data(meter: Meter, name: str, batch_size: int, overrides: dict[str, 
             "quartiles": None,
             "repeats": found["batches"],
             "peak_bytes": None,
-            "ratios": {"training step": seconds / taken},
+            "ratios": {subject: seconds / row["seconds"] for subject, row in rows.items()},
             "samples_per_second": found[order],
         })  # fmt: skip

@@ -231,6 +231,47 @@ def test_the_default_takes_the_fastest_form_that_can_serve(row, shape, dropout, 
     assert fastest_backend(Layer(*row, None), query, query, query, None, 0.5, dropout=dropout) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "heads", "width", "length"),
+    [("hyla", 1, 128, 512), ("hyla", 1, 128, 2048), ("hyla+", 4, 16, 400), ("hyla", 8, 16, 800)],
+)
+def test_where_no_kernel_serves_wide_values_do_not_fill_the_memory(kind, heads, width, length):
+    mixing = torch.empty(heads, width, width, device="meta") if kind == "hyla+" else None
+    layer = Layer("hyla", "rms_head", "relu", mixing)
+    tensor = torch.empty(1, heads, length, width, device="meta")
+    largest = length**2 * (heads * width if kind == "hyla+" else max(heads, width))
+    assert backends_hyla.largest_intermediate(layer, tensor, tensor, tensor) == largest
+    assert fastest_backend(layer, tensor, tensor, tensor, None, 0.5) == "hyla_lean"
+
+
+def test_blocks_of_the_lean_form_hold_the_hidden_layers_of_every_head(monkeypatch):
+    monkeypatch.setattr(backends_hyla, "_BLOCK", 1200)
+    lengths = []
+
+    def noted(module, query, *args, **kwargs):
+        lengths.append(query.shape[2])
+        return eager_attention_forward(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(backends_hyla, "eager_attention_forward", noted)
+    tensors = torch.randn(3, 1, 3, 20, 5).unbind()
+    BACKENDS["hyla_lean"](Layer("hyla", "rms_head", "relu", torch.randn(3, 5, 5)), *tensors, None, 0.5)
+    assert lengths == [4] * 5  # of 20 keys x 3 heads x 5 numbers each
+
+
+def test_lean_form_in_half_precision_adds_its_blocks_up_without_rounding(monkeypatch):
+    case = Case(batch=1, heads=4, queries=256, keys=32, width=8, value_width=8)
+    expected = differentiate(eager_attention_forward, LINEAR, case, torch.float64)
+    monkeypatch.setattr(backends_hyla, "_BLOCK", 1)  # a block for every query
+
+    def errors(backend):
+        found = differentiate(backend, LINEAR, case, torch.bfloat16)
+        return {name: (found[name] - tensor).norm() / tensor.norm() for name, tensor in expected.items()}
+
+    lean, eager = errors(BACKENDS["hyla_lean"]), errors(eager_attention_forward)
+    for name in expected:
+        assert lean[name] <= 1.2 * eager[name], f"{name}: {lean[name]:.2e}, where the eager form has {eager[name]:.2e}"
+
+
 def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_one_line(monkeypatch, caplog):
     layer, query = Layer("hyla", "rms_head", "relu", None), torch.randn(8, 5, 129, 4)
     monkeypatch.setattr(attention_cpu_hyla, "numba", None)

@@ -1,7 +1,9 @@
 """Whole runs, a few steps long: what they write, how they go on, what they refuse."""
 
 import json
+import os
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -86,6 +88,20 @@ def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
     train(recipe_in(tmp_path), tmp_path / "run")
     first, second = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "run"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_recipe_may_have_its_model_compiled(finished, tmp_path):
+    # By a backend that needs no C++ compiler. Arguments that ask for it say so in the environment.
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    with patch.dict(os.environ):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        record = train(recipe_in(tmp_path, trainer=compiled), tmp_path / "run")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    whole = RunRecord.load(finished)
+    assert record.metrics["ood"]["r2"] == pytest.approx(whole.metrics["ood"]["r2"], abs=1e-4)
+    before, after = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "run"))
+    assert before.keys() == after.keys()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
