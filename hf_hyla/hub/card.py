@@ -315,6 +315,7 @@ def _model_index(record: RunRecord, task: Task, repo_id: str | None) -> list[Eva
         )
         for split, scores in record.metrics.items()
         for name in task.metric_names
+        if name in scores
     ]
 
 

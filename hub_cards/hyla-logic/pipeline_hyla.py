@@ -98,10 +98,10 @@ class SymbolicReasoningPipeline(Pipeline):
 
     def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
         """What the model reads of one puzzle or truth table, as a batch of one."""
-        if isinstance(inputs, dict) and self.model.main_input_name in inputs:  # encoded already
+        if isinstance(inputs, _Encoded):
             return inputs
         encode = self._encode_puzzle if self._is_sraven else self._encode_table
-        return encode(_as_lists(inputs))
+        return _Encoded(encode(_as_lists(inputs)))
 
     def _forward(self, inputs: dict[str, torch.Tensor], return_codes: bool = False) -> dict[str, torch.Tensor]:
         outputs = self.model(**inputs, output_attentions=return_codes)
@@ -168,6 +168,10 @@ class SymbolicReasoningPipeline(Pipeline):
         return {"input_values": torch.tensor([*numbers, 0.0]).reshape(1, len(rows), width)}
 
 
+class _Encoded(dict):
+    """What `preprocess` has made, and does not make again: only this file's own, so that any other dict is refused."""
+
+
 def _as_lists(inputs):
     """The same with lists in place of tuples, arrays and tensors."""
     if hasattr(inputs, "tolist"):
@@ -185,7 +189,7 @@ def _is_list(inputs, length: int) -> bool:
 
 def _described(inputs) -> str:
     if not isinstance(inputs, list):
-        return f"{type(inputs).__name__} {inputs!r}"
+        return f"{type(inputs).__name__} {' '.join(repr(inputs).split())}"  # a tensor is written in lines
     return f"{len(inputs)} of lengths {[len(i) if isinstance(i, list) else 0 for i in inputs]}"
 
 

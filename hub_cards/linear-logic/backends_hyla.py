@@ -42,8 +42,8 @@ from .kernels_triton_hyla import triton_attention, triton_problem
 
 logger = logging.get_logger(__name__)
 
-# Numbers of (batch, heads, query, key) up to which the eager form is as fast: the others cost some calls from Python more,
-# the compiled kernel also seconds of compilation for every new size of heads.
+# Numbers of its largest intermediate result up to which the eager form is as fast: the others cost some calls from Python
+# more, the compiled kernel also seconds of compilation for every new size of heads.
 _SMALL = 2**19
 # Numbers that the lean form computes at a time, and above which the default avoids the eager form's memory.
 _BLOCK = 2**22
@@ -66,8 +66,12 @@ def lean_attention_forward(
     """
     seed = dropout_seed(query.device) if dropout > 0.0 else None
     query_length, key_length = query.shape[2], key.shape[2]
-    numbers_per_query = query.shape[0] * key_length * max(query.shape[1], value.shape[-1])
-    rows = max(_BLOCK // max(numbers_per_query, 1), 1)
+    rows = max(_BLOCK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
+    # Each block adds to the gradients of keys, values and a bias by diagonal; half precision would round after every one.
+    key, value = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (key, value))
+    bias_dtype = None if position_bias is None else position_bias.dtype
+    if position_bias is not None and position_bias.ndim == 2:
+        position_bias = position_bias.to(torch.promote_types(position_bias.dtype, torch.float32))
     outputs = []
     for first in range(0, query_length, rows):
         last = min(first + rows, query_length)
@@ -79,20 +83,30 @@ def lean_attention_forward(
         mask = attention_mask
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, first:last]
-        output, _ = checkpoint(
-            partial(eager_attention_forward, scaling=scaling, dropout=dropout, first_query=first),
+        output = checkpoint(
+            partial(_attend_block, bias_dtype=bias_dtype, scaling=scaling, dropout=dropout, first_query=first),
             module,
             query[:, :, first:last],
             key,
             value,
             mask,
-            position_bias=bias,
+            bias,
             seed=seed,
             use_reentrant=False,
             preserve_rng_state=False,
         )
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
+
+
+def _attend_block(
+    module: Any, query, key, value, mask, bias, bias_dtype: torch.dtype | None, **kwargs
+) -> torch.Tensor:
+    """The eager form of what is kept with more digits than the queries have."""
+    bias = None if bias is None else bias.to(bias_dtype)
+    return eager_attention_forward(
+        module, query, key.to(query.dtype), value.to(query.dtype), mask, position_bias=bias, **kwargs
+    )[0]
 
 
 def sdpa_attention_forward(
@@ -146,7 +160,7 @@ def kernel_attention_forward(
     Raises:
         ValueError: if it cannot compute this layer here, saying why.
     """
-    if problem := _kernel_problem(kernel, module, query, key, value, position_bias):
+    if problem := kernel_problem(kernel, module, query, key, value, position_bias):
         raise ValueError(f"{kernel} cannot compute this layer: {problem}.")
     output = {"hyla_cpu": cpu_attention, "hyla_triton": triton_attention}[kernel](
         query,
@@ -195,18 +209,27 @@ def fastest_backend(
     """The name in `BACKENDS` of the form that the default takes."""
     if torch.compiler.is_exporting():
         return "eager"  # operators that every runtime has
-    numbers = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    numbers = largest_intermediate(module, query, key, value)
     if numbers <= _SMALL:
         return "eager"
     if not module.training and _sdpa_problem(module, dropout) is None:
         return "hyla_sdpa"  # the gradient of the position bias makes it slow in training
     kernel = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}.get(query.device.type)
-    problem = _kernel_problem(kernel, module, query, key, value, position_bias)
+    problem = kernel_problem(kernel, module, query, key, value, position_bias)
     if kernel and problem is None:
         return kernel
     if not torch.compiler.is_compiling():
         logger.info_once(f"Attention is computed without a fused kernel: {problem}.")
     return "hyla_lean" if numbers > _BLOCK else "eager"
+
+
+def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """Numbers of the largest intermediate result of the eager form: codes, hidden layers, or HYLA+'s for every head."""
+    pairs = query.shape[0] * query.shape[2] * key.shape[2]
+    heads, width = query.shape[1], value.shape[3]
+    if module.attention_type != "hyla":
+        return pairs * heads
+    return pairs * (max(heads, width) if module.value_mixing is None else heads * width)
 
 
 def _sdpa_problem(module: Any, dropout: float) -> str | None:
@@ -217,7 +240,7 @@ def _sdpa_problem(module: Any, dropout: float) -> str | None:
     return None
 
 
-def _kernel_problem(kernel: str | None, module: Any, query, key, value, position_bias) -> str | None:
+def kernel_problem(kernel: str | None, module: Any, query, key, value, position_bias) -> str | None:
     """Why the kernel cannot compute this layer here, or `None` where it can."""
     if kernel is None:
         return f"there is none for {query.device.type}"

@@ -49,6 +49,9 @@ NUM_STAGES = 1  # a second stage of loads exceeds the shared memory of the wides
 MAX_HEADS = 64
 # Heads times width that a tile holds without many register spills; wider heads are processed in chunks.
 MAX_TILE = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 512, torch.float64: 256}
+# Bytes of shared memory that the greediest kernel, the key gradient of HYLA+, takes for each of these numbers.
+SHARED_BYTES = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 328, torch.float64: 656}
+OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, that Triton compiles for; older ones lack bfloat16 too
 
 
 def _padded(size: int) -> int:
@@ -56,10 +59,25 @@ def _padded(size: int) -> int:
 
 
 def _widest(query: Tensor) -> int:
-    return max(16, MAX_TILE[query.dtype] // _padded(query.shape[1]))
+    """The width of a chunk, a power of two; below 16, the least of tensor cores, the device lacks shared memory."""
+    heads = _padded(query.shape[1])
+    widest = max(16, MAX_TILE[query.dtype] // heads)
+    if query.is_cuda:
+        _, available = _gpu(query.device.index)
+        while widest * heads * SHARED_BYTES[query.dtype] > available:
+            widest //= 2
+    return widest
 
 
-def _form(query, key, value, scaling, score_norm, activation, generated, dropout) -> Form:
+@torch.compiler.assume_constant_result
+def _gpu(index: int) -> tuple[tuple[int, int], int]:
+    """Compute capability of a GPU, and bytes of shared memory that one of its programs can have."""
+    found = torch.cuda.get_device_properties(index)
+    usual = found.shared_memory_per_block
+    return (found.major, found.minor), getattr(found, "shared_memory_per_block_optin", usual)
+
+
+def _form(query, key, value, mask, scaling, score_norm, activation, generated, dropout) -> Form:
     heads, head_dim, value_head_dim = query.shape[1], query.shape[3], value.shape[3]
     head_block = _padded(heads)
     head_dim_block = min(_padded(head_dim), _widest(query))
@@ -67,6 +85,8 @@ def _form(query, key, value, scaling, score_norm, activation, generated, dropout
     total = tl.float64 if query.dtype == torch.float64 else tl.float32
     operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, total)
     far = max(*map(_span, (query, key, value)), heads * query.shape[2] * value_head_dim)
+    if mask is not None:
+        far = max(far, _span(_for_pairs(mask, query, key)))
     # Triton 3.6 takes no bare integers out of a tuple as sizes of tensors; its interpreter takes nothing else.
     size = int if INTERPRETED else tl.constexpr
     return Form(
@@ -93,9 +113,8 @@ def _form(query, key, value, scaling, score_norm, activation, generated, dropout
 
 
 def _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum) -> Inputs:
-    length = (query.shape[2], key.shape[2])
     if mask is not None:
-        mask = mask.expand(query.shape[0], 1, *length).view(torch.uint8)
+        mask = _for_pairs(mask, query, key).view(torch.uint8)
     return Inputs(
         query=_view(query),
         key=_view(key),
@@ -108,9 +127,13 @@ def _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, 
         maximum=maximum,
         inverse_sum=inverse_sum,
         delta=None,
-        query_length=length[0],
-        key_length=length[1],
+        query_length=query.shape[2],
+        key_length=key.shape[2],
     )
+
+
+def _for_pairs(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
 
 
 def _span(tensor: Tensor) -> int:
@@ -129,7 +152,7 @@ def _launch(kernel, programs: int, chunks: int, form: Form, *arguments) -> None:
 
 def _forward(query, key, value, mask, position_bias, value_mixing, dropout_seed, *options):
     """The output (batch, query, heads, value_head_dim), and what softmax keeps for the backward."""
-    form = _form(query, key, value, *options)
+    form = _form(query, key, value, mask, *options)
     programs = query.shape[0] * -(-query.shape[2] // BLOCK)
     output, maximum, inverse_sum = _empty_outputs(query, value, form.score_norm)
     x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
@@ -163,7 +186,7 @@ def _backward(
     *options,
 ):
     """Gradients of query, key, value, position_bias and value_mixing; empty where not wanted."""
-    form = _form(query, key, value, *options)
+    form = _form(query, key, value, mask, *options)
     x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
     x = x._replace(gradient=_view(gradient.contiguous().transpose(1, 2)), delta=torch.empty_like(maximum))
     batch, heads, length, _ = query.shape
@@ -260,6 +283,17 @@ def triton_problem(query: Tensor, value_mixing: Tensor | None = None) -> str | N
         return f"the kernel computes in {', '.join(map(str, MAX_TILE))}, not in {query.dtype}"
     if query.shape[1] > MAX_HEADS:
         return f"the kernel takes at most {MAX_HEADS} heads, not {query.shape[1]}"
+    if query.is_cuda:
+        capability, available = _gpu(query.device.index)
+        if capability < OLDEST_CAPABILITY:
+            return "the kernel needs a GPU of compute capability {}.{}, not {}.{}".format(
+                *OLDEST_CAPABILITY, *capability
+            )
+        if _widest(query) < 16:
+            return (
+                f"with {query.shape[1]} heads in {query.dtype} the kernel needs more shared memory than the "
+                f"{available // 1024} KiB that this GPU gives a program"
+            )
     if value_mixing is not None and value_mixing.shape[2] > _widest(query):
         return (
             f"with {query.shape[1]} heads in {query.dtype} the kernel takes a second value layer up to a value_head_dim of "

@@ -234,6 +234,15 @@ def test_a_run_without_results_gets_no_card(logic_run, copied, changes, message)
         card_files(copied(logic_run, **changes))
 
 
+def test_a_score_that_no_sample_could_be_measured_by_is_shown_as_missing(sraven_run, copied):
+    metrics = json.loads((sraven_run / "run.json").read_text())["metrics"]
+    del metrics["ood"]["accuracy_unique"]
+    text = card_files(copied(sraven_run, metrics=metrics))["README.md"]
+    row = next(line for line in text.splitlines() if line.startswith("| `ood` |"))
+    assert row.split("|")[6].strip() == "–"
+    assert sum(line.strip() == "- type: accuracy_unique" for line in text.splitlines()) == 1  # of test
+
+
 def test_a_run_that_is_not_finished_gets_no_card(logic_run, copied):
     run = copied(logic_run)
     (run / "run.json").unlink()
