@@ -61,6 +61,41 @@ def test_the_table_of_results_is_what_the_command_prints(capsys):
     assert f"$ hyla compare recipes/results\n{capsys.readouterr().out}```" in README
 
 
+def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
+    record = json.loads((PROJECT / "recipes" / "results" / "bench" / "cpu.json").read_text())
+    assert record["failed"] == []
+
+    def row(part, work, subject, shape=None):
+        key = (part, work, shape, subject)
+        [found] = [row for row in record["rows"] if (row["part"], row["work"], row.get("shape"), row["subject"]) == key]
+        return found
+
+    both, step = "forward + backward", "training step of 128"
+    puzzles, long, longest = (
+        f"{size}, float32" for size in ("128 x 36 x 16 heads x 4", "1 x 1024 x 8 heads x 16", "1 x 4096 x 8 heads x 16")
+    )
+    bytes_of = {name: row("attention", both, name, longest)["peak_bytes"] for name in ("fused", "lean", "eager")}
+    ratios = [
+        row("attention", both, "fused", puzzles)["ratios"]["eager"],
+        row("attention", both, "fused", long)["ratios"]["eager"],
+        row("attention", both, "fused", long)["ratios"]["sdpa"],
+        row("attention", both, "fused", long)["ratios"]["sdpa, fixed bias"],
+        bytes_of["fused"] / bytes_of["eager"],
+        bytes_of["lean"] / bytes_of["eager"],
+        row("sraven", step, "hyla")["ratios"]["eager"],
+        row("sraven", step, "hyla")["ratios"]["softmax"],
+        row("sraven", step, "hyla")["ratios"]["matrix products"],
+        row("logic", step, "hyla")["ratios"]["eager"],
+        row("sraven", step, "hyla, compiled")["ratios"]["hyla"],
+        row("logic", step, "hyla, compiled")["ratios"]["hyla"],
+        row("data", "sraven, batch of 128", "sequential")["ratios"]["training step"],
+        row("data", "logic, batch of 128", "sequential")["ratios"]["training step"],
+    ]
+    section = README.partition("## Speed\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"\| (\d+\.\d+) \|$", section, flags=re.MULTILINE)
+    assert shown == [f"{ratio:.3f}" if ratio < 0.1 else f"{ratio:.2f}" for ratio in ratios]
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=[f"{path.parent.name}/{path.stem}" for path in RESULTS])
 def test_committed_records_were_made_by_committed_code_and_name_no_machine(path):
     record = json.loads(path.read_text())
