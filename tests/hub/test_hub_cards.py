@@ -19,6 +19,8 @@ PROJECT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in PROJECT.glob("hub_cards/*/run.json"))
 # Whose repository the committed cards are for.
 ORGANISATION = "hf-hyla"
+# What is probed besides the answer.
+RULE_OR_TERM = {"sraven": "rule", "logic": "term"}
 
 trained = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
@@ -28,7 +30,8 @@ def results_of(folder: Path) -> list[Path]:
 
 
 def test_there_are_trained_models():
-    assert {"hyla-logic", "softmax-logic", "linear-logic"} <= {folder.name for folder in FOLDERS}
+    expected = {"hyla-logic", "softmax-logic", "linear-logic", "hyla-sraven", "softmax-sraven"}
+    assert expected <= {folder.name for folder in FOLDERS}
 
 
 @trained
@@ -122,7 +125,7 @@ def test_the_probe_found_structure_and_its_control_is_at_chance(folder):
             distance = abs(control["value"] - result["chance"][metric])
             assert distance < 0.02 + 4 * control["standard_error"], (result["subject"], result["layer"], metric)
     everything = [result for result in report["probes"] if result["layer"] is None]
-    assert {result["subject"] for result in everything} == {"term", "target"}
+    assert {result["subject"] for result in everything} == {RULE_OR_TERM[report["task"]["name"]], "target"}
     for result in everything:
         for metric, score in result["scores"].items():
             assert score["value"] > result["chance"][metric] + 4 * score["standard_error"], (result["subject"], metric)
