@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_attention import ROWS, Layer
+from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import attention_cpu_hyla, backends_hyla, kernels_cpu_hyla
@@ -351,3 +352,11 @@ def test_the_operators_of_the_kernel_keep_torch_s_contract():
         arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+    # What a compiler is told of the gradients, their strides included, must be so.
+    output, statistics = torch.ops.hyla.cpu_forward(*arguments)
+    inputs = [None if x is None else x.detach() if torch.is_tensor(x) else x for x in (statistics, *arguments)]
+    gradients = torch.ops.hyla.cpu_backward(torch.randn(output.shape), *inputs)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if torch.is_tensor(x) else x for x in (torch.randn(output.shape), *inputs)]
+        told = torch.ops.hyla.cpu_backward(*fake)
+    assert [x.stride() for x in gradients] == [x.stride() for x in told]
