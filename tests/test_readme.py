@@ -61,6 +61,19 @@ def test_the_table_of_results_is_what_the_command_prints(capsys):
     assert f"$ hyla compare recipes/results\n{capsys.readouterr().out}```" in README
 
 
+def test_what_readme_says_of_codes_is_what_the_committed_probes_found():
+    def rule(model):
+        report = json.loads((PROJECT / "hub_cards" / f"{model}-sraven" / "probe" / "probe.json").read_text())
+        [result] = [r for r in report["probes"] if (r["subject"], r["layer"]) == ("rule", None)]
+        alone = report["answer_alone"]["rule"]["accuracy"]["value"]
+        return [result["scores"]["accuracy"]["value"], result["chance"]["accuracy"], alone]
+
+    hyla, softmax = rule("hyla"), rule("softmax")
+    paragraph = README.partition("On SRAVEN the codes say which operation runs.")[2].partition("\n\n")[0]
+    assert re.findall(r"\d\.\d\d", paragraph) == [f"{hyla[0]:.2f}", f"{softmax[0]:.2f}", f"{hyla[1]:.2f}"]
+    assert {f"{x:.2f}" for x in hyla[1:] + softmax[1:]} == {f"{hyla[1]:.2f}"}
+
+
 def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
     record = json.loads((PROJECT / "recipes" / "results" / "bench" / "cpu.json").read_text())
     assert record["failed"] == []

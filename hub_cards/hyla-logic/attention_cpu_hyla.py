@@ -176,7 +176,7 @@ def _backward(
         grad_query.transpose(1, 2),
         (grad_key[0] if splits == 1 else grad_key.sum(0)).transpose(1, 2),
         (grad_value[0] if splits == 1 else grad_value.sum(0)).transpose(1, 2),
-        grad_bias.sum(0)[:, : query_length + key_length - 1],
+        grad_bias.sum(0)[:, : query_length + key_length - 1].contiguous(),
         grad_mixing.sum(0),
     )
 

@@ -20,6 +20,8 @@ never leave the first-level cache. The backward computes scores and network agai
 
 Notation, for one query and a tile of keys: `scores[h, k]`, which become probabilities under softmax; `factor[k]`, what
 RMSHead and dropout multiply a pair's scores with; the code of a pair is `scores[h, k] * factor[k]`.
+
+All of it lies in one file: numba takes what it has compiled for up to date as long as the file of the outermost function is.
 """
 
 import math

@@ -1,0 +1,332 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""HylaConfig: every choice that makes a HYLA, linear or softmax attention model."""
+
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+
+# Keywords that transformers itself puts into a config without declaring them as fields.
+_UNDECLARED_KEYWORDS = frozenset((
+    "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
+    "per_layer_config", "torch_dtype", "model_type", "auto_map", "custom_pipelines", "quantization_config",
+    "tie_word_embeddings", "tie_last_hidden_states", "tokenizer_class", "bos_token_id", "eos_token_id", "use_cache",
+    "_commit_hash",
+))  # fmt: skip
+
+
+# The docstring is written by hand, with the paper's terms.
+# trf-ignore: TRF057
+@strict
+class HylaConfig(PreTrainedConfig):
+    r"""
+    Configuration of the HYLA family of "Attention as a Hypernetwork" (arXiv 2406.05816). The defaults give the paper's
+    SRAVEN model with HYLA attention: 402,952 parameters, of which 128 are the answer slot's row of zeros.
+
+    The three attentions and all their ablations in the paper's Table A1 are settings of `attention_type`,
+    `score_norm`, `value_activation` and `value_depth`.
+
+    Args:
+        attention_type (`str`, *optional*, defaults to `"hyla"`):
+            `"hyla"`: the scores over heads generate a value network per (query, key) pair. `"linear"` and `"softmax"`:
+            values are mixed over keys as in ordinary multi-head attention.
+        score_norm (`str`, *optional*):
+            How scores become codes: `"rms_head"` (divided by their root mean square over heads, for every pair),
+            `"softmax"` (over keys) or `"none"`. `None` follows the type: hyla `rms_head`, linear `none`, softmax
+            `softmax`.
+        value_activation (`str`, *optional*):
+            Nonlinearity of the value network, a name known to transformers such as `"relu"`, or `"none"`. `None`
+            follows the type: hyla `relu`, the others `none`.
+        value_depth (`int`, *optional*, defaults to 1):
+            Hidden layers of the generated value network; 2 is the paper's HYLA+.
+        vocab_size (`int`, *optional*, defaults to 9):
+            Number of token ids, for models that read `input_ids`. Exactly one of `vocab_size` and `input_size` is set.
+        input_size (`int`, *optional*):
+            Width of one token, for models that read continuous `input_values`.
+        answer_token_id (`int`, *optional*, defaults to 8):
+            Id of the slot in which an answer is to appear; its embedding is held at zero. `None` for text. Without
+            effect where `vocab_size` is `None`.
+        embedding_bias (`bool`, *optional*, defaults to `True`):
+            Whether one bias is added to the embedding of every token, which makes the table equal to a dense layer
+            on one-hot symbols. `False` for text. Without effect where `vocab_size` is `None`.
+        pad_token_id (`int`, *optional*):
+            Id of padding. Tells the classification head where a sequence ends when no attention mask is given.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width of the residual stream.
+        num_hidden_layers (`int`, *optional*, defaults to 4):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 16):
+            Number of heads, which is the width of the latent code.
+        head_dim (`int`, *optional*, defaults to 4):
+            Width of queries and keys per head. `None` means `hidden_size / num_attention_heads`.
+        value_head_dim (`int`, *optional*, defaults to 4):
+            Width of values per head. `None` means `hidden_size / num_attention_heads`.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether queries and keys pass a LayerNorm without bias over the head width, its scale shared by all heads.
+        position_type (`str`, *optional*, defaults to `"relative"`):
+            `"relative"`: every layer adds a learnt bias per head and distance bucket to its scores. `"none"`: no
+            positions.
+        relative_attention_num_buckets (`int`, *optional*, defaults to 36):
+            Number of distance buckets, and the distance from which on all share the last one.
+        is_causal (`bool`, *optional*, defaults to `False`):
+            Whether a query sees only its own and earlier keys.
+        attention_dropout (`float`, *optional*, defaults to 0.1):
+            Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
+        ffn_type (`str`, *optional*, defaults to `"mlp"`):
+            Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
+        intermediate_size (`int`, *optional*, defaults to 256):
+            Width of the feed-forward, and of every expert.
+        hidden_act (`str`, *optional*):
+            Nonlinearity of the feed-forward. `None` follows `ffn_type`: swiglu `silu`, the others `gelu_pytorch_tanh`.
+        num_experts (`int`, *optional*, defaults to 4):
+            Experts of a mixture. The paper gives neither this nor the next number: both are ours.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            Experts that a token is sent to.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether a mixture returns the routers' logits and the load-balancing loss, and adds the latter to the loss.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
+            Weight of the load-balancing loss.
+        norm_type (`str`, *optional*, defaults to `"layer_norm"`):
+            Norm inside the layers, `"layer_norm"` or `"rms_norm"`. The final norm is always a LayerNorm.
+        norm_eps (`float`, *optional*, defaults to 1e-6):
+            Added to the variance in every norm.
+        num_answers (`int`, *optional*, defaults to 4):
+            How many of the last tokens carry an answer of the classification head.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the weights' layout and meaning; raised when older code would misread newer weights.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: for settings of the wrong type or that contradict each other.
+        ValueError: for a misspelt field, with the nearest name.
+
+    ```python
+    >>> from hf_hyla import HylaConfig, HylaForSequenceClassification
+
+    >>> model = HylaForSequenceClassification(HylaConfig())
+    >>> model.num_parameters()
+    402952
+    ```"""
+
+    model_type = "hyla"
+    keys_to_ignore_at_inference = ["aux_loss", "router_logits"]
+
+    attention_type: Literal["hyla", "linear", "softmax"] = "hyla"
+    score_norm: Literal["rms_head", "softmax", "none"] | None = None
+    value_activation: str | None = None
+    value_depth: Literal[1, 2] = 1
+
+    vocab_size: int | None = 9
+    input_size: int | None = None
+    answer_token_id: int | None = 8
+    embedding_bias: bool = True
+    pad_token_id: int | None = None
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 16
+    head_dim: int | None = 4
+    value_head_dim: int | None = 4
+    qk_norm: bool = False
+    position_type: Literal["relative", "none"] = "relative"
+    relative_attention_num_buckets: int = 36
+    is_causal: bool = False
+    attention_dropout: float | int = 0.1
+
+    ffn_type: Literal["mlp", "swiglu", "moe"] = "mlp"
+    intermediate_size: int = 256
+    hidden_act: str | None = None
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.01
+    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: float | int = 1e-6
+
+    num_answers: int = 4
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        _report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
+        if self.id2label is None:
+            kwargs.setdefault("num_labels", 8)
+        if self.vocab_size is None:
+            self.answer_token_id, self.embedding_bias = None, False
+        # Every class is loadable from every repository, whichever of them was saved; set anew each time, since
+        # transformers points the entries of a downloaded config back to the repository they came from.
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_hyla.HylaConfig",
+            "AutoModel": "modeling_hyla.HylaModel",
+            "AutoModelForSequenceClassification": "modeling_hyla.HylaForSequenceClassification",
+        }
+        # transformers would ask for leave to run the repository's pipeline even where the package has registered its own.
+        kwargs.pop("custom_pipelines", None)
+        if _is_remote_code():
+            kwargs["custom_pipelines"] = _custom_pipelines()
+        super().__post_init__(**kwargs)
+
+        for name in ("head_dim", "value_head_dim"):
+            if getattr(self, name) is None:
+                if self.hidden_size % max(self.num_attention_heads, 1):
+                    raise ValueError(
+                        f"{name}=None means hidden_size / num_attention_heads, but {self.hidden_size} is not a multiple "
+                        f"of {self.num_attention_heads}: set {name}, or change one of the two."
+                    )
+                setattr(self, name, self.hidden_size // self.num_attention_heads)
+
+    def to_dict(self) -> dict:
+        # transformers puts classes, which are not JSON, into the entry of the config that it loads a pipeline by.
+        return super().to_dict() | {"custom_pipelines": _custom_pipelines()}
+
+    def to_diff_dict(self) -> dict:
+        # transformers does not write its default of two labels, and reading would then give our default of eight.
+        return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
+
+    @property
+    def effective_score_norm(self) -> str:
+        """`score_norm`, or what follows from `attention_type` where it is `None`."""
+        return self.score_norm or {"hyla": "rms_head", "linear": "none", "softmax": "softmax"}[self.attention_type]
+
+    @property
+    def effective_value_activation(self) -> str:
+        """`value_activation`, or what follows from `attention_type` where it is `None`; `"none"` is the identity."""
+        return self.value_activation or ("relu" if self.attention_type == "hyla" else "none")
+
+    @property
+    def effective_hidden_act(self) -> str:
+        """`hidden_act`, or what follows from `ffn_type` where it is `None`."""
+        return self.hidden_act or ("silu" if self.ffn_type == "swiglu" else "gelu_pytorch_tanh")
+
+    def validate_architecture(self):
+        """Called by `@strict` after every construction; refuses settings that contradict each other."""
+        if (self.vocab_size is None) == (self.input_size is None):
+            raise ValueError(
+                f"Exactly one of vocab_size (for input_ids) and input_size (for input_values) must be set, got "
+                f"vocab_size={self.vocab_size} and input_size={self.input_size}: set the other one to None."
+            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if self.position_type == "relative" and self.relative_attention_num_buckets < 2:
+            raise ValueError(
+                f"relative_attention_num_buckets must be at least 2, got {self.relative_attention_num_buckets}."
+            )
+        if not self.num_labels:
+            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
+        if self.problem_type not in _PROBLEM_TYPES:
+            raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {self.problem_type!r}.")
+        if self.format_version != FORMAT_VERSION:
+            # Where the package is installed, transformers takes it rather than the code beside the weights.
+            logger.warning_once(
+                f"This model was saved in format {self.format_version}, but the code in use, "
+                f"{'which lies beside the weights' if _is_remote_code() else 'the installed package hf_hyla'}, reads format "
+                f"{FORMAT_VERSION} and may misread it: use the version of hf_hyla that saved the model."
+            )
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}.")
+        for name in ("answer_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and self.vocab_size is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{name} must be one of the ids 0 to {self.vocab_size - 1} (vocab_size={self.vocab_size}), got "
+                    f"{token}: set {name}=None if there is no such token."
+                )
+        if self.answer_token_id is not None and self.answer_token_id + 1 != self.vocab_size:
+            logger.warning_once(
+                f"Token id {self.answer_token_id} is the answer slot and its embedding is held at zero; set "
+                "answer_token_id=None if it is an ordinary token."
+            )
+        if self.answer_token_id is not None and self.answer_token_id == self.pad_token_id:
+            raise ValueError(
+                f"pad_token_id and answer_token_id are both {self.pad_token_id}: give them different ids."
+            )
+        for name, also in (("value_activation", {"none"}), ("hidden_act", set())):
+            value = getattr(self, name)
+            if value is not None and value not in ACT2FN and value not in also:
+                raise ValueError(
+                    f"{name}={value!r} is not an activation that transformers knows{_nearest(value, [*ACT2FN, *also])}."
+                )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}: a token goes to "
+                "each expert once at most."
+            )
+        generated = self.attention_type == "hyla"
+        if self.value_depth == 2 and not generated:
+            raise ValueError(
+                f"value_depth=2 needs a generated value network, but attention_type={self.attention_type!r} mixes "
+                "values: set attention_type='hyla' or value_depth=1."
+            )
+        if not generated and (self.attention_type == "softmax") != (self.effective_score_norm == "softmax"):
+            raise ValueError(
+                f"score_norm={self.score_norm!r} does not go with attention_type={self.attention_type!r}: softmax scores "
+                "with mixed values are attention_type='softmax', all others are 'linear'."
+            )
+
+
+def _is_remote_code() -> bool:
+    return __name__.startswith("transformers_modules.")
+
+
+def _custom_pipelines() -> dict[str, dict]:
+    implementation = "pipeline_hyla.SymbolicReasoningPipeline"
+    return {"symbolic-reasoning": {"impl": implementation, "pt": ["AutoModelForSequenceClassification"]}}
+
+
+_LEAST = {
+    "vocab_size": 1,
+    "input_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "head_dim": 1,
+    "value_head_dim": 1,
+    "intermediate_size": 1,
+    "num_experts": 1,
+    "num_experts_per_tok": 1,
+    "router_aux_loss_coef": 0,
+    "num_answers": 1,
+    "norm_eps": 0,
+}
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _report_unknown_keywords(kwargs: dict, known) -> None:
+    # transformers stores whatever keyword it does not know, so that a typo would silently train the default.
+    known = {*known, *_UNDECLARED_KEYWORDS}
+    for name in kwargs:
+        if name in known or name.startswith("_"):
+            continue
+        if suggestion := _nearest(name, known):
+            raise ValueError(f"HylaConfig has no field {name!r}{suggestion}")
+        logger.warning(f"HylaConfig has no field {name!r}; it is stored, but nothing reads it.")
+
+
+HylaConfig.register_for_auto_class()
+
+__all__ = ["HylaConfig"]

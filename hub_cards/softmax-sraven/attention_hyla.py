@@ -1,0 +1,229 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The mathematics of attention as a hypernetwork (arXiv 2406.05816, section 2), plainly written.
+
+Shapes throughout: queries (batch, heads, query, head_dim), keys (batch, heads, key, head_dim), values
+(batch, heads, key, value_head_dim), scores and codes (batch, heads, query, key). What other backends compute is
+defined by `eager_attention_forward`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+RMS_HEAD_EPS = 1e-6
+
+
+def relative_position_buckets(query_length: int, key_length: int, num_buckets: int, device=None) -> torch.Tensor:
+    """
+    Distance buckets after T5 in its unidirectional form, which the reference uses for non-causal tasks too: all later
+    keys share bucket 0 with the query itself. The last query stands beside the last key.
+
+    Distances up to `num_buckets // 2` have a bucket each; beyond, buckets widen logarithmically until distance
+    `num_buckets`, from which on all share the last one.
+
+    Returns:
+        `torch.LongTensor` of shape (query + key - 1,), values 0 to `num_buckets - 1`, by diagonal as in `by_pair`.
+    """
+    distance = (key_length - 1 - torch.arange(query_length + key_length - 1, device=device)).clamp(min=0)
+    num_exact = num_buckets // 2
+    # Where the argument is below 1 the value is not used; the clamp keeps the logarithm finite there.
+    relative = (distance.float() / num_exact).clamp(min=1.0)
+    logarithmic = num_exact + (relative.log() / math.log(num_buckets / num_exact) * (num_buckets - num_exact)).long()
+    return torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
+
+
+def by_pair(by_diagonal: torch.Tensor, query_length: int, key_length: int) -> torch.Tensor:
+    """
+    Numbers of (query, key) pairs that depend on key - query alone, written out.
+
+    Args:
+        by_diagonal (`torch.Tensor` of shape (..., query + key - 1)): entry `key - query + query_length - 1` belongs to the
+            pair.
+
+    Returns:
+        `torch.Tensor` of shape (..., query, key).
+    """
+    query = torch.arange(query_length, device=by_diagonal.device)
+    key = torch.arange(key_length, device=by_diagonal.device)
+    return by_diagonal[..., key[None, :] - query[:, None] + query_length - 1]
+
+
+def pair_dropout(
+    queries: torch.Tensor, keys: torch.Tensor, seed: torch.Tensor, dropout: float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """
+    What dropout multiplies the codes of pairs with: 0, or 1 / (1 - dropout). One number for the whole batch and all heads,
+    as in the reference: a pair is dropped, never a part of its code.
+
+    A pure function of the seed and the pair, so that every backend, and every process that draws the same seed, drops the
+    same pairs, and nothing of size query * key has to be kept for the backward.
+
+    Args:
+        queries, keys (`torch.LongTensor` of shapes (query,) and (key,)): positions.
+        seed (`torch.LongTensor` of shape (2,)): numbers from 0 to 2**31 - 1.
+
+    Returns:
+        `torch.Tensor` of shape (query, key).
+    """
+    words = _mix(_mix(queries ^ seed[0])[:, None] ^ _mix(keys ^ seed[1])[None, :])
+    return (words >= int(dropout * 2**32)).to(dtype) / (1 - dropout)
+
+
+def _mix(words: torch.Tensor) -> torch.Tensor:
+    # A permutation of 32-bit words in the manner of MurmurHash3's last step. In 64 bits no product overflows.
+    words = words ^ (words >> 16)
+    words = (words * 0x21F0AAAD) & 0xFFFFFFFF
+    words = words ^ (words >> 15)
+    words = (words * 0x735A2D97) & 0xFFFFFFFF
+    return words ^ (words >> 15)
+
+
+def dropout_seed(device) -> torch.Tensor:
+    """A seed for `pair_dropout`, from the generator of the device: one draw per layer and step, whatever the batch."""
+    return torch.randint(2**31, (2,), device=device)
+
+
+def attended(attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    A mask in booleans, True where a query attends to a key: of integers, 1 attends and 0 does not; of floats, as
+    transformers writes them, 0.0 attends and any negative number does not.
+
+    Biases are not masks: they go into `position_bias`.
+    """
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask >= 0 if attention_mask.is_floating_point() else attention_mask != 0
+
+
+def attention_codes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    score_norm: str,
+    attention_mask: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Latent codes: the scores `query · key * scaling + position_bias`, normalised.
+
+    `"rms_head"` divides the vector of scores over heads by its root mean square, separately for every (query, key)
+    pair; `"softmax"` normalises over keys; `"none"` leaves the scores. Masked scores are exactly 0 before `"rms_head"`
+    and `"none"`, so that a fully masked row is all zeros; under `"softmax"` they are the dtype's minimum, so that a
+    fully masked row is uniform.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): broadcastable to (batch, 1, query, key), see `attended`.
+        position_bias (`torch.Tensor`, *optional*): (heads, query + key - 1), by diagonal as in `by_pair`, or broadcastable
+            to (batch, heads, query, key).
+
+    Returns:
+        `torch.Tensor` of shape (batch, heads, query, key), in the queries' dtype.
+    """
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
+    if position_bias is not None:
+        scores = scores + (by_pair(position_bias, *scores.shape[-2:]) if position_bias.ndim == 2 else position_bias)
+    # Half precision overflows in squares and exponentials; double precision stays what it is.
+    norm_dtype = torch.promote_types(scores.dtype, torch.float32)
+    if score_norm == "softmax":
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attended(attention_mask), torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1, dtype=norm_dtype).to(query.dtype)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attended(attention_mask), 0.0)
+    if score_norm == "rms_head":
+        wide = scores.to(norm_dtype)
+        mean_square = wide.square().mean(dim=1, keepdim=True)
+        scores = (wide * torch.rsqrt(mean_square + RMS_HEAD_EPS)).to(query.dtype)
+    return scores
+
+
+def mixed_values(codes: torch.Tensor, value: torch.Tensor, activation: nn.Module | None) -> torch.Tensor:
+    """
+    Ordinary attention: `out[q, h] = Σ_k codes[h, q, k] · φ(value[k, h])`.
+
+    Returns:
+        `torch.Tensor` of shape (batch, heads, query, value_head_dim).
+    """
+    return torch.matmul(codes, value if activation is None else activation(value))
+
+
+def generated_values(
+    codes: torch.Tensor, value: torch.Tensor, activation: nn.Module | None, value_mixing: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    HYLA: the code of a (query, key) pair writes the weights of that pair's value network.
+
+    `hidden[q, k] = φ(Σ_h codes[h, q, k] · value[k, h])`, then `out[q, h] = Σ_k codes[h, q, k] · hidden[q, k]`. With
+    `value_mixing` W (heads, value_head_dim, value_head_dim), HYLA+, a second hidden layer lies between the two:
+    `hidden2[q, k] = φ(Σ_h codes[h, q, k] · W[h] hidden[q, k])`.
+
+    Returns:
+        `torch.Tensor` of shape (batch, heads, query, value_head_dim).
+    """
+    hidden = torch.einsum("bhqk,bhkd->bqkd", codes, value)
+    if activation is not None:
+        hidden = activation(hidden)
+    if value_mixing is not None:
+        # In this order both contractions are cheap: an outer product per pair, then one large matrix product.
+        hidden = torch.einsum("bhqk,bqkd->bqkhd", codes, hidden)
+        hidden = torch.einsum("bqkhd,hed->bqke", hidden, value_mixing)
+        if activation is not None:
+            hidden = activation(hidden)
+    return torch.einsum("bhqk,bqkd->bhqd", codes, hidden)
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    first_query: int = 0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The definition of all attention types, in the signature of transformers' attention functions.
+
+    `module` says which: `score_norm`, `attention_type`, `value_activation` (a module or `None`) and `value_mixing` (a
+    parameter or `None`), as `HylaAttention` has them. `seed` is that of `pair_dropout`, drawn here where it is `None`;
+    `first_query` is the position of the first of these queries, where they are a part of all.
+
+    Returns:
+        output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
+    """
+    codes = attention_codes(query, key, scaling, module.score_norm, attention_mask, position_bias)
+    used = codes
+    if dropout > 0.0:
+        seed = dropout_seed(codes.device) if seed is None else seed
+        queries, keys = (torch.arange(length, device=codes.device) for length in codes.shape[-2:])
+        used = codes * pair_dropout(queries + first_query, keys, seed, dropout, codes.dtype)
+    if module.attention_type == "hyla":
+        output = generated_values(used, value, module.value_activation, module.value_mixing)
+    else:
+        output = mixed_values(used, value, module.value_activation)
+    return output.transpose(1, 2), codes
+
+
+def activation_or_none(name: str) -> nn.Module | None:
+    """The activation of that name; `None`, the identity, for `"none"`."""
+    return None if name == "none" else ACT2FN[name]

@@ -1,0 +1,264 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The ways to compute what `eager_attention_forward` defines, and the choice among them.
+
+Every function here has the signature of transformers' attention functions and is registered with transformers under its
+name in `BACKENDS`, for `attn_implementation`. `"hyla"` is the default: the fastest exact one for the device, the attention
+type and the size. None but the eager form returns codes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+from .attention_cpu_hyla import cpu_attention, cpu_problem
+from .attention_hyla import (
+    attended,
+    by_pair,
+    dropout_seed,
+    eager_attention_forward,
+)
+from .kernels_triton_hyla import triton_attention, triton_problem
+
+
+logger = logging.get_logger(__name__)
+
+# Numbers of its largest intermediate result up to which the eager form is as fast: the others cost some calls from Python
+# more, the compiled kernel also seconds of compilation for every new size of heads.
+_SMALL = 2**19
+# Numbers that the lean form computes at a time, and above which the default avoids the eager form's memory.
+_BLOCK = 2**22
+
+
+def lean_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    The eager form for a block of queries at a time, computed again in the backward: on any device, of any type, with
+    memory that grows with the length and not with its square.
+    """
+    seed = dropout_seed(query.device) if dropout > 0.0 else None
+    query_length, key_length = query.shape[2], key.shape[2]
+    rows = max(_BLOCK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
+    # Each block adds to the gradients of keys, values and a bias by diagonal; half precision would round after every one.
+    key, value = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (key, value))
+    bias_dtype = None if position_bias is None else position_bias.dtype
+    if position_bias is not None and position_bias.ndim == 2:
+        position_bias = position_bias.to(torch.promote_types(position_bias.dtype, torch.float32))
+    outputs = []
+    for first in range(0, query_length, rows):
+        last = min(first + rows, query_length)
+        bias = position_bias
+        if bias is not None and bias.ndim == 2:
+            bias = bias[:, query_length - last : query_length - first + key_length - 1]
+        elif bias is not None:
+            bias = bias.expand(*bias.shape[:2], query_length, key_length)[:, :, first:last]
+        mask = attention_mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, first:last]
+        output = checkpoint(
+            partial(_attend_block, bias_dtype=bias_dtype, scaling=scaling, dropout=dropout, first_query=first),
+            module,
+            query[:, :, first:last],
+            key,
+            value,
+            mask,
+            bias,
+            seed=seed,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
+
+
+def _attend_block(
+    module: Any, query, key, value, mask, bias, bias_dtype: torch.dtype | None, **kwargs
+) -> torch.Tensor:
+    """The eager form of what is kept with more digits than the queries have."""
+    bias = None if bias is None else bias.to(bias_dtype)
+    return eager_attention_forward(
+        module, query, key.to(query.dtype), value.to(query.dtype), mask, position_bias=bias, **kwargs
+    )[0]
+
+
+def sdpa_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    torch's scaled_dot_product_attention, with the position bias. It knows softmax attention and no dropout of whole pairs.
+
+    Raises:
+        ValueError: for another attention type, a value activation, or dropout.
+    """
+    if problem := _sdpa_problem(module, dropout):
+        raise ValueError(f"scaled_dot_product_attention cannot compute this layer: {problem}.")
+    bias = position_bias
+    if bias is not None and bias.ndim == 2:
+        bias = by_pair(bias, query.shape[2], key.shape[2])[None]
+    if attention_mask is not None:
+        # Of numbers, not booleans: with those a row that sees nothing would be 0 instead of the uniform mean.
+        seen = attended(attention_mask)
+        bias = torch.where(seen, query.new_zeros(()) if bias is None else bias, torch.finfo(query.dtype).min)
+        # Nor does such a row give a gradient to queries and keys.
+        query = query * seen.any(dim=-1, keepdim=True)
+    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+def kernel_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    *,
+    kernel: str,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    A fused kernel, of the name in `BACKENDS`.
+
+    Raises:
+        ValueError: if it cannot compute this layer here, saying why.
+    """
+    if problem := kernel_problem(kernel, module, query, key, value, position_bias):
+        raise ValueError(f"{kernel} cannot compute this layer: {problem}.")
+    output = {"hyla_cpu": cpu_attention, "hyla_triton": triton_attention}[kernel](
+        query,
+        key,
+        value,
+        None if attention_mask is None else attended(attention_mask),
+        position_bias,
+        module.value_mixing,
+        dropout_seed(query.device) if dropout > 0.0 else None,
+        scaling=scaling,
+        score_norm=module.score_norm,
+        activation="none" if module.value_activation is None else "relu",
+        generated=module.attention_type == "hyla",
+        dropout=dropout,
+    )
+    return output, None
+
+
+def hyla_attention_forward(module: Any, query: torch.Tensor, key: torch.Tensor, *args, **kwargs):
+    """The fastest exact form for the device, the attention type and the size; see `fastest_backend`."""
+    backend = fastest_backend(module, query, key, *args, **kwargs)
+    return BACKENDS[backend](module, query, key, *args, **kwargs)
+
+
+BACKENDS: dict[str, Callable] = {
+    "eager": eager_attention_forward,
+    "hyla": hyla_attention_forward,
+    "hyla_lean": lean_attention_forward,
+    "hyla_cpu": partial(kernel_attention_forward, kernel="hyla_cpu"),
+    "hyla_triton": partial(kernel_attention_forward, kernel="hyla_triton"),
+    "hyla_sdpa": sdpa_attention_forward,
+}
+
+
+def fastest_backend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> str:
+    """The name in `BACKENDS` of the form that the default takes."""
+    if torch.compiler.is_exporting():
+        return "eager"  # operators that every runtime has
+    numbers = largest_intermediate(module, query, key, value)
+    if numbers <= _SMALL:
+        return "eager"
+    if not module.training and _sdpa_problem(module, dropout) is None:
+        return "hyla_sdpa"  # the gradient of the position bias makes it slow in training
+    kernel = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}.get(query.device.type)
+    problem = kernel_problem(kernel, module, query, key, value, position_bias)
+    if kernel and problem is None:
+        return kernel
+    if not torch.compiler.is_compiling():
+        logger.info_once(f"Attention is computed without a fused kernel: {problem}.")
+    return "hyla_lean" if numbers > _BLOCK else "eager"
+
+
+def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """Numbers of the largest intermediate result of the eager form: codes, hidden layers, or HYLA+'s for every head."""
+    pairs = query.shape[0] * query.shape[2] * key.shape[2]
+    heads, width = query.shape[1], value.shape[3]
+    if module.attention_type != "hyla":
+        return pairs * heads
+    return pairs * (max(heads, width) if module.value_mixing is None else heads * width)
+
+
+def _sdpa_problem(module: Any, dropout: float) -> str | None:
+    if module.attention_type != "softmax" or module.value_activation is not None:
+        return "it mixes plain values by softmax scores only"
+    if dropout > 0.0:
+        return "it cannot drop the same pairs for the whole batch and all heads"
+    return None
+
+
+def kernel_problem(kernel: str | None, module: Any, query, key, value, position_bias) -> str | None:
+    """Why the kernel cannot compute this layer here, or `None` where it can."""
+    if kernel is None:
+        return f"there is none for {query.device.type}"
+    if module.value_activation is not None and not isinstance(module.value_activation, nn.ReLU):
+        return f"its value activation is relu or none, not {type(module.value_activation).__name__}"
+    if position_bias is not None and position_bias.ndim != 2:
+        return "it takes position biases by diagonal"
+    if kernel == "hyla_cpu":
+        return cpu_problem(query, key, value)
+    return triton_problem(query, module.value_mixing)
+
+
+def _pair_mask(**kwargs) -> torch.Tensor | None:
+    # In booleans; a causal mask is never left out, as it may be for torch's SDPA, which knows causality by itself.
+    return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
+
+
+for _name, _function in BACKENDS.items():
+    if _name != "eager":  # transformers' word for the function beside the model
+        AttentionInterface.register(_name, _function)
+        AttentionMaskInterface.register(_name, _pair_mask)

@@ -1,0 +1,189 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The layers of HYLA models: attention, feed-forward, and the pre-norm block of the two."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .attention_hyla import activation_or_none, eager_attention_forward
+from .configuration_hyla import HylaConfig
+
+
+class HylaAttention(nn.Module):
+    """
+    Multi-head attention read as a hypernetwork (arXiv 2406.05816, equations 1 to 7); `HylaConfig.attention_type` says
+    which of the three attentions it is.
+    """
+
+    def __init__(self, config: HylaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_type = config.attention_type
+        self.score_norm = config.effective_score_norm
+        self.value_activation = activation_or_none(config.effective_value_activation)
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.value_head_dim = config.value_head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_heads * self.value_head_dim)
+        self.o_proj = nn.Linear(self.num_heads * self.value_head_dim, config.hidden_size)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
+        self.relative_attention_bias = (
+            nn.Parameter(torch.empty(self.num_heads, config.relative_attention_num_buckets))
+            if config.position_type == "relative"
+            else None
+        )
+        self.value_mixing = (
+            nn.Parameter(torch.empty(self.num_heads, self.value_head_dim, self.value_head_dim))
+            if config.value_depth == 2
+            else None
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_buckets: torch.Tensor | None = None,
+        num_last: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Output (batch, query, hidden_size), and the codes (batch, heads, query, key) where they were asked for. The queries
+        are all tokens, or the last `num_last` of them.
+        """
+        batch, length, _ = hidden_states.shape
+        queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
+        query = self.q_norm(self.q_proj(queries).view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
+
+        position_bias = None
+        if self.relative_attention_bias is not None:
+            # By diagonal, of which fewer queries have fewer: those that count from the last key.
+            position_bias = self.relative_attention_bias[:, position_buckets[: queries.shape[1] + length - 1]]
+        if num_last is not None and attention_mask is not None and attention_mask.shape[2] > 1:
+            attention_mask = attention_mask[:, :, -num_last:]
+
+        # Only the eager form has the codes at hand to return.
+        codes_wanted = kwargs.get("output_attentions", self.config.output_attentions)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            "eager" if codes_wanted else self.config._attn_implementation, eager_attention_forward
+        )
+        output, codes = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            position_bias=position_bias,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*queries.shape[:2], -1)), codes
+
+
+class HylaMLP(nn.Module):
+    def __init__(self, config: HylaConfig):
+        super().__init__()
+        gated = config.ffn_type == "swiglu"
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=not gated)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=not gated)
+        self.act_fn = ACT2FN[config.effective_hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(up))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+
+
+class HylaRouter(nn.Module):
+    """Chooses the experts of every token, and their weights, which sum to 1."""
+
+    def __init__(self, config: HylaConfig):
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (batch * sequence, experts), and weights (batch, sequence, experts) that are 0 but for the chosen."""
+        logits = self.gate(hidden_states)
+        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        chosen = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        shares = chosen.values / chosen.values.sum(dim=-1, keepdim=True)
+        weights = torch.zeros_like(probabilities).scatter(-1, chosen.indices, shares)
+        return logits.flatten(0, 1), weights.to(hidden_states.dtype)
+
+
+class HylaMoE(nn.Module):
+    """A mixture of experts. All experts see all tokens: at these sizes cheaper than sorting tokens, and it compiles."""
+
+    def __init__(self, config: HylaConfig):
+        super().__init__()
+        self.router = HylaRouter(config)
+        self.up_proj = nn.Parameter(torch.empty(config.num_experts, config.intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.intermediate_size))
+        self.act_fn = ACT2FN[config.effective_hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _, weights = self.router(hidden_states)
+        hidden = self.act_fn(torch.einsum("bsd,efd->bsef", hidden_states, self.up_proj)) * weights.unsqueeze(-1)
+        return torch.einsum("bsef,edf->bsd", hidden, self.down_proj)
+
+
+class HylaLayer(GradientCheckpointingLayer):
+    def __init__(self, config: HylaConfig, layer_idx: int):
+        super().__init__()
+        norm = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[config.norm_type]
+        self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = HylaAttention(config, layer_idx)
+        self.post_attention_layernorm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = HylaMoE(config) if config.ffn_type == "moe" else HylaMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_buckets: torch.Tensor | None = None,
+        num_last: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Hidden states of all tokens, or of the last `num_last`, which see all."""
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_buckets=position_buckets,
+            num_last=num_last,
+            **kwargs,
+        )
+        if num_last is not None:
+            hidden_states = hidden_states[:, -num_last:]
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
