@@ -72,8 +72,7 @@ def finished_record(run: Path) -> RunRecord:
     for split in (split for split in task.splits if split != "train"):
         scores = record.metrics.get(split, {})
         # Other scores are left out where no sample can be measured by them.
-        required = {task.metric_names[0], "num_samples"}
-        for name in sorted(required | scores.keys()):
+        for name in dict.fromkeys((task.metric_names[0], "num_samples", *scores)):
             if not math.isfinite(scores.get(name, math.nan)):
                 raise ValueError(
                     f"{run / RECORD_NAME} has no result {split}/{name}, got {scores.get(name)}: train the run to its end."

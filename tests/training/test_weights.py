@@ -68,12 +68,11 @@ def test_the_fine_tuning_script_takes_a_folder_and_compares(checkpoint, tmp_path
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("somebody was called"))
     changes = [f"trainer.{name}={value}" for name, value in (TRAINER | {"learning_rate": 0.1}).items()]
     script = PROJECT / "recipes" / "sraven" / "finetune.py"
-    monkeypatch.setattr("sys.argv", [str(script), str(checkpoint), str(tmp_path / "run"), "org/five", *changes])
-    runpy.run_path(str(script))
+    monkeypatch.setattr("sys.argv", [str(script), str(checkpoint), str(tmp_path / "run"), *changes])
+    runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
     scores = re.findall(r"^(?:test|ood) +(?:feature_)?accuracy +(\S+) +(\S+)$", printed, re.MULTILINE)
     assert len(scores) == 4 and any(before != after for before, after in scores)
-    assert "cannot be published" in printed
     assert HylaConfig.from_pretrained(tmp_path / "run").num_answers == 5
 
 
