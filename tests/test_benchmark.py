@@ -75,6 +75,14 @@ def test_ratios_are_those_of_the_times(result):
     assert set(step["hyla"]["ratios"]) == {"eager", "hyla", "softmax", "matrix products"}
 
 
+def test_steps_of_one_recipe_keep_the_attention_that_each_was_asked_for(tmp_path):
+    recipe = load_recipe("recipes/logic/hyla.yaml", TINY)
+    asked = ["hyla", "eager", "hyla_lean"]
+    made = [steps._TrainingStep(recipe, name, folder=str(tmp_path), batch_size=4) for name in asked]
+    assert [step._model.config._attn_implementation for step in made] == asked
+    assert [step._model.model.layers[0].self_attn.config._attn_implementation for step in made] == asked
+
+
 def test_the_table_shows_every_row(result):
     table = as_table(result)
     assert table.count(" ms ") == len(result["rows"]) and "1 threads" in table

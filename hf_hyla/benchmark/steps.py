@@ -1,5 +1,6 @@
 """Whole training steps, the matrix products in them, and the drawing of their data."""
 
+import copy
 import itertools
 import tempfile
 from functools import partial
@@ -50,7 +51,9 @@ class _TrainingStep:
         self, recipe: Recipe, implementation: str, *, folder: str, batch_size: int, compile_mode: str | None = None
     ):
         set_seed(SEED)
-        model = HylaForSequenceClassification._from_config(recipe.config, attn_implementation=implementation)
+        # A config of its own: the implementation is noted there, and layers look it up at every call.
+        config = copy.deepcopy(recipe.config)
+        model = HylaForSequenceClassification._from_config(config, attn_implementation=implementation)
         args = HylaTrainingArguments(
             **recipe.trainer | {"output_dir": folder, "eval_strategy": "no", "report_to": "none"}
         )
