@@ -86,7 +86,8 @@ def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
 
     both, step = "forward + backward", "training step of 128"
     puzzles, long, longest = (
-        f"{size}, float32" for size in ("128 x 36 x 16 heads x 4", "1 x 1024 x 8 heads x 16", "1 x 4096 x 8 heads x 16")
+        f"{size}, float32"
+        for size in ("128 x 36 x 16 heads x 4", "1 x 1024 x 8 heads x 16", "1 x 4096 x 8 heads x 16")
     )
     bytes_of = {name: row("attention", both, name, longest)["peak_bytes"] for name in ("fused", "lean", "eager")}
     ratios = [
