@@ -54,7 +54,7 @@ ALLOWED = {
         {"huggingface_hub", "safetensors", "torch", "yaml", "matplotlib"},
     ),
     "benchmark": ({"benchmark", "model", "tasks", "training"}, {"torch", "transformers"}),
-    "analysis": ({"analysis", "model", "tasks"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
+    "analysis": ({"analysis", "model", "tasks", "files"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
     "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
     "paper": ({"model"}, set()),
     "plots": ({"paper"}, {"matplotlib"}),

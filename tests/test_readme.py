@@ -2,9 +2,13 @@
 
 import contextlib
 import io
+import itertools
 import json
+import random
 import re
 import shlex
+import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,29 @@ def test_the_demos_scores_are_those_of_its_committed_record(name):
 def test_the_table_of_results_is_what_the_command_prints(capsys):
     main(["compare", str(PROJECT / "recipes" / "results")])
     assert f"$ hyla compare recipes/results\n{capsys.readouterr().out}```" in README
+
+
+def test_what_recipes_say_of_held_out_draws_follows_from_the_committed_scores_by_combination():
+    found = json.loads((PROJECT / "recipes" / "results" / "logic-by-combination" / "softmax.json").read_text())
+    by_rarest = {}
+    for one in found["combinations"]:
+        by_rarest.setdefault(min(one["trained"]), []).append(one["scores"]["r2"])
+    mean = {times: statistics.fmean(scores) for times, scores in by_rarest.items()}
+
+    terms, draw = range(12), random.Random(0)
+    combinations = list(itertools.combinations(terms, 2))
+    draws, lacking = [], 0
+    for _ in range(2000):
+        held_out = set(draw.sample(combinations, 46))
+        times = Counter(term for one in combinations if one not in held_out for term in one)
+        if len(times) < len(terms):
+            lacking += 1
+            continue
+        draws.append(statistics.fmean(mean[min(4, *(times[term] for term in one))] for one in held_out))
+    text = " ".join((PROJECT / "recipes" / "README.md").read_text().split())
+    assert f"from {mean[1]:.2f} for one to {mean[4]:.2f} for four" in text
+    assert f"moves the mean by a standard deviation of {statistics.stdev(draws):.2f} only" in text
+    assert round(2000 / lacking) == 7 and "one in seven lacks a term" in text
 
 
 def test_what_readme_says_of_codes_is_what_the_committed_probes_found():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..files import write_whole
 from ..model import HylaForSequenceClassification
 from ..tasks import Task
 from .ablation import ablate_heads, mean_codes
@@ -139,10 +140,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _save(report: dict[str, Any], output: Path) -> None:
-    """Writes probe.json whole or not at all."""
-    temporary = output / f"{REPORT_NAME}.tmp"
-    temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    temporary.replace(output / REPORT_NAME)
+    write_whole(output / REPORT_NAME, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def _probes(train, train_subjects, other, other_subjects, groups, seed: int, progress: bool) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import model
 from ..model import HylaConfig, HylaForSequenceClassification
-from ..tasks import get_task
+from ..tasks import get_task, one_line
 from ..training.record import RECORD_NAME, RunRecord
 
 
@@ -91,7 +91,7 @@ def model_config(run: Path) -> HylaConfig:
     try:
         return HylaConfig.from_pretrained(run)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{run / 'config.json'} is no config of a model: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{run / 'config.json'} is no config of a model: {one_line(error)}") from None
 
 
 def check_committed(commit: str | None, run: str) -> None:
@@ -150,9 +150,8 @@ def check_text(files: dict[str, Path]) -> None:
             if parse := _PARSERS.get(path.suffix):
                 parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{path} cannot be read as {path.suffix[1:]} ({reason}): train again, or copy it again."
+                f"{path} cannot be read as {path.suffix[1:]} ({one_line(error)}): train again, or copy it again."
             ) from None
 
 

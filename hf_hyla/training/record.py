@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..files import write_whole
+from ..tasks import one_line
 
 
 RECORD_NAME = "run.json"
@@ -80,9 +81,8 @@ class RunRecord:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
             record._check()
         except (ValueError, TypeError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{path} is not a run record of schema {SCHEMA_VERSION} ({reason}): train the run again, or update hf_hyla."
+                f"{path} is not a run record of schema {SCHEMA_VERSION} ({one_line(error)}): train the run again, or update hf_hyla."
             ) from None
         return record
 

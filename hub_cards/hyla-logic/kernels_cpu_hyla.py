@@ -232,7 +232,7 @@ _TAYLOR = tuple(1 / math.factorial(n) for n in range(14))
 def _exponentiate(a, largest):
     """
     a[k] = exp(a[k] - largest), which is 0 below the normal numbers. As vector instructions, which a call of the C library in
-    the loop would prevent: 8 times as fast.
+    the loop would prevent.
     """
     number = a.dtype.type
     least = number(-87) if a.itemsize == 4 else number(-708)
