@@ -52,7 +52,7 @@ _TASKS: dict[str, tuple[dict[str, Any], int, str]] = {
 def differing_settings(task) -> dict[str, Any]:
     """The settings of a task that make its samples others than the paper's; the seed counts as one, from 0."""
     papers = {**type(task)().settings, **_TASKS.get(task.name, ({},))[0], "seed": 0}
-    return {name: value for name, value in task.settings.items() if value != papers[name]}
+    return {name: value for name, value in task.settings.items() if value != papers.get(name)}
 
 
 def paper_result(task, config) -> PaperResult | None:

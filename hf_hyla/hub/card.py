@@ -1,6 +1,7 @@
 """A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -350,7 +351,7 @@ def _example(task: Task) -> dict[str, Any]:
 
 def _different(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:
     """Settings of task and model that are not the default: name, value, default."""
-    defaults = get_task(task.name).settings
+    defaults = {field.name: field.default for field in dataclasses.fields(task)}
     papers = HylaConfig(**task.model_defaults)
     of_task = [(f"task.{name}", value, defaults[name]) for name, value in task.settings.items()]
     of_model = [

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .reference_split import reference_order
 from .sampling import draw_words, stream_key
 
 
@@ -43,6 +44,7 @@ class Task(ABC):
     # What `metrics` returns; the first is the headline.
     metric_names: ClassVar[tuple[str, ...]]
 
+    reference_split: bool
     seed: int
 
     @property
@@ -94,8 +96,14 @@ class Task(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by name, as `get_task` takes them."""
-        return dataclasses.asdict(self)
+        """
+        The settings by name, as `get_task` takes them. `reference_split` is among them only where it is taken, so that they
+        equal those of records that are older than it.
+        """
+        settings = dataclasses.asdict(self)
+        if not self.reference_split:
+            del settings["reference_split"]
+        return settings
 
     def fingerprint(self) -> str:
         """
@@ -175,15 +183,16 @@ class Task(ABC):
 
     def _hold_out(self, combinations: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
         """
-        Combinations (train, held out), by a random draw in which every part occurs in `train`.
-
-        Where the reference draws once, this draws again until that holds: held-out combinations are new combinations
-        of *known* parts.
+        Combinations (train, held out), by a random draw in which every part occurs in `train`, so that those held out
+        are new combinations of *known* parts; or as the reference holds them out, who draws once.
         """
         if not 0 < held_out < 1:  # which is also true of what is not a number
             raise ValueError(f"held_out must lie between 0 and 1, got {held_out}.")
         parts = np.unique(combinations)
         count = int(len(combinations) * held_out)
+        if self.reference_split and 0 < count < len(combinations):
+            order = reference_order(self.seed, len(combinations))
+            return combinations[np.sort(order[count:])], combinations[np.sort(order[:count])]
         key = stream_key(self.name, self.seed, "held out")
         possible = 0 < count < len(combinations) and (len(combinations) - count) * combinations.shape[1] >= len(parts)
         for draw in range(_MAX_SPLIT_DRAWS if possible else 0):

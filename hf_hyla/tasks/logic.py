@@ -37,6 +37,9 @@ class LogicTask(Task):
         held_out (`float`, *optional*, defaults to 0.5):
             fraction held out of training, among the combinations of those terms that are not set aside. A quarter of
             all terms, the last ones, is set aside for `extrapolation`.
+        reference_split (`bool`, *optional*, defaults to `False`):
+            whether they are those that the official implementation holds out for this seed, which may leave terms
+            untrained; otherwise they are drawn so that every term is trained.
         seed (`int`, *optional*, defaults to 0): of the held-out combinations and of all samples.
     """
 
@@ -44,7 +47,7 @@ class LogicTask(Task):
     splits: ClassVar[dict[str, str]] = {
         "train": "training samples",
         "test": "fresh samples of the trained term combinations",
-        "ood": "term combinations that were held out, of terms that were trained",
+        "ood": "term combinations that were held out, of terms that are not set aside",
         "extrapolation": "combinations of terms that were never trained",
     }
     model_columns: ClassVar[tuple[str, ...]] = ("input_values", "labels")
@@ -54,6 +57,7 @@ class LogicTask(Task):
     num_terms: int = 2
     num_examples: int = 16
     held_out: float | int = 0.5
+    reference_split: bool = False
     seed: int = 0
 
     def __post_init__(self):

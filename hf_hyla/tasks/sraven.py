@@ -42,6 +42,9 @@ class SravenTask(Task):
         num_features (`int`, *optional*, defaults to 4): features of a panel, 2 to 8.
         num_values (`int`, *optional*, defaults to 8): values of a feature, at least 3; arithmetic is modulo this.
         held_out (`float`, *optional*, defaults to 0.25): fraction of the rule combinations held out of training.
+        reference_split (`bool`, *optional*, defaults to `False`):
+            whether they are those that the official implementation holds out for this seed, which may leave rules
+            untrained; otherwise they are drawn so that every rule is trained.
         permute (`bool`, *optional*, defaults to `True`): whether columns permute the features.
         unambiguous (`bool`, *optional*, defaults to `False`):
             whether only puzzles with a unique answer are drawn, by the strict meaning of `ambiguity`. Sample i is then the
@@ -54,7 +57,7 @@ class SravenTask(Task):
     splits: ClassVar[dict[str, str]] = {
         "train": "training samples",
         "test": "fresh samples of the trained rule combinations",
-        "ood": "rule combinations that were held out, of rules that were trained",
+        "ood": "rule combinations that were held out",
     }
     model_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "feature_accuracy", "accuracy_unique")
@@ -62,6 +65,7 @@ class SravenTask(Task):
     num_features: int = 4
     num_values: int = 8
     held_out: float | int = 0.25
+    reference_split: bool = False
     permute: bool = True
     unambiguous: bool = False
     seed: int = 0
