@@ -40,7 +40,13 @@ def write(folder, base=BASE, **content):
 # Points: the product of the axes' lengths.
 @pytest.mark.parametrize(
     ("name", "points"),
-    [("logic-held-out", 3 * 3 * 4), ("sraven-features", 3 * 7), ("sraven-heads", 5), ("sraven-scale", 3 * 3 * 3 * 3)],
+    [
+        ("logic-held-out", 3 * 3 * 4),
+        ("logic-reference-split", 3),
+        ("sraven-features", 3 * 7),
+        ("sraven-heads", 5),
+        ("sraven-scale", 3 * 3 * 3 * 3),
+    ],
 )
 def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
     path = next(path for path in FIGURES if path.stem == name)
@@ -53,7 +59,7 @@ def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
 
 
 def test_every_figure_is_tested():
-    assert len(FIGURES) == 4
+    assert len(FIGURES) == 5
 
 
 def test_heads_keep_their_width_all_together():
