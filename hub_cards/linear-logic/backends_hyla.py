@@ -19,13 +19,15 @@ name in `BACKENDS`, for `attn_implementation`. `"hyla"` is the default: the fast
 type and the size. None but the eager form returns codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
@@ -49,6 +51,7 @@ _SMALL = 2**19
 _BLOCK = 2**22
 
 
+@torch.compiler.disable(reason="its gradients are taken block by block, between the graphs of the rest")
 def lean_attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -65,48 +68,84 @@ def lean_attention_forward(
     memory that grows with the length and not with its square.
     """
     seed = dropout_seed(query.device) if dropout > 0.0 else None
-    query_length, key_length = query.shape[2], key.shape[2]
-    rows = max(_BLOCK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
-    # Each block adds to the gradients of keys, values and a bias by diagonal; half precision would round after every one.
-    key, value = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (key, value))
-    bias_dtype = None if position_bias is None else position_bias.dtype
-    if position_bias is not None and position_bias.ndim == 2:
-        position_bias = position_bias.to(torch.promote_types(position_bias.dtype, torch.float32))
-    outputs = []
-    for first in range(0, query_length, rows):
-        last = min(first + rows, query_length)
-        bias = position_bias
-        if bias is not None and bias.ndim == 2:
-            bias = bias[:, query_length - last : query_length - first + key_length - 1]
-        elif bias is not None:
-            bias = bias.expand(*bias.shape[:2], query_length, key_length)[:, :, first:last]
-        mask = attention_mask
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask[:, :, first:last]
-        output = checkpoint(
-            partial(_attend_block, bias_dtype=bias_dtype, scaling=scaling, dropout=dropout, first_query=first),
-            module,
-            query[:, :, first:last],
-            key,
-            value,
-            mask,
-            bias,
-            seed=seed,
-            use_reentrant=False,
-            preserve_rng_state=False,
+
+    def attend(first: int, query, key, value, mask, bias, mixing) -> torch.Tensor:
+        layer = SimpleNamespace(
+            attention_type=module.attention_type,
+            score_norm=module.score_norm,
+            value_activation=module.value_activation,
+            value_mixing=mixing,
         )
-        outputs.append(output)
-    return torch.cat(outputs, dim=1), None
+        return eager_attention_forward(layer, query, key, value, mask, scaling, dropout, bias, seed, first)[0]
+
+    rows = max(_BLOCK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
+    of_activation = [] if module.value_activation is None else module.value_activation.parameters()
+    output = _InBlocks.apply(
+        attend, rows, query, key, value, attention_mask, position_bias, module.value_mixing, *of_activation
+    )
+    return output, None
 
 
-def _attend_block(
-    module: Any, query, key, value, mask, bias, bias_dtype: torch.dtype | None, **kwargs
-) -> torch.Tensor:
-    """The eager form of what is kept with more digits than the queries have."""
-    bias = None if bias is None else bias.to(bias_dtype)
-    return eager_attention_forward(
-        module, query, key.to(query.dtype), value.to(query.dtype), mask, position_bias=bias, **kwargs
-    )[0]
+class _InBlocks(torch.autograd.Function):
+    """
+    `attend` for so many rows of the queries at a time, and again in the backward.
+
+    All that outlives a block is there before the first: between the large temporaries of two blocks a small tensor would
+    keep the C library from using their memory again, and it would grow with the square of the length after all.
+    """
+
+    @staticmethod
+    def forward(ctx, attend, rows, query, key, value, *others):
+        inputs = (query, key, value, *others)
+        ctx.attend, ctx.rows, ctx.autocast = attend, rows, _autocast_as_here(query.device.type)
+        ctx.save_for_backward(*inputs)
+        batch, heads, query_length, _ = query.shape
+        output = query.new_empty(batch, query_length, heads, value.shape[-1])
+        for first, parts, _ in _blocks(rows, *inputs):
+            output[:, first : first + rows] = attend(first, *parts)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        inputs = ctx.saved_tensors
+        needed = [n for n, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
+        # Half precision would round after every block.
+        sums = {
+            n: torch.zeros_like(inputs[n], dtype=torch.promote_types(inputs[n].dtype, torch.float32)) for n in needed
+        }
+        for first, parts, where in _blocks(ctx.rows, *inputs):
+            with torch.enable_grad(), ctx.autocast():
+                parts = [part if part is None else part.detach() for part in parts]
+                leaves = [parts[n].requires_grad_() if n < len(parts) else inputs[n] for n in needed]
+                output = ctx.attend(first, *parts)
+            gradients = torch.autograd.grad(output, leaves, grad_output[:, first : first + ctx.rows])
+            for n, gradient in zip(needed, gradients, strict=True):
+                sums[n][where.get(n, ...)] += gradient
+        return None, None, *(sums[n].to(tensor.dtype) if n in sums else None for n, tensor in enumerate(inputs))
+
+
+def _blocks(rows: int, query, key, value, mask, bias, mixing, *_) -> Iterator[tuple[int, list, dict[int, tuple]]]:
+    """Of every block its first query, the arguments of `attend`, and which part of those that are divided, by number."""
+    everything, length = slice(None), query.shape[2]
+    for first in range(0, length, rows):
+        last = min(first + rows, length)
+        of_queries = (everything, everything, slice(first, last))
+        where: dict[int, tuple] = {0: of_queries}
+        if mask is not None and mask.shape[2] > 1:
+            where[3] = of_queries
+        if bias is not None and bias.ndim == 2:
+            where[4] = (everything, slice(length - last, bias.shape[1] - first))
+        elif bias is not None and bias.shape[2] > 1:
+            where[4] = of_queries
+        arguments = enumerate((query, key, value, mask, bias, mixing))
+        yield first, [tensor[where[n]] if n in where else tensor for n, tensor in arguments], where
+
+
+def _autocast_as_here(device: str) -> Callable[[], AbstractContextManager]:
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    return partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def sdpa_attention_forward(

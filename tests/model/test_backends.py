@@ -19,8 +19,9 @@ from hf_hyla.model.backends_hyla import BACKENDS, fastest_backend
 pytest.importorskip("numba", reason="the fused CPU kernel is compiled by numba")
 
 ROW_IDS = ["-".join(map(str, row)) for row in ROWS]
-HYLA, LINEAR, SOFTMAX = (
+HYLA, HYLA_PLUS, LINEAR, SOFTMAX = (
     ("hyla", "rms_head", "relu", 1),
+    ("hyla", "rms_head", "relu", 2),
     ("linear", "none", "none", 1),
     ("softmax", "softmax", "none", 1),
 )
@@ -259,18 +260,105 @@ def test_blocks_of_the_lean_form_hold_the_hidden_layers_of_every_head(monkeypatc
     assert lengths == [4] * 5  # of 20 keys x 3 heads x 5 numbers each
 
 
-def test_lean_form_in_half_precision_adds_its_blocks_up_without_rounding(monkeypatch):
+@pytest.mark.parametrize("row", [LINEAR, HYLA_PLUS], ids=["linear", "hyla+"])
+def test_lean_form_in_half_precision_adds_its_blocks_up_without_rounding(row, monkeypatch):
     case = Case(batch=1, heads=4, queries=256, keys=32, width=8, value_width=8)
-    expected = differentiate(eager_attention_forward, LINEAR, case, torch.float64)
+    expected = differentiate(eager_attention_forward, row, case, torch.float64)
     monkeypatch.setattr(backends_hyla, "_BLOCK", 1)  # a block for every query
 
     def errors(backend):
-        found = differentiate(backend, LINEAR, case, torch.bfloat16)
+        found = differentiate(backend, row, case, torch.bfloat16)
         return {name: (found[name] - tensor).norm() / tensor.norm() for name, tensor in expected.items()}
 
     lean, eager = errors(BACKENDS["hyla_lean"]), errors(eager_attention_forward)
     for name in expected:
         assert lean[name] <= 1.2 * eager[name], f"{name}: {lean[name]:.2e}, where the eager form has {eager[name]:.2e}"
+
+
+@pytest.mark.parametrize("shape", [(3, 19 + 19 - 1), (1, 3, 19, 19), (3, 1, 1, 19), (3, 3, 19, 1)])
+def test_lean_form_takes_biases_of_every_shape(shape, small_blocks):
+    tensors = Case().tensors(HYLA, torch.float64)
+    tensors["position_bias"] = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    layer = Layer(*HYLA[:3], None)
+    found = []
+    for backend in (BACKENDS["hyla_lean"], eager_attention_forward):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        output, _ = backend(layer, attention_mask=None, scaling=0.5, **leaves)
+        found.append([output, *torch.autograd.grad(output.square().sum(), list(leaves.values()))])
+    for lean, eager in zip(*found, strict=True):
+        torch.testing.assert_close(lean, eager, rtol=1e-10, atol=1e-10)
+
+
+def test_lean_form_trains_an_activation_that_has_parameters(small_blocks):
+    tensors = Case().tensors(HYLA, torch.float64)
+    slopes = []
+    for backend in (BACKENDS["hyla_lean"], eager_attention_forward):
+        layer = Layer("hyla", "rms_head", "prelu", None)
+        layer.value_activation.double()
+        backend(layer, attention_mask=None, scaling=0.5, **tensors)[0].square().sum().backward()
+        slopes.append(layer.value_activation.weight.grad)
+    torch.testing.assert_close(*slopes)
+
+
+def test_lean_form_computes_again_in_the_precision_it_was_computed_in(small_blocks):
+    tensors = Case().tensors(HYLA_PLUS, torch.float32)
+    found = []
+    for backend in (BACKENDS["hyla_lean"], eager_attention_forward):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            halves = {name: leaves[name].bfloat16() for name in ("query", "key", "value")}
+            layer = Layer(*HYLA_PLUS[:3], leaves["value_mixing"])
+            output, _ = backend(
+                layer, attention_mask=None, scaling=0.5, position_bias=leaves["position_bias"], **halves
+            )
+        assert output.dtype == torch.bfloat16
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), list(leaves.values()))])
+    for lean, eager in zip(*found, strict=True):
+        assert (lean - eager).norm() < 0.02 * eager.norm()
+
+
+def test_lean_form_takes_memory_that_grows_with_the_length_and_not_with_its_square():
+    # In a process of its own, where no memory has been used and kept before.
+    script = (
+        "import torch\n"
+        "from types import SimpleNamespace\n"
+        "from hf_hyla.benchmark.meter import Meter\n"
+        "from hf_hyla.model import backends_hyla\n"
+        "backends_hyla._BLOCK = 2**21\n"
+        "torch.set_num_threads(1)\n"
+        "layer = SimpleNamespace(attention_type='hyla', score_norm='rms_head', value_activation=torch.nn.ReLU(),\n"
+        "                        value_mixing=None)\n"
+        "def work(length):\n"
+        "    tensors = [torch.randn(1, 8, length, 16, requires_grad=True) for _ in range(3)]\n"
+        "    backends_hyla.BACKENDS['hyla_lean'](layer, *tensors, None, 0.25)[0].sum().backward()\n"
+        "meter = Meter(torch.device('cpu'), 1, print)\n"
+        "print(*(meter._peak_bytes(lambda: work(length)) for length in (768, 2304)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    short, long = map(int, result.stdout.split())
+    assert long < 2 * short
+
+
+def test_lean_form_is_computed_between_the_graphs_of_a_compiled_model(monkeypatch):
+    monkeypatch.setattr(backends_hyla, "_BLOCK", 20_000)
+    torch.manual_seed(0)
+    model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attn_implementation="hyla_lean")).train()
+    ids = torch.randint(0, 8, (3, 36))
+    found = []
+    for run in (torch.compile(model, backend="eager"), model):
+        torch.manual_seed(1)  # of dropout
+        model.zero_grad()
+        run(input_ids=ids, labels=ids[:, :4]).loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*found)
+    torch.compiler.reset()
+
+
+def test_lean_form_has_shapes_where_there_are_no_numbers():
+    tensor = torch.empty(2, 3, 3000, 5, device="meta", requires_grad=True)
+    output, _ = BACKENDS["hyla_lean"](Layer(*HYLA[:3], None), tensor, tensor, tensor, None, 0.5)
+    output.sum().backward()
+    assert output.shape == (2, 3000, 3, 5) and tensor.grad.shape == tensor.shape
 
 
 def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_one_line(monkeypatch, caplog):
