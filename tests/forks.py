@@ -51,6 +51,8 @@ def on_ranks(folder: Path, function, processes: int) -> list[tuple[int, str]]:
             for state in (PartialState, AcceleratorState, GradientState):
                 state._reset_state()
             code = function(rank)
+        except SystemExit as leaving:
+            code = leaving.code
         except BaseException:
             traceback.print_exc()
         finally:

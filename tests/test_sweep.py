@@ -97,7 +97,15 @@ def test_a_sweep_runs_skips_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "holds a run of another recipe, which differs in trainer.max_steps" in capsys.readouterr().out
 
 
-def test_a_sweep_that_is_stopped_in_a_terminal_stops_its_runs_with_their_checkpoints_saved(tmp_path, monkeypatch):
+# Ctrl-C in a terminal goes to every process of the group; its end, like a batch system, ends the sweep alone.
+@pytest.mark.parametrize(
+    ("number", "kill", "expected"),
+    [(signal.SIGINT, os.killpg, 130), (signal.SIGHUP, os.kill, 129), (signal.SIGTERM, os.kill, 143)],
+    ids=["ctrl-c", "terminal closed", "terminated"],
+)
+def test_a_sweep_that_is_stopped_stops_its_runs_with_their_checkpoints_saved(
+    number, kill, expected, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
     base = {**BASE, "trainer": {**BASE["trainer"], "max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}}
     path = write(tmp_path, grid={}, seeds=[0, 1], base=base)
@@ -105,19 +113,19 @@ def test_a_sweep_that_is_stopped_in_a_terminal_stops_its_runs_with_their_checkpo
 
     def prepare(rank):
         os.setpgrp()
-        # A shell that starts the tests in the background lets them ignore SIGINT.
+        # A shell that starts the tests in the background lets them ignore SIGINT, and nohup SIGHUP.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         group.write_text(str(os.getpgrp()))
 
     def interrupt():
         while not log.exists() or "loss" not in log.read_text():
             time.sleep(0.05)
-        # As Ctrl-C in a terminal does: every process of the group, and not the sweep alone.
-        os.killpg(int(group.read_text()), signal.SIGINT)
+        kill(int(group.read_text()), number)
 
     threading.Thread(target=interrupt, daemon=True).start()
     ((code, _),) = in_children(tmp_path, ["sweep", str(path), "--output", "runs"], prepare=prepare)
-    assert code == 130
+    assert code == expected
     assert "Stopped by SIGTERM after step" in log.read_text()
     assert list((tmp_path / "runs/base/0/checkpoints").glob("checkpoint-*/seal.json"))
     assert not (tmp_path / "runs/base/1").exists()

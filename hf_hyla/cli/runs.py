@@ -1,9 +1,11 @@
 """`hyla train`, `evaluate`, `compare` and `sweep`."""
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,15 +215,25 @@ def _sweep(arguments: argparse.Namespace) -> int:
         print("\n".join(point.folder for point in sweep.points))
         return 0
     done: list[Path] = []
-    # As an exception, so that the runs are stopped with the sweep.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    try:
+    with _signals_raise():
         for point, outcome in run_sweep(sweep, output, arguments.jobs):
             print(f"{point.folder}: {outcome}", flush=True)
             if not outcome.startswith("failed"):
                 done.append(output / point.folder)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if done:
         print(table(compare(find_records(done))))
     return int(len(done) < len(sweep.points))
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within it SIGTERM and the end of a terminal are exceptions, so that the runs of a sweep are stopped with it."""
+    signals = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+        signals.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
