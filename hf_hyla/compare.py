@@ -76,14 +76,10 @@ def compare(records: Iterable[RunRecord]) -> list[Comparison]:
     One `Comparison` for each recipe, in the order of their first runs.
 
     Raises:
-        ValueError: for a record that lacks the task, the model or the score that is compared.
+        ValueError: for a record that lacks the score that is compared.
     """
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        if "name" not in record.recipe.get("task", {}):
-            raise _lacking(record, "the name of its task")
-        if "model" not in record.recipe:
-            raise _lacking(record, "the model section of its recipe")
         groups.setdefault(json.dumps([record.name, _settings(record)], sort_keys=True), []).append(record)
     return [_compared(group, [other[0] for other in groups.values()]) for group in groups.values()]
 
@@ -121,7 +117,10 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     split, _, score = metric.partition("/")
     for run in runs:
         if score not in run.metrics.get(split, {}):
-            raise _lacking(run, f"the score {metric}")
+            raise ValueError(
+                f"The record of {run.name} with the seeds {run.seeds} lacks the score {metric}: train the run again, or "
+                "leave it out."
+            )
     values = [run.metrics[split][score] for run in runs]
     mean = statistics.fmean(values)
     samples = min(run.samples_seen for run in runs)
@@ -139,12 +138,6 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
         samples=samples,
         budget=budget,
         verdict=_verdict(mean, expect, samples, budget),
-    )
-
-
-def _lacking(record: RunRecord, what: str) -> ValueError:
-    return ValueError(
-        f"The record of {record.name} with the seeds {record.seeds} lacks {what}: train the run again, or leave it out."
     )
 
 
