@@ -88,6 +88,32 @@ def test_what_recipes_say_of_held_out_draws_follows_from_the_committed_scores_by
     assert round(2000 / lacking) == 7 and "one in seven lacks a term" in text
 
 
+def test_what_recipes_say_of_the_papers_own_draws_is_what_the_committed_records_hold():
+    results = PROJECT / "recipes" / "results"
+
+    def ood(recipe, seed):
+        return json.loads((results / recipe / f"{seed}.json").read_text())["metrics"]["ood"]["r2"]
+
+    def in_jax(seed):
+        return json.loads((results / f"logic-in-jax-softmax-{seed}.json").read_text())["curve"][-1]["ood"]
+
+    def lacking_and_not(attention):
+        path = results / "logic-by-combination" / f"{attention}-reference-split-2.json"
+        found = json.loads(path.read_text())["combinations"]
+        return [[c["scores"]["r2"] for c in found if (min(c["trained"]) == 0) is lacking] for lacking in (True, False)]
+
+    text = " ".join((PROJECT / "recipes" / "README.md").read_text().split())
+    for attention, name in (("hyla", "HYLA reaches"), ("softmax", "softmax attention")):
+        with_one, without = lacking_and_not(attention)
+        assert f"{len(with_one)} of the {len(with_one) + len(without)} held-out combinations hold one of them" in text
+        score = ood(f"logic-{attention}-reference_split=True", 2)
+        parts = rf"\({statistics.fmean(with_one):.2f} with(?: such a term)?, {statistics.fmean(without):.2f} without\)"
+        assert re.search(rf"{name} {score:.4f} {parts}", text)
+    assert f"At 1e-3 softmax attention reaches {ood('logic-softmax-learning_rate=0.001', 0):.4f}." in text
+    ours = [ood("logic-demo-attention_type=softmax-reference_split=True", seed) for seed in (0, 2)]
+    assert f"at {in_jax(0):.4f} and {in_jax(2):.4f}, ours at {ours[0]:.4f} and {ours[1]:.4f}" in text
+
+
 def test_what_readme_says_of_codes_is_what_the_committed_probes_found():
     def rule(model):
         report = json.loads((PROJECT / "hub_cards" / f"{model}-sraven" / "probe" / "probe.json").read_text())
@@ -102,13 +128,14 @@ def test_what_readme_says_of_codes_is_what_the_committed_probes_found():
 
 
 def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
-    records = [json.loads(path.read_text()) for path in (PROJECT / "recipes" / "results" / "bench").glob("cpu-*.json")]
-    assert all(record["failed"] == [] for record in records)
-    rows = [row for record in records for row in record["rows"]]
+    record = json.loads((PROJECT / "recipes" / "results" / "bench" / "cpu.json").read_text())
+    assert record["failed"] == []
 
     def row(part, work, subject, shape=None):
         key = (part, work, shape, subject)
-        [found] = [row for row in rows if (row["part"], row["work"], row.get("shape"), row["subject"]) == key]
+        [found] = [
+            row for row in record["rows"] if (row["part"], row["work"], row.get("shape"), row["subject"]) == key
+        ]
         return found
 
     both, step = "forward + backward", "training step of 128"
