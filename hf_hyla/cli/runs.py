@@ -16,7 +16,8 @@ def add_train(commands) -> None:
         help="train a recipe's model and evaluate it on every split",
         description="Trains a recipe's model, evaluates it on every split, and writes weights and run.json. Any value of the "
         "recipe can be overridden: --model.attention_type softmax. A run that was interrupted goes on when the same command "
-        "is given again. SIGTERM saves, stops and ends with exit code 143; --max-minutes saves, stops and ends with 0.",
+        "is given again. SIGTERM and the end of the terminal save, stop and end with exit code 143 and 129; --max-minutes saves, "
+        "stops and ends with 0.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", type=Path, help="YAML file, see recipes/README.md")
@@ -53,7 +54,7 @@ def _train(arguments: argparse.Namespace) -> int:
         record = train(recipe, output, overwrite=arguments.overwrite, max_minutes=arguments.max_minutes)
     except Stopped as stopped:
         PartialState().print(stopped, file=sys.stderr)
-        return 143 if stopped.by_signal else 0
+        return stopped.exit_code
     PartialState().print(f"{_report(recipe, record)}\nWeights, code and run.json are in {output}")
     return 0
 
@@ -227,11 +228,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within it SIGTERM and the end of a terminal are exceptions, so that the runs of a sweep are stopped with it."""
-    signals = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
-        signals.append(signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in signals}
+    """Within it what would stop a run is an exception, so that the runs of a sweep are stopped with it."""
+    from ..training.stopping import stop_signals
+
+    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in stop_signals()}
     try:
         yield
     finally:

@@ -122,7 +122,7 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
 
 def _probe_of(run: Path) -> dict[str, Any] | None:
     """
-    The report of `hyla probe` in a run's folder, if there is one.
+    The report of `hyla probe` in a run's folder, if there is one, with what the card shows of it.
 
     Raises:
         ValueError: if it is none, or about other weights than the run's.
@@ -135,13 +135,12 @@ def _probe_of(run: Path) -> dict[str, Any] | None:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         weights, figures = report["weights"], report["figures"]
-        # What the card shows, so that it is found out here what is missing.
-        (
-            _probed(report),
-            report["codes"]["layers"],
-            report["num_samples"]["train"],
-            report["num_samples"][report["split"]],
-        )
+        shown = {
+            "table": _probe_table(report),
+            "layers": report["codes"]["layers"],
+            "fitted_on": report["num_samples"]["train"],
+            "scored_on": report["num_samples"][report["split"]],
+        }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no report of a probe ({type(error).__name__}: {error}): {again}") from None
     if weights != weights_digest(run):
@@ -150,10 +149,10 @@ def _probe_of(run: Path) -> dict[str, Any] | None:
         # A figure lies beside its report; any other path would publish a file of somewhere else.
         if not (isinstance(name, str) and re.fullmatch(r"\w+\.png", name)):
             raise ValueError(f"{path} names the figure {name!r}, expected a plain name that ends with .png: {again}")
-    return report
+    return report | shown
 
 
-def _probed(probe: dict[str, Any]) -> list[list[str]]:
+def _probe_table(probe: dict[str, Any]) -> list[list[str]]:
     """
     Rows of a table: what is asked for, by which metric, and its score by each layer and by all, of the control and of the
     answer alone. Of classes that may hold together not their accuracy, which is high for a probe that says no to all.
@@ -274,7 +273,6 @@ def _render(
             seeds=seeds,
             spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
             probe=probe,
-            probed=_probed(probe) if probe else None,
             example=_example(task),
             printed=printed,
             command=_command(record),

@@ -51,7 +51,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
         FileExistsError: if `output` holds a finished run, or one of another recipe, and `overwrite` is not set.
         ValueError, OSError: if something cannot be used or written.
         FloatingPointError: if loss, gradient or weights are not finite, or the loss grows a hundredfold.
-        Stopped: if it was stopped by SIGTERM or `max_minutes`; the same call goes on.
+        Stopped: if it was stopped by SIGTERM, SIGHUP or `max_minutes`; the same call goes on.
     """
     check_launch()
     stop = StopRequests(max_minutes)

@@ -1,6 +1,7 @@
-"""Stopping before the end, at the end of a step and with its checkpoint saved: SIGTERM and a limit of time."""
+"""Stopping before the end, at the end of a step and with its checkpoint saved: signals and a limit of time."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ from transformers import TrainerCallback
 
 # Steps between two questions of several processes whether one of them wants to stop: each waits for all.
 _STEPS_PER_QUESTION = 10
-# Reasons to stop, as the sentence about it has them.
-_BY_SIGNAL = "by SIGTERM"
+# Reasons to stop, as the sentence about it has them, and the exit code of each; the last is the strongest.
 _OUT_OF_TIME = "at --max-minutes"
+_REASONS = {_OUT_OF_TIME: 0, "by SIGHUP": 129, "by SIGTERM": 143}
 
 
 class Stopped(Exception):
@@ -28,19 +29,25 @@ class Stopped(Exception):
             f"Stopped {reason} after step {step:,} of {max_steps:,} ({share}), whose checkpoint is saved: the same command "
             "goes on from there."
         )
-        self.by_signal = reason == _BY_SIGNAL
+        self.exit_code = _REASONS[reason]
+
+
+def stop_signals() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP, the end of the terminal, where the system has it and nohup does not have it ignored."""
+    hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGHUP] if hangs_up else [signal.SIGTERM]
 
 
 class StopRequests(TrainerCallback):
     """
-    Saves and stops at the end of a step when the process was sent SIGTERM, or when `max_minutes` would be over before
-    the next chance to do so. transformers' own callback for SIGTERM saves in the middle of a step, from where a run does
-    not go on exactly.
+    Saves and stops at the end of a step when the process was sent one of `stop_signals`, or when `max_minutes` would be
+    over before the next chance to do so. transformers' own callback for SIGTERM saves in the middle of a step, from where
+    a run does not go on exactly.
     """
 
     def __init__(self, max_minutes: float | None = None):
         self.reason: str | None = None
-        self._signalled = False  # apart from `reason`, which a signal must not lose a race with
+        self._signalled: str | None = None  # apart from `reason`, which a signal must not lose a race with
         self.step = self.max_steps = 0
         self._in_training = True
         self._deadline = float("inf") if max_minutes is None else monotonic() + 60 * max_minutes
@@ -49,20 +56,26 @@ class StopRequests(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it SIGTERM is a request; Python lets only the main thread listen."""
+        """Within it a signal is a request; Python lets only the main thread listen."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._requested)
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        before = {number: signal.signal(number, self._requested) for number in stop_signals()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _requested(self, number, frame) -> None:
-        self._signalled = True
+        self._signalled = f"by {signal.Signals(number).name}"
+        if self._signalled == "by SIGHUP":
+            # What is still said on the way would fail in a terminal that is gone.
+            for stream in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self._in_training:
-            raise Stopped(_BY_SIGNAL, self.step, self.max_steps)
+            raise Stopped(self._signalled, self.step, self.max_steps)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = monotonic()
@@ -76,7 +89,7 @@ class StopRequests(TrainerCallback):
         if state.global_step % steps:
             return
         out_of_time = now + (steps + 1) * self._longest > self._deadline
-        wish = _BY_SIGNAL if self._signalled else _OUT_OF_TIME if out_of_time else None
+        wish = self._signalled or (_OUT_OF_TIME if out_of_time else None)
         self.reason = wish if processes.num_processes == 1 else self._agreed(wish, processes)
         if self.reason and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
@@ -93,19 +106,19 @@ class StopRequests(TrainerCallback):
 
     def _agreed(self, wish: str | None, processes: PartialState) -> str | None:
         """What one process wishes, all do, at the same step."""
-        wishes = (None, _OUT_OF_TIME, _BY_SIGNAL)
+        wishes = (None, *_REASONS)
         strongest = reduce(torch.tensor(wishes.index(wish), device=processes.device), reduction="max")
         return wishes[int(strongest)]
 
     def check(self, state) -> None:
         """
-        After training, whose checkpoint at the end is saved: from here on SIGTERM and the limit of time stop at once.
+        After training, whose checkpoint at the end is saved: from here on signals and the limit of time stop at once.
 
         Raises:
             Stopped: if training was stopped before its end.
         """
         self.step, self.max_steps = state.global_step, state.max_steps
         self._in_training = False
-        reason = self.reason if self.step < self.max_steps else _BY_SIGNAL if self._signalled else None
+        reason = self.reason if self.step < self.max_steps else self._signalled
         if reason:
             raise Stopped(reason, self.step, self.max_steps)

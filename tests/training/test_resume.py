@@ -77,16 +77,21 @@ def in_child(folder: Path, prepare) -> tuple[int, str]:
 
 def signalling(place: str, count: int, number: signal.Signals):
     """Makes the `count`-th call at that place send this process a signal."""
+    return lambda: at_call(place, count, lambda: os.kill(os.getpid(), number))
+
+
+def at_call(place: str, count: int, function) -> None:
+    """Has `function` called before the `count`-th call at that place."""
     owner, name = PLACES[place]
-    function = getattr(owner, name)
+    replaced = getattr(owner, name)
     calls = itertools.count(1)
 
     def call(*args, **kwargs):
         if next(calls) == count:
-            os.kill(os.getpid(), number)
-        return function(*args, **kwargs)
+            function()
+        return replaced(*args, **kwargs)
 
-    return lambda: setattr(owner, name, call)
+    setattr(owner, name, call)
 
 
 def assert_same_run(run: Path, expected: Path):
@@ -145,6 +150,22 @@ def test_sigterm_saves_says_where_it_stopped_and_ends_with_143(uninterrupted, tm
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_terminal_that_is_closed_saves_and_ends_with_129(uninterrupted, tmp_path):
+    recipe = recipe_in(tmp_path)
+
+    def prepare():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
+        other_end, terminal = os.openpty()
+        os.login_tty(terminal)
+        at_call("step", 5, lambda: os.close(other_end))
+
+    code, _ = in_child(tmp_path, prepare)
+    assert code == 129
+    assert (tmp_path / "run/checkpoints/checkpoint-5").is_dir()
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def test_sigterm_during_the_last_evaluation_stops_at_once(uninterrupted, tmp_path):
     recipe = recipe_in(tmp_path)
     code, errors = in_child(tmp_path, signalling("predict", 2, signal.SIGTERM))
@@ -169,7 +190,7 @@ def test_a_limit_of_time_saves_and_stops_and_changes_nothing(uninterrupted, tmp_
         clock[0] = 0.0
         with pytest.raises(Stopped, match=f"Stopped at --max-minutes after step {reached} of 12") as stopped:
             train(recipe, tmp_path / "run", max_minutes=4.5)
-        assert not stopped.value.by_signal
+        assert stopped.value.exit_code == 0
     clock[0] = 0.0
     train(recipe, tmp_path / "run", max_minutes=4.5)
     assert_same_run(tmp_path / "run", uninterrupted)
