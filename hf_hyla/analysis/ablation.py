@@ -1,6 +1,6 @@
 """Heads whose code is replaced by its mean: what the model still knows without what the head says of the sample."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +9,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ..model.attention_hyla import generated_values, mixed_values
-from ..tasks import Task
 from .latents import Batch, code_hooks, run, watching
 
 
@@ -64,25 +63,19 @@ def ablated(model: nn.Module, layer: int, heads: list[int], mean: torch.Tensor) 
 
 
 def ablate_heads(
-    model: nn.Module, task: Task, batches: list[Batch], means: list[torch.Tensor], progress: bool = False
-) -> tuple[float, np.ndarray]:
+    model: nn.Module, means: list[torch.Tensor], score: Callable[[], np.ndarray | float], progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """
-    The task's headline score of a classification model on these batches, whole, and (layers, heads) without one head.
+    What `score` returns for the whole model, and (layers, heads, ...) for the model without one head; it may be anything that
+    is computed with this model.
 
     Args:
-        means: see `mean_codes`, of samples that need not be these.
+        means: see `mean_codes`, of samples that need not be those of the score.
     """
-    num_heads = [len(mean) for mean in means]
-    cases = [(layer, head) for layer, count in enumerate(num_heads) for head in range(count)]
-    without = np.zeros((len(num_heads), max(num_heads)))
+    whole = np.asarray(score())
+    without = np.zeros((len(means), max(map(len, means)), *whole.shape))
+    cases = [(layer, head) for layer, mean in enumerate(means) for head in range(len(mean))]
     for layer, head in tqdm(cases, desc="Ablating heads", disable=not progress):
         with ablated(model, layer, [head], means[layer]):
-            without[layer, head] = _score(model, task, batches)
-    return _score(model, task, batches), without
-
-
-def _score(model: nn.Module, task: Task, batches: list[Batch]) -> float:
-    read = next(name for name in task.model_columns if name != "labels")
-    logits = torch.cat([run(model, batch).logits.float().cpu() for batch in batches]).numpy()
-    labels, inputs = (torch.cat([batch[name] for batch in batches]).numpy() for name in ("labels", read))
-    return task.metrics(logits, labels, inputs)[task.metric_names[0]]
+            without[layer, head] = score()
+    return whole, without

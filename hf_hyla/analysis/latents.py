@@ -58,7 +58,8 @@ def collect_codes(
 
     Args:
         model: a `HylaModel`, or a model that holds one, of any attention type; it is run without dropout.
-        batches: dicts of tensors, the model's inputs and anything else, whose first axis are the samples.
+        batches: dicts of the model's inputs, which are tensors, and of anything else that numpy makes an array of; the first
+            axis are the samples.
         keys: positions (batch, answers, keys) of the keys, of a batch; `None` takes each answer token as its own key.
         total: number of batches, for the progress bar.
         progress: whether to show it.
@@ -82,10 +83,17 @@ def collect_codes(
         kept.append(torch.stack(picked, dim=1).numpy())
         for name, column in batch.items():
             if name not in _INPUTS:
-                columns[name].append(column.cpu().numpy())
+                columns[name].append(_as_array(column))
     if not kept.count:
         raise ValueError("There are no codes to collect: the batches hold no samples.")
     return Codes(kept.array(), {name: column.array() for name, column in columns.items()})
+
+
+def _as_array(column: Any) -> np.ndarray:
+    if not torch.is_tensor(column):
+        return np.asarray(column)
+    column = column.detach().cpu()
+    return (column.float() if column.dtype == torch.bfloat16 else column).numpy()  # numpy has no such numbers
 
 
 class _Rows:

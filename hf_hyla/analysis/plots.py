@@ -101,7 +101,7 @@ def _similarity(report: dict[str, Any]):
     title = f"Cosine similarity of the mean codes by {name}, {report['split']}: {_about(report)}"
     figure = _figure(size * num_layers + 1, 2 * size + 0.6, title)
     grid = figure.subplots(2, num_layers, squeeze=False)
-    # The scale is that of a cosine, whatever was measured: differences look as large as they are.
+    # The scale is that of a cosine, whatever was measured.
     for row, (key, shown) in zip(grid, (("layers", ""), ("centred", ", mean removed")), strict=True):
         for layer, axes in zip(layers, row, strict=True):
             matrix = np.array(similarity[key][layer])
@@ -115,30 +115,35 @@ def _similarity(report: dict[str, Any]):
 
 
 def _ablation(report: dict[str, Any]):
-    """Score with each head's code replaced by its mean."""
+    """Score with each head's code replaced by its mean; colours tell its difference from the whole model's."""
     ablation = report["ablation"]
-    without = np.array(ablation["without"])
+    without, error = (np.array(ablation[name]) for name in ("without", "standard_error"))
     layers, heads = without.shape
     figure = _figure(
         max(2 + 0.62 * heads, 5.5),
         2 + 0.5 * layers,
-        f"{report['split']} {ablation['metric']} without what one head says ({ablation['whole']:.3f} with all)\n{_about(report)}",
+        f"{report['split']} {ablation['metric']} without what one head says, {ablation['whole']:.3f} with all\n"
+        f"{_about(report)}; bold: differs by more than two standard errors",
     )
     axes = figure.subplots()
-    low, high = without.min(), max(without.max(), ablation["whole"])
-    image = axes.imshow(without, cmap=_SHADES, vmin=low, vmax=high)
-    _write(axes, without, "{:.3f}", without < (low + high) / 2)
+    difference = without - ablation["whole"]
+    largest = np.abs(difference).max()
+    image = axes.imshow(difference, cmap="PuOr", vmin=-largest, vmax=largest)
+    _write(axes, without, "{:.3f}", np.abs(difference) > 0.7 * largest, np.abs(difference) > 2 * error)
     axes.set(xlabel="head", ylabel="layer")
     axes.set_xticks(range(heads), range(1, heads + 1))
     axes.set_yticks(range(layers), range(1, layers + 1))
-    figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes, label="difference")
     return figure
 
 
-def _write(axes, matrix: np.ndarray, form: str, dark: np.ndarray) -> None:
+def _write(axes, matrix: np.ndarray, form: str, dark: np.ndarray, bold: np.ndarray | None = None) -> None:
     for (row, column), value in np.ndenumerate(matrix):
         colour = "white" if dark[row, column] else "black"
-        axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
+        weight = "bold" if bold is not None and bold[row, column] else "normal"
+        axes.text(
+            column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour, fontweight=weight
+        )
 
 
 def _maps(report: dict[str, Any], codes: Codes, subjects: list[Subject], layer: int):

@@ -35,15 +35,20 @@ def probe(
 
     Returns:
         `scores`, by metric the `value` and its bootstrap `standard_error`; `control`, by metric the mean over shuffles and
-        its `standard_error`; `chance`, by metric; and `f1_by_class`, by index, of the classes that occur in both. Metrics
-        are `accuracy` and `f1`, the mean over those classes, or `r2`.
+        its `standard_error`; `chance`, by metric; and `f1_by_class`, of the scored classes that occur, by class or index of
+        the name. Metrics are `accuracy` and `f1`, the mean over those classes, or `r2`.
 
     Raises:
-        ValueError: if there is too little to fit or to score, or scikit-learn is not installed.
+        ValueError: if rows do not fit together, there is too little to fit or to score, or scikit-learn is not installed.
     """
+    train_features, train_values, features, values = map(np.asarray, (train_features, train_values, features, values))
     _check(train_features, train_values, features, values)
     if groups is not None and len(groups) != len(values):
         raise ValueError(f"groups must name a group for each of the {len(values)} values, got {len(groups)}.")
+    if num_shuffles < 2:
+        raise ValueError(
+            f"num_shuffles must be at least 2, whose spread tells the control's error, got {num_shuffles}."
+        )
     try:
         from sklearn.preprocessing import StandardScaler
     except ImportError:
@@ -85,7 +90,8 @@ def probe(
     }
     if not numbers:
         occurs = own.sum(axis=0)[2:].reshape(3, -1)[0] > 0
-        result["f1_by_class"] = {int(i): float(scores["by_class"][0, i]) for i in np.flatnonzero(occurs)}
+        by_class = zip(_classes(values, train_values), scores["by_class"][0], occurs, strict=True)
+        result["f1_by_class"] = {int(name): float(f1) for name, f1, found in by_class if found}
     return result
 
 
@@ -97,7 +103,7 @@ def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, 
         features: (rows, features).
         values: integers (rows,), or booleans (rows, classes).
         centred: whether to take how mean codes differ from the mean of all codes: what all share hides that. A class that
-            differs by no more than rounding is like no other, 0.
+            differs by no more than rounding, or than three standard errors of its mean, is like no other, 0.
 
     Raises:
         ValueError: if a class has no row.
@@ -108,21 +114,33 @@ def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, 
         raise ValueError(f"Class {int(counts.argmin())} has no code to take the mean of: pass more samples.")
     codes = features.astype(np.float64)
     means = shown.T @ codes / counts[:, None]
-    rounding = 1e-6 * np.abs(means).max()
+    least = np.full((num_classes, 1), 1e-6 * np.abs(means).max())
     if centred:
+        within = np.maximum(shown.T @ codes**2 / counts[:, None] - means**2, 0).sum(axis=1)
+        least = np.maximum(least, 3 * np.sqrt(within / counts)[:, None])
         means -= codes.mean(axis=0)
     norms = np.linalg.norm(means, axis=1, keepdims=True)
-    means = np.divide(means, norms, out=np.zeros_like(means), where=norms > rounding)
+    means = np.divide(means, norms, out=np.zeros_like(means), where=norms > least)
     return means @ means.T
 
 
 def _check(train_features, train_values, features, values) -> None:
+    for name, labels in (("train_values", train_values), ("values", values)):
+        if labels.dtype.kind not in "iufb" or labels.ndim != (2 if labels.dtype.kind == "b" else 1):
+            raise ValueError(
+                f"{name} must be integers (rows,), booleans (rows, names) or floats (rows,), got {labels.dtype} "
+                f"{labels.shape}."
+            )
     for name, rows, labels in (("train_", train_features, train_values), ("", features, values)):
         if rows.ndim != 2 or len(rows) != len(labels):
             raise ValueError(
                 f"{name}features must be (rows, features), with a row for each of the {len(labels)} {name}values, got "
                 f"{rows.shape}."
             )
+    if train_features.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"train_features and features must have the same columns, got {train_features.shape[1]} and {features.shape[1]}."
+        )
     if values.dtype.kind != train_values.dtype.kind or values.shape[1:] != train_values.shape[1:]:
         raise ValueError(f"train_values and values differ in kind: {train_values.dtype} and {values.dtype}.")
     if train_values.dtype.kind == "f":
@@ -163,9 +181,14 @@ def _statistics(values: np.ndarray, predicted: np.ndarray, train_values: np.ndar
         right = (values == predicted).mean(axis=1)
     else:
         right = values == predicted
-        classes = np.arange(max(values.max(), train_values.max()) + 1)
+        classes = _classes(values, train_values)
         values, predicted = values[:, None] == classes, predicted[:, None] == classes
     return np.column_stack([np.ones(len(values)), right, values, predicted, values & predicted]).astype(np.float64)
+
+
+def _classes(values: np.ndarray, train_values: np.ndarray) -> np.ndarray:
+    """The classes that occur, or indices of names that may hold together."""
+    return np.arange(values.shape[1]) if values.dtype.kind == "b" else np.union1d(values, train_values)
 
 
 def _r2(sums: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from ..files import write_whole
 from ..model import HylaForSequenceClassification
 from ..tasks import Task
 from .ablation import ablate_heads, mean_codes
+from .combinations import score_by_combination
 from .latents import Codes, collect_codes
 from .probes import code_similarity, probe
 from .subjects import (
@@ -62,17 +63,19 @@ def probe_report(
         `probes`, for each subject and layer (0 for the first, `None` for all) what `probe` returns, `f1_by_class` by name;
         `answer_alone`, for each subject but the answer the scores of a probe that reads the right answer instead of codes;
         `similarity`, for each subject with classes `names` and a matrix per layer, `layers` of the mean codes as they are and
-        `centred` of their differences from the mean of all; `ablation`, `None` or `metric`, `whole`
-        and `without`, by layer and head; `figures`, the files; and all settings.
+        `centred` of their differences from the mean of all; `ablation`, `None` or `metric`, `whole`, and by layer and head
+        `without` and the `standard_error` of their difference; `figures`, the files; and all settings.
 
     Raises:
-        ValueError: before anything is computed, if a package is missing, model and task do not fit, or the split is
-            unknown, holds nothing that was trained, or has too few samples.
+        ValueError: before anything is computed, if a package is missing, model and task do not fit, the seed is none, or the
+            split is unknown, holds nothing that was trained, or has too few samples.
         OSError: if the folder cannot be written.
     """
     for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"Probing needs {package}, which is not installed: pip install hf-hyla[analysis].")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be at least 0 and below 2**32, got {seed}.")
     task.check_model(model.config)
     check_sizes(task, split, train_samples, num_samples)
     query = query_point(task, seed) if fixed_query else None
@@ -188,6 +191,20 @@ def _ablation(model, task: Task, split: str, train_samples: int, num_samples: in
     batches = task_batches(task, "train", train_samples, _BATCH_SIZE)
     total = -(-train_samples // _BATCH_SIZE)
     means = mean_codes(model, tqdm(batches, desc="Averaging codes", total=total, disable=not progress))
-    scored = list(task_batches(task, split, num_samples, _BATCH_SIZE))
-    whole, without = ablate_heads(model, task, scored, means, progress)
-    return {"metric": task.metric_names[0], "whole": whole, "without": without.tolist()}
+    metric = task.metric_names[0]
+
+    def sizes_and_scores() -> np.ndarray:
+        found = sorted(score_by_combination(model, task, split, num_samples), key=lambda one: one["parts"])
+        return np.array([(one["num_samples"], one["scores"][metric]) for one in found])
+
+    whole, without = ablate_heads(model, means, sizes_and_scores, progress)
+    share, lost = whole[:, 0] / num_samples, without[..., 1] - whole[:, 1]
+    # Of the mean over clusters, which the samples of one combination are.
+    spread = (lost - (lost @ share)[..., None]) * share
+    error = np.sqrt((spread**2).sum(axis=-1) * len(share) / (len(share) - 1))
+    return {
+        "metric": metric,
+        "whole": float(whole[:, 1] @ share),
+        "without": (without[..., 1] @ share).tolist(),
+        "standard_error": error.tolist(),
+    }

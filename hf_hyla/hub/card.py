@@ -145,11 +145,14 @@ def _probe_of(run: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is no report of a probe ({type(error).__name__}: {error}): {again}") from None
     if weights != weights_digest(run):
         raise ValueError(f"{path} is about other weights than those of {run}: {again}")
+    if not figures:
+        raise ValueError(f"{path} has no figures, since drawing them was not finished: {again}")
     for name in figures:
         # A figure lies beside its report; any other path would publish a file of somewhere else.
         if not (isinstance(name, str) and re.fullmatch(r"\w+\.png", name)):
             raise ValueError(f"{path} names the figure {name!r}, expected a plain name that ends with .png: {again}")
-    return report | shown
+    last_map = next((name for name in reversed(figures) if name.startswith("map_layer_")), None)
+    return report | shown | {"last_map": last_map}
 
 
 def _probe_table(probe: dict[str, Any]) -> list[list[str]]:

@@ -169,9 +169,10 @@ class Task(ABC):
         for name, expected in self.model_interface.items():
             found = getattr(config, name, None)
             if found != expected:
+                settings = ", ".join(f"{setting} {value}" for setting, value in self.settings.items())
                 raise ValueError(
-                    f"The model does not fit the task {self.name}: its {name} is {found!r}, but "
-                    f"{self.settings} needs {expected!r}."
+                    f"The model does not fit the task {self.name}: its {name} is {found!r}, expected {expected!r}; the "
+                    f"task's settings are {settings}."
                 )
 
     def _check_split(self, split: str) -> None:

@@ -108,6 +108,25 @@ def test_a_class_that_was_not_trained_counts_as_wrong_and_one_not_asked_has_no_f
     assert unseen["f1_by_class"][4] == 0.0
 
 
+def test_classes_may_have_any_numbers():
+    train, values = planted("classes", 1000, 0.3, 1)
+    other, asked = planted("classes", 1000, 0.3, 2)
+    plain, moved = (probe(train, values - shift, other, asked - shift) for shift in (0, 100))
+    assert list(moved.pop("f1_by_class")) == [-100, -99, -98, -97, -96]
+    del plain["f1_by_class"]
+    assert moved == plain
+
+
+def test_differences_of_mean_codes_that_may_be_chance_are_none():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 6, size=6000)
+    codes = 1 + rng.normal(size=(6000, 8)) @ rng.normal(size=(8, 8))
+    assert not (code_similarity(codes, values, 6, centred=True) - np.diag([0] * 6)).any()
+    codes[values == 2] += 1.0
+    found = code_similarity(codes, values, 6, centred=True)
+    assert found[2, 2] == pytest.approx(1) and (np.delete(np.diagonal(found), 2) >= 0).all()
+
+
 def test_mean_codes_of_equal_rules_are_alike_and_of_opposite_ones_opposite():
     values = np.repeat([0, 1, 2, 3], 10)
     codes = np.array([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])[values]
@@ -137,6 +156,14 @@ def test_mean_codes_of_equal_rules_are_alike_and_of_opposite_ones_opposite():
         ((np.zeros((4, 2)), np.zeros(4, int), np.zeros((4, 2)), np.zeros(4, int)), "Too few samples for a probe"),
         ((np.zeros((4, 2)), np.zeros((4, 1), bool), np.zeros((4, 2)), np.zeros((4, 1), bool)), "Too few samples"),
         ((np.zeros((1, 2)), np.zeros(1), np.zeros((4, 2)), np.zeros(4)), "Too few samples"),
+        (
+            (np.eye(4), np.eye(4, dtype=bool)[0], np.eye(4), np.eye(4, dtype=bool)[0]),
+            "must be integers .rows,., booleans",
+        ),
+        ((np.eye(4), np.array(list("abcd")), np.eye(4), np.array(list("abcd"))), "must be integers"),
+        ((np.eye(4), np.eye(4, dtype=int), np.eye(4), np.eye(4, dtype=int)), r"int64 \(4, 4\)"),
+        ((np.eye(4), np.arange(4), np.eye(4)[:, :3], np.arange(4)), "same columns, got 4 and 3"),
+        ((np.eye(4), np.arange(4), np.eye(4), np.arange(4), None, 1), "num_shuffles must be at least 2"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(arguments, message):

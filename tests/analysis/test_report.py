@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_hyla.analysis import Codes, probe_report, task_batches
-from hf_hyla.analysis.report import table
+from hf_hyla.analysis import Codes, ablated, mean_codes, probe_report, task_batches
+from hf_hyla.analysis.report import _ablation, table
 from hf_hyla.analysis.subjects import Subject, answer_features, check_sizes, combinations_of, query_point, subjects
 from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
 from hf_hyla.tasks.rules import RULES
+from hf_hyla.training import evaluate
 
 
 SIZES = ["--train-samples", "150", "--num-samples", "120"]
@@ -41,7 +42,9 @@ def test_a_logic_report_holds_scores_controls_and_figures(saved, capsys):
     }
     matrix = np.array(report["similarity"]["term"]["layers"][1])
     np.testing.assert_allclose(matrix.diagonal(), 1)
-    assert np.array(report["ablation"]["without"]).shape == (2, 4)
+    assert (
+        np.array(report["ablation"]["without"]).shape == np.array(report["ablation"]["standard_error"]).shape == (2, 4)
+    )
     assert report["codes"] == {"layers": 2, "answers": 1, "keys": 1, "heads": 4}
     assert report["task"]["num_variables"] == 3 and report["num_samples"] == {"train": 150, "ood": 120}
     assert report["data_fingerprint"].startswith("sha256:") and report["model"] == str(saved / "logic")
@@ -63,6 +66,30 @@ def test_a_sraven_report_of_a_softmax_model_knows_rules(saved, monkeypatch):
     assert report["similarity"]["rule"]["names"] == list(RULES)
     assert [r["kind"] for r in report["probes"]] == ["classes"] * 6
     assert set(report["probes"][0]["f1_by_class"]) == set(RULES)
+
+
+def test_what_a_head_is_worth_is_the_mean_over_samples_with_the_error_of_one_over_combinations(
+    build, logic, monkeypatch
+):
+    model = build(logic)
+    report = probe_report(model, logic, train_samples=150, num_samples=120, ablate=True)["ablation"]
+    assert report["whole"] == pytest.approx(evaluate(model, logic, "ood", 120)["r2"], rel=1e-5)
+    means = mean_codes(model, task_batches(logic, "train", 150))
+    with ablated(model, 1, [2], means[1]):
+        assert report["without"][1][2] == pytest.approx(evaluate(model, logic, "ood", 120)["r2"], rel=1e-4)
+
+    # Two combinations, of 1 and 3 samples, that lose 1 and 5: 4 in the mean.
+    scores = iter([[(1, 0.0), (3, 0.0)]] + 8 * [[(1, -1.0), (3, -5.0)]])
+    monkeypatch.setattr(
+        "hf_hyla.analysis.report.score_by_combination",
+        lambda *_: [
+            {"parts": [part], "num_samples": size, "scores": {"r2": score}}
+            for part, (size, score) in enumerate(next(scores))
+        ],
+    )
+    found = _ablation(model, logic, "ood", 150, 4, progress=False)
+    assert found["whole"] == 0 and found["without"][0][0] == -4
+    assert found["standard_error"][0][0] == pytest.approx((2 * ((0.25 * 3) ** 2 + (0.75 * 1) ** 2)) ** 0.5)
 
 
 def test_numbers_are_kept_when_a_figure_fails(build, logic, tmp_path, monkeypatch):
@@ -187,6 +214,8 @@ def test_the_number_of_samples_that_is_named_is_enough(logic):
         (["logic", *LOGIC, "--num-samples", "3"], "num_samples must be at least"),
         (["sraven", *SRAVEN, "--train-samples", "3"], "train_samples must be at least"),
         (["sraven", *SRAVEN, "--num-samples", "0"], "num_samples must be at least 1"),
+        (["sraven", *SRAVEN, "--seed", "-1"], "seed must be at least 0"),
+        (["sraven", *SRAVEN, "--seed", "5000000000"], "below 2**32, got 5000000000"),
         (["sraven", *SRAVEN, "--fixed-query"], "asks for no point"),
         (["sraven"], "pass --task logic"),
         (["logic", *LOGIC, "--output", "{saved}/logic/config.json"], "config.json"),

@@ -193,6 +193,7 @@ def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(lo
         (report | {"figures": ["../../secret.txt"]}, "names the figure '../../secret.txt'"),
         (report | {"figures": ["../run.png"]}, "names the figure"),
         (report | {"figures": [7]}, "names the figure 7"),
+        (report | {"figures": []}, "drawing them was not finished"),
         (report | {"probes": [{}]}, "is no report of a probe"),
         ({"weights": report["weights"]}, "is no report of a probe"),
         ([], "is no report of a probe"),
@@ -200,6 +201,10 @@ def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(lo
         (run / "probe" / "probe.json").write_text(json.dumps(spoilt))
         with pytest.raises(ValueError, match=re.escape(message)):
             card_files(run)
+    without_maps = [name for name in report["figures"] if not name.startswith("map_")]
+    (run / "probe" / "probe.json").write_text(json.dumps(report | {"figures": without_maps}))
+    assert "](probe/similarity.png)" in card_files(run)["README.md"]
+    assert "](probe/map_" not in card_files(run)["README.md"]
     (run / "probe" / "probe.json").write_text(json.dumps(report))
 
     other = HylaForSequenceClassification.from_pretrained(run)
