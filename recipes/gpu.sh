@@ -57,14 +57,20 @@ run_train() {
 
 # Of the run's folder, which holds code and older checkpoints too.
 pack() {
-    local last
+    local last name
     cp "$RUN"/{run.json,model.safetensors,config.json,learning_curve.png} "$OUT" 2>/dev/null
     last=$(ls -d "$RUN"/checkpoints/checkpoint-* 2>/dev/null | sort -V | tail -1)
     if [ "$last" ]; then
         tar -cf "$OUT/checkpoint.tar.new" -C "$RUN" resolved_recipe.yaml "checkpoints/${last##*/}" &&
             mv "$OUT/checkpoint.tar.new" "$OUT/checkpoint.tar" || return
     fi
-    find "$OUT" -type f -size +16384k -printf '%p is over 16 MiB and removed.\n' -delete
+    for name in checkpoint.tar model.safetensors; do
+        if [ "$(find "$OUT/$name" -size +16384k 2>/dev/null)" ]; then
+            echo "$OUT/$name is over 16 MiB and removed."
+            rm "$OUT/$name"
+            return 1
+        fi
+    done
 }
 
 main() {

@@ -47,7 +47,8 @@ def test_every_part_has_its_rows(result):
             assert works.pop(("attention", work, f"{shape}, float32"))[:5] == BACKEND_SUBJECTS
     for task in ("sraven", "logic"):
         subjects = works.pop((task, "training step of 4", None))
-        assert subjects[:4] == ["eager", "hyla", "softmax", "hyla, compiled"] and subjects[-1] == "matrix products"
+        assert subjects[:4] == ["eager", "eager, answers only", "hyla", "softmax"]
+        assert subjects[4] == "hyla, compiled" and subjects[-1] == "matrix products"
         assert works.pop(("data", f"{task}, batch of 4", None)) == ["training step", "sequential", "shuffled"]
     assert not torch.cuda.is_available() or works.pop(("attention", "forward", str(bench.FLASH_SHAPE)))
     assert torch.cuda.is_available() or not works
@@ -72,7 +73,7 @@ def test_ratios_are_those_of_the_times(result):
             for other, ratio in row["ratios"].items():
                 assert ratio == pytest.approx(row["seconds"] / rows[other]["seconds"])
     (step,) = (rows for (part, *_), rows in works.items() if part == "sraven")
-    assert set(step["hyla"]["ratios"]) == {"eager", "hyla", "softmax", "matrix products"}
+    assert set(step["hyla"]["ratios"]) == {"eager", "eager, answers only", "hyla", "softmax", "matrix products"}
 
 
 def test_steps_of_one_recipe_keep_the_attention_that_each_was_asked_for(tmp_path):
@@ -182,7 +183,13 @@ def test_without_a_compiler_the_other_steps_are_measured(monkeypatch):
     monkeypatch.setattr(torch, "compile", without_compiler)
     meter = bench.Meter(DEVICE, repeats=1, say=lambda line: None)
     steps.measure_steps(meter, "logic", 4, TINY)
-    assert [row["subject"] for row in meter.rows] == ["eager", "hyla", "softmax", "matrix products"]
+    assert [row["subject"] for row in meter.rows] == [
+        "eager",
+        "eager, answers only",
+        "hyla",
+        "softmax",
+        "matrix products",
+    ]
     assert meter.skipped[0] == "logic, hyla, compiled: RuntimeError: No working C++ compiler found."
 
 
@@ -224,8 +231,13 @@ def test_lengths_that_would_not_fit_are_left_out_and_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2 * Shape(1, 8, 8, 16).eager_bytes, 0))
     monkeypatch.setattr(bench, "FLASH_SHAPE", Shape(1, 17, 8, 16))
     result = benchmark(("attention",), **SIZES | {"shapes": ()})
-    assert {row["length"] for row in result["rows"]} == {8}
-    assert "1 x 17 x 8 heads x 16" in result["skipped"][0] and result["skipped"][0] in as_table(result)
+    assert {row["length"] for row in result["rows"] if row["subject"] == "eager"} == {8}
+    assert {row["length"] for row in result["rows"] if row["subject"] == "fused"} == {8, 17}
+    assert "1 x 17 x 8 heads x 16, float32, eager: it needs" in result["skipped"][0]
+    assert result["skipped"][0] in as_table(result)
+    monkeypatch.setattr(bench, "FLASH_SHAPE", Shape(1, 17, 8, 16, torch.bfloat16))
+    result = benchmark(("attention",), **SIZES | {"shapes": ()})
+    assert not any("bfloat16" in row["shape"] for row in result["rows"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() and sys.platform != "linux", reason="memory cannot be read here")

@@ -19,7 +19,7 @@ from .meter import SEED, Meter, available_bytes, in_a_line
 
 # What errors may be in float32, of the output and of gradients: norm by norm, since at the kink of a ReLU rounding decides the
 # side, and of millions of numbers a few stand there.
-_OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-3
+_OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
 # In half precision rounding decides so often that only the eager form can say what is usual: a backend's error may be so many
 # times its, and a rounding.
 _TIMES_EAGER = 1.5
@@ -56,12 +56,6 @@ FLASH_SHAPE = Shape(8, 2048, 16, 64, torch.bfloat16)
 
 def measure_attention(meter: Meter, shape: Shape) -> None:
     what, device = f"attention, {shape}", meter.device
-    available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
-    if available is not None and shape.eager_bytes > available / 2:
-        needed, free = shape.eager_bytes / 2**30, available / 2**30
-        return meter.skip(
-            what, f"the eager form needs about {needed:.1f} GiB, more than half of the {free:.1f} GiB free."
-        )
     hyla, softmax = _layer(shape, "hyla").to(device), _layer(shape, "softmax").to(device)
     inputs = _inputs(shape, device)
     plain = {name: tensor for name, tensor in inputs.items() if name != "position_bias"}
@@ -71,8 +65,18 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
         }
     fused = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}[device.type]
     backends: Any = BACKENDS  # mypy takes partial functions for objects
+    available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
     of_hyla = {"eager": (backends["eager"], inputs), "lean": (backends["hyla_lean"], inputs)}
-    if problem := kernel_problem(fused, hyla, *(inputs[name] for name in ("query", "key", "value", "position_bias"))):
+    if available is not None and shape.eager_bytes > available / 2:
+        del of_hyla["eager"]
+        needed, free = shape.eager_bytes / 2**30, available / 2**30
+        meter.skip(
+            f"{what}, eager", f"it needs about {needed:.1f} GiB, more than half of the {free:.1f} GiB that are free."
+        )
+        if shape.dtype != torch.float32:
+            return meter.skip(what, "in half precision the eager form is what the others are held to.")
+    query, key, value, bias = (inputs[name] for name in ("query", "key", "value", "position_bias"))
+    if problem := kernel_problem(fused, hyla, query, key, value, None, bias):
         meter.skip(f"{what}, fused", f"{problem}.")
     else:
         of_hyla["fused"] = (backends[fused], inputs)

@@ -21,7 +21,12 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
     with tempfile.TemporaryDirectory() as folder:
         step = partial(_TrainingStep, folder=folder, batch_size=batch_size)
         first = step(recipe, "hyla")
-        works: dict[str, Work] = {"eager": step(recipe, "eager"), "hyla": first, "softmax": step(softmax, "hyla")}
+        works: dict[str, Work] = {
+            "eager": step(recipe, "eager"),
+            "eager, answers only": step(recipe, "eager", answers_only=True),
+            "hyla": first,
+            "softmax": step(softmax, "hyla"),
+        }
         modes = {"hyla, compiled": "default"}
         if meter.device.type == "cuda":
             modes["hyla, CUDA graphs"] = "reduce-overhead"
@@ -37,7 +42,7 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
         works["matrix products"] = partial(torch.mm, matrix, matrix)
         rows = meter.compare(
             works,
-            against=("eager", "hyla", "softmax", "matrix products"),
+            against=("eager", "eager, answers only", "hyla", "softmax", "matrix products"),
             factors={"matrix products": first.matrix_flop / (2 * 1024**3)},
             facts={"part": name, "work": f"training step of {batch_size}"},
         )
@@ -45,15 +50,27 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
 
 
 class _TrainingStep:
-    """A step of a recipe's training, each with another batch: forward, loss, backward and the recipe's optimiser."""
+    """
+    A step of a recipe's training, each with another batch: forward, loss, backward and the recipe's optimiser. The eager form
+    computes all tokens of the last layer; with `answers_only` those that are read, as the others do.
+    """
 
     def __init__(
-        self, recipe: Recipe, implementation: str, *, folder: str, batch_size: int, compile_mode: str | None = None
+        self,
+        recipe: Recipe,
+        implementation: str,
+        *,
+        folder: str,
+        batch_size: int,
+        compile_mode: str | None = None,
+        answers_only: bool = False,
     ):
         set_seed(SEED)
         # A config of its own: the implementation is noted there, and layers look it up at every call.
         config = copy.deepcopy(recipe.config)
         model = HylaForSequenceClassification._from_config(config, attn_implementation=implementation)
+        if answers_only:
+            model._num_last = lambda *_: config.num_answers
         args = HylaTrainingArguments(
             **recipe.trainer | {"output_dir": folder, "eval_strategy": "no", "report_to": "none"}
         )
@@ -81,7 +98,8 @@ def _batches(task: Task, batch_size: int) -> list[dict[str, torch.Tensor]]:
 def _matrix_flop(model: HylaForSequenceClassification, tokens: int, answers: int) -> int:
     """
     Floating-point operations of a step's products with weights: one product in the forward and two in the backward, two
-    operations for each weight and token. Products within attention, of pairs of tokens, are not among them.
+    operations for each weight and token. Products within attention, of pairs of tokens, are not among them; those of the
+    last layer are counted for all tokens, though only the eager form computes them.
     """
     weights = {
         part: sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))

@@ -100,6 +100,8 @@ def _bench(arguments: argparse.Namespace) -> int:
             f"--task must be one of {', '.join(PARTS)}, got {arguments.task!r}{nearest(arguments.task, PARTS)}."
         )
     output, file = arguments.output, Path(arguments.json or "-")
+    if file.is_dir():
+        raise ValueError(f"--json must name a file, but {file} is a folder.")
     for folder in (output, file.parent):  # before minutes of work
         if folder:
             folder.mkdir(parents=True, exist_ok=True)

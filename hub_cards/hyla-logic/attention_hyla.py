@@ -75,7 +75,8 @@ def pair_dropout(
     same pairs, and nothing of size query * key has to be kept for the backward.
 
     Args:
-        queries, keys (`torch.LongTensor` of shapes (query,) and (key,)): positions.
+        queries, keys (`torch.LongTensor` of shapes (query,) and (key,)): positions in the sequence; where there are fewer
+            queries than keys, those of the last tokens.
         seed (`torch.LongTensor` of shape (2,)): numbers from 0 to 2**31 - 1.
 
     Returns:
@@ -92,6 +93,11 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
     words = words ^ (words >> 15)
     words = (words * 0x735A2D97) & 0xFFFFFFFF
     return words ^ (words >> 15)
+
+
+def position_of_first(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Where in the sequence the first query stands: the last is the last token, unless there are more queries than keys."""
+    return max(key.shape[2] - query.shape[2], 0)
 
 
 def dropout_seed(device) -> torch.Tensor:
@@ -198,7 +204,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
-    first_query: int = 0,
+    first_query: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -206,7 +212,7 @@ def eager_attention_forward(
 
     `module` says which: `score_norm`, `attention_type`, `value_activation` (a module or `None`) and `value_mixing` (a
     parameter or `None`), as `HylaAttention` has them. `seed` is that of `pair_dropout`, drawn here where it is `None`;
-    `first_query` is the position of the first of these queries, where they are a part of all.
+    `first_query` is the position of the first of these queries; `None` if the last of them is the last token.
 
     Returns:
         output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
@@ -216,6 +222,7 @@ def eager_attention_forward(
     if dropout > 0.0:
         seed = dropout_seed(codes.device) if seed is None else seed
         queries, keys = (torch.arange(length, device=codes.device) for length in codes.shape[-2:])
+        first_query = position_of_first(query, key) if first_query is None else first_query
         used = codes * pair_dropout(queries + first_query, keys, seed, dropout, codes.dtype)
     if module.attention_type == "hyla":
         output = generated_values(used, value, module.value_activation, module.value_mixing)

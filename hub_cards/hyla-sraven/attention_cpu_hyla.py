@@ -265,13 +265,18 @@ def cpu_problem(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
         return f"the kernel runs on the CPU, not on {query.device.type}"
     if query.dtype not in (torch.float32, torch.float64):
         return f"the kernel computes in float32 and float64, not in {query.dtype}"
-    return None if torch.compiler.is_compiling() else _compile_problem(*_sizes(query, key, value))
+    if torch.compiler.is_compiling():
+        return None
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    return _compile_problem(differentiated, *_sizes(query, key, value))
 
 
 @cache
-def _compile_problem(*sizes) -> str | None:
+def _compile_problem(differentiated: bool, *sizes) -> str | None:
     try:
         compiled_forward(*sizes)
+        if differentiated:
+            compiled_backward(*sizes)
     except Exception as error:  # whatever numba, LLVM or the file system of its cache come up with
         return f"numba cannot compile the kernel ({type(error).__name__}: {str(error).splitlines()[0]})"
     return None

@@ -36,6 +36,7 @@ except ImportError:  # the lean form takes over, see `cpu_problem`
     numba = None
 
 NONE, RMS_HEAD, SOFTMAX = 0, 1, 2
+_EPSILON = 1e-6  # of RMSHead
 # Sums may be reordered, which vector instructions need; infinities and NaN keep their meaning.
 _OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
 
@@ -315,7 +316,7 @@ def _factors(scores, norm, num_heads, square, factor):
             for k in range(scores.shape[1]):
                 square[k] += scores[h, k] * scores[h, k]
         for k in range(scores.shape[1]):
-            square[k] = one / (square[k] * share + scores.dtype.type(1e-6))
+            square[k] = one / (square[k] * share + scores.dtype.type(_EPSILON))
             factor[k] = np.sqrt(square[k])
     else:
         for k in range(scores.shape[1]):
@@ -351,6 +352,14 @@ def _generate_again(deep, scores, factor, mixing, hidden, projected, relu):
         _project(projected, mixing[h], hidden)
         _add_scaled(deep, scores[h], projected)
     _rectify(deep, factor, relu)
+
+
+def _compiled(signature, function):
+    """From the cache on disk, or where there is none that can be written, compiled anew by every process."""
+    try:
+        return numba.njit(signature, cache=True, **_OPTIONS)(function)
+    except (RuntimeError, OSError):  # numba's, and the system's
+        return numba.njit(signature, **_OPTIONS)(function)
 
 
 def _signature(dtype_name: str, gradients: bool):
@@ -396,6 +405,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
         matrices = np.zeros((padded, value_dim, value_dim), dtype)
         _copy(mixing, matrices)
         masked_score = dtype.type(np.finfo(dtype).min if norm == SOFTMAX else 0)
+        first_query = max(key_length - query_length, 0)  # its position, see `attention_hyla.position_of_first`
 
         for task in range(first_task, last_task):
             b, split = task // splits, task % splits
@@ -424,7 +434,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                             _divide(scores, total)
                         _factors(scores, norm, heads, square, factor)
                         if threshold > 0:
-                            _drop(factor, threshold, survivor, _mix(i ^ seed[0]), column_words)
+                            _drop(factor, threshold, survivor, _mix((first_query + i) ^ seed[0]), column_words)
                         _clear(read)
                         if generated:
                             _generate(hidden, scores, factor, values, relu)
@@ -445,7 +455,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                             for d in range(output.shape[3]):
                                 output[b, i, h, d] += read[h, d]
 
-    return numba.njit(_signature(dtype_name, gradients=False), cache=True, **_OPTIONS)(forward)
+    return _compiled(_signature(dtype_name, gradients=False), forward)
 
 
 @cache
@@ -480,7 +490,8 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
         matrices = np.zeros((padded, value_dim, value_dim), dtype)
         _copy(mixing, matrices)
         grad_matrices = np.zeros((heads, value_dim, value_dim), dtype)
-        one, share = dtype.type(1), dtype.type(1) / dtype.type(heads)
+        one, share, epsilon = dtype.type(1), dtype.type(1) / dtype.type(heads), dtype.type(_EPSILON)
+        first_query = max(key_length - query_length, 0)
         masked_score = dtype.type(np.finfo(dtype).min if norm == SOFTMAX else 0)
 
         for task in range(first_task, last_task):
@@ -509,7 +520,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                             _divide(scores, statistics[b, i, 1])
                         _factors(scores, norm, heads, square, factor)
                         if threshold > 0:
-                            _drop(factor, threshold, survivor, _mix(i ^ seed[0]), column_words)
+                            _drop(factor, threshold, survivor, _mix((first_query + i) ^ seed[0]), column_words)
 
                         # Gradients of the codes, and of the values.
                         _clear(grad_codes)
@@ -554,7 +565,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
 
                         # Gradients of the scores, in the place of the codes'.
                         sums = statistics[b, i, 2]
-                        if norm == RMS_HEAD:
+                        if norm == RMS_HEAD and heads > 1:
                             for k in range(tile):
                                 along[k] = 0
                             for h in range(heads):
@@ -563,7 +574,11 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                             for k in range(tile):
                                 along[k] *= square[k] * factor[k] * share
                         for h in range(heads):
-                            if norm == RMS_HEAD:
+                            if norm == RMS_HEAD and heads == 1:
+                                # The difference below, of numbers that are equal but for epsilon.
+                                for k in range(tile):
+                                    grad_codes[h, k] *= factor[k] * square[k] * epsilon
+                            elif norm == RMS_HEAD:
                                 for k in range(tile):
                                     grad_codes[h, k] = factor[k] * grad_codes[h, k] - scores[h, k] * along[k]
                             elif norm == NONE:
@@ -601,4 +616,4 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                                 grad_value[split, b, start + k, h, d] = grad_values[h, d, k] if passes else 0
         _copy(grad_matrices, grad_mixing)
 
-    return numba.njit(_signature(dtype_name, gradients=True), cache=True, **_OPTIONS)(backward)
+    return _compiled(_signature(dtype_name, gradients=True), backward)

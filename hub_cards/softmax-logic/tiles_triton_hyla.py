@@ -64,6 +64,7 @@ class Inputs(NamedTuple):
     delta: Tensor | None  # softmax, backward: what is subtracted from the gradients of a row
     query_length: int
     key_length: int
+    first_query: int  # its position in the sequence, by which pairs are dropped
 
 
 class Form(NamedTuple):
@@ -203,7 +204,7 @@ def _mix(word):
 def _dropped(tile, x, rows, columns, form: constexpr):
     """The tile (heads, rows, columns) after pair dropout: counted, not drawn, so that every kernel sees the same."""
     if form.threshold > 0:
-        row_words = _mix(rows.to(tl.uint32) ^ tl.load(x.dropout_seed).to(tl.uint32))
+        row_words = _mix((rows + x.first_query).to(tl.uint32) ^ tl.load(x.dropout_seed).to(tl.uint32))
         column_words = _mix(columns.to(tl.uint32) ^ tl.load(x.dropout_seed + 1).to(tl.uint32))
         words = _mix(row_words[:, None] ^ column_words[None, :])
         tile = tl.where((words.to(tl.int64) >= form.threshold)[None, :, :], tile * form.keep_scale, 0.0)
@@ -305,7 +306,9 @@ def _score_gradient(x, batch, rows, columns, form: constexpr):
     """Gradient of the scores, (heads, rows, columns): zero where a pair does not attend."""
     codes, attends, inverse = _codes(x, batch, rows, columns, form)
     result = _code_gradient(x, codes, batch, rows, columns, form)
-    if form.score_norm == "rms_head":
+    if form.score_norm == "rms_head" and form.heads == 1:
+        result *= inverse * inverse * inverse * form.epsilon  # the difference below, of numbers equal but for epsilon
+    elif form.score_norm == "rms_head":
         result = inverse * (result - codes * (tl.sum(result * codes, 0) / form.heads)[None, :, :])
     elif form.score_norm == "softmax":
         offsets, valid = _row_offsets(x, batch, rows, form)

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -38,6 +39,7 @@ from .attention_hyla import (
     by_pair,
     dropout_seed,
     eager_attention_forward,
+    position_of_first,
 )
 from .kernels_triton_hyla import triton_attention, triton_problem
 
@@ -68,6 +70,12 @@ def lean_attention_forward(
     memory that grows with the length and not with its square.
     """
     seed = dropout_seed(query.device) if dropout > 0.0 else None
+    position = position_of_first(query, key)
+    # Blocks of queries are taken of the third of four axes.
+    if attention_mask is not None:
+        attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
+    if position_bias is not None and position_bias.ndim == 3:
+        position_bias = position_bias[None]
 
     def attend(first: int, query, key, value, mask, bias, mixing) -> torch.Tensor:
         layer = SimpleNamespace(
@@ -76,7 +84,9 @@ def lean_attention_forward(
             value_activation=module.value_activation,
             value_mixing=mixing,
         )
-        return eager_attention_forward(layer, query, key, value, mask, scaling, dropout, bias, seed, first)[0]
+        return eager_attention_forward(layer, query, key, value, mask, scaling, dropout, bias, seed, position + first)[
+            0
+        ]
 
     rows = max(_BLOCK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
     of_activation = [] if module.value_activation is None else module.value_activation.parameters()
@@ -199,7 +209,7 @@ def kernel_attention_forward(
     Raises:
         ValueError: if it cannot compute this layer here, saying why.
     """
-    if problem := kernel_problem(kernel, module, query, key, value, position_bias):
+    if problem := kernel_problem(kernel, module, query, key, value, attention_mask, position_bias):
         raise ValueError(f"{kernel} cannot compute this layer: {problem}.")
     output = {"hyla_cpu": cpu_attention, "hyla_triton": triton_attention}[kernel](
         query,
@@ -254,11 +264,13 @@ def fastest_backend(
     if not module.training and _sdpa_problem(module, dropout) is None:
         return "hyla_sdpa"  # the gradient of the position bias makes it slow in training
     kernel = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}.get(query.device.type)
-    problem = kernel_problem(kernel, module, query, key, value, position_bias)
+    problem: str | None = f"there is none for {query.device.type}"
+    if kernel:
+        problem = kernel_problem(kernel, module, query, key, value, attention_mask, position_bias)
     if kernel and problem is None:
         return kernel
     if not torch.compiler.is_compiling():
-        logger.info_once(f"Attention is computed without a fused kernel: {problem}.")
+        logger.warning_once(f"Attention is computed without a fused kernel: {problem}.")
     return "hyla_lean" if numbers > _BLOCK else "eager"
 
 
@@ -279,17 +291,43 @@ def _sdpa_problem(module: Any, dropout: float) -> str | None:
     return None
 
 
-def kernel_problem(kernel: str | None, module: Any, query, key, value, position_bias) -> str | None:
+def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, position_bias) -> str | None:
     """Why the kernel cannot compute this layer here, or `None` where it can."""
-    if kernel is None:
-        return f"there is none for {query.device.type}"
     if module.value_activation is not None and not isinstance(module.value_activation, nn.ReLU):
         return f"its value activation is relu or none, not {type(module.value_activation).__name__}"
-    if position_bias is not None and position_bias.ndim != 2:
-        return "it takes position biases by diagonal"
+    if problem := _misfit(query, key, value, attention_mask, position_bias, module.value_mixing):
+        return problem
     if kernel == "hyla_cpu":
         return cpu_problem(query, key, value)
     return triton_problem(query, module.value_mixing)
+
+
+def _misfit(query, key, value, mask, bias, mixing) -> str | None:
+    """What the kernels, which take sizes from the first tensor that has them, would compute wrongly; they broadcast nothing."""
+    batch, heads, queries, width = query.shape
+    keys, value_width = value.shape[2:]
+    tensors = {"keys": key, "values": value, "position biases": bias, "value_mixing": mixing}
+    fitting = {
+        "keys": (batch, heads, keys, width),
+        "values": (batch, heads, keys, value_width),
+        "position biases": (heads, queries + keys - 1),
+        "value_mixing": (heads, value_width, value_width),
+    }
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != fitting[name]:
+            return f"it takes {name} of shape {fitting[name]}, not {tuple(tensor.shape)}"
+        if tensor.dtype != query.dtype:
+            return f"it takes {name} in the dtype of the queries, {query.dtype}, not {tensor.dtype}"
+    if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
+        return "it takes one mask for all heads"
+    differentiated = (query, key, value, bias, mixing)
+    if not torch.compiler.is_compiling() and any(
+        x is not None and unpack_dual(x).tangent is not None for x in differentiated
+    ):
+        return "it has no forward-mode gradient"
+    return None
 
 
 def _pair_mask(**kwargs) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ an operator with its gradient. No sum depends on the order in which programs run
 import torch
 from torch import Tensor
 
-from .attention_hyla import RMS_HEAD_EPS
+from .attention_hyla import RMS_HEAD_EPS, position_of_first
 from .tiles_triton_hyla import (
     Form,
     Inputs,
@@ -129,6 +129,7 @@ def _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, 
         delta=None,
         query_length=query.shape[2],
         key_length=key.shape[2],
+        first_query=position_of_first(query, key),
     )
 
 

@@ -201,7 +201,7 @@ def test_what_a_backend_cannot_compute_it_refuses_with_the_reason():
     for (backend, row, dropout), message in calls.items():
         with pytest.raises(ValueError, match=message):
             BACKENDS[backend](Layer(*row, None), query, query, query, None, 0.5, dropout=dropout)
-    with pytest.raises(ValueError, match="position biases by diagonal"):
+    with pytest.raises(ValueError, match="position biases of shape"):
         BACKENDS["hyla_cpu"](
             Layer("hyla", "rms_head", "relu", None),
             query,
@@ -364,7 +364,12 @@ def test_lean_form_has_shapes_where_there_are_no_numbers():
 def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_one_line(monkeypatch, caplog):
     layer, query = Layer("hyla", "rms_head", "relu", None), torch.randn(8, 5, 129, 4)
     monkeypatch.setattr(attention_cpu_hyla, "numba", None)
-    assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
+    backends_hyla.logger.warning_once.__func__.cache_clear()
+    for _ in range(2):
+        assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
+    assert [record.getMessage() for record in caplog.records] == [
+        "Attention is computed without a fused kernel: numba is not installed (pip install hf-hyla[cpu])."
+    ]
     with pytest.raises(ValueError, match=r"numba is not installed \(pip install hf-hyla\[cpu\]\)"):
         BACKENDS["hyla_cpu"](layer, query, query, query, None, 0.5)
     monkeypatch.undo()
@@ -372,6 +377,10 @@ def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_o
     def broken(*sizes):
         raise RuntimeError("no code generator for this machine")
 
+    monkeypatch.setattr(attention_cpu_hyla, "compiled_backward", broken)
+    attention_cpu_hyla._compile_problem.cache_clear()
+    assert fastest_backend(layer, query, query, query, None, 0.5) == "hyla_cpu"
+    assert fastest_backend(layer, query.clone().requires_grad_(), query, query, None, 0.5) == "eager"
     monkeypatch.setattr(attention_cpu_hyla, "compiled_forward", broken)
     attention_cpu_hyla._compile_problem.cache_clear()
     assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
@@ -384,11 +393,119 @@ def test_without_numba_the_package_imports_and_trains():
         "import sys; sys.modules['numba'] = None\n"
         "import torch, hf_hyla\n"
         "model = hf_hyla.HylaForSequenceClassification(hf_hyla.HylaConfig(num_hidden_layers=1)).train()\n"
-        "ids = torch.randint(0, 8, (32, 36))\n"
+        "ids = torch.randint(0, 8, (512, 36))\n"
         "model(input_ids=ids, labels=ids[:, :4]).loss.backward()\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    line = "Attention is computed without a fused kernel: numba is not installed (pip install hf-hyla[cpu]).\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", line)
+
+
+def test_where_nothing_can_be_cached_the_kernel_is_compiled_all_the_same(monkeypatch):
+    def nowhere(*_, **__):
+        raise RuntimeError("cannot cache function 'forward': no locator available")
+
+    monkeypatch.setattr("numba.core.dispatcher.FunctionCache", nowhere)
+    compile_anew = kernels_cpu_hyla.compiled_forward.__wrapped__
+    monkeypatch.setattr(attention_cpu_hyla, "compiled_forward", compile_anew)
+    query = torch.randn(1, 2, 5, 4)
+    layer = Layer("linear", "none", "none", None)
+    expected, _ = eager_attention_forward(layer, query, query, query, None, 0.5)
+    torch.testing.assert_close(BACKENDS["hyla_cpu"](layer, query, query, query, None, 0.5)[0], expected)
+
+
+MISFITS = {
+    "fewer values than keys": {"value": (2, 4, 8, 3)},
+    "wider keys": {"key": (2, 4, 9, 6)},
+    "one key for all rows": {"key": (1, 4, 9, 5)},
+    "one key for all heads": {"key": (2, 1, 9, 5)},
+    "one bias for all pairs": {"position_bias": (4, 1)},
+    "a bias for every pair": {"position_bias": (1, 4, 9, 9)},
+    "narrower mixing": {"value_mixing": (4, 2, 2)},
+    "a mask for every head": {"mask": (2, 4, 9, 9)},
+}
+
+
+@pytest.mark.parametrize("backend", ["hyla_cpu", "hyla"])
+@pytest.mark.parametrize("shapes", MISFITS.values(), ids=MISFITS)
+def test_the_kernel_refuses_what_it_would_read_wrongly_and_the_default_computes_it_as_the_eager_form(
+    monkeypatch, backend, shapes
+):
+    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    shapes = {"query": (2, 4, 9, 5), "key": (2, 4, 9, 5), "value": (2, 4, 9, 3), "position_bias": (4, 17)} | shapes
+    mask = torch.rand(shapes.pop("mask")) < 0.5 if "mask" in shapes else None
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    layer = Layer(*HYLA[:3], tensors.pop("value_mixing", None))
+    bias = tensors.pop("position_bias")
+
+    def compute(function):
+        return function(layer, *tensors.values(), mask, 0.5, position_bias=bias)[0]
+
+    if backend == "hyla_cpu":
+        with pytest.raises(ValueError, match="hyla_cpu cannot compute this layer: it takes"):
+            compute(BACKENDS[backend])
+        return
+    try:
+        expected = compute(eager_attention_forward)
+    except (RuntimeError, IndexError) as error:
+        with pytest.raises(type(error)):
+            compute(BACKENDS[backend])
+    else:
+        torch.testing.assert_close(compute(BACKENDS[backend]), expected)
+
+
+def test_the_kernel_refuses_dtypes_that_differ(monkeypatch):
+    query = torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match=r"values in the dtype of the queries, .*32, not .*64"):
+        BACKENDS["hyla_cpu"](Layer(*HYLA[:3], None), query, query, query.double(), None, 0.5)
+
+
+def test_forward_mode_gradients_are_those_of_the_eager_form(monkeypatch):
+    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    layer, (query, key, value, tangent) = Layer(*HYLA[:3], None), torch.randn(4, 2, 3, 9, 5, dtype=torch.float64)
+
+    def along(backend):
+        def attend(query):
+            return BACKENDS[backend](layer, query, key, value, None, 0.5)[0]
+
+        return torch.func.jvp(attend, (query,), (tangent,))[1]
+
+    assert along("eager").norm() > 0.1
+    torch.testing.assert_close(along("hyla"), along("eager"))
+
+
+@pytest.mark.parametrize("mask_shape", [(40, 40), (1, 40, 40)])
+def test_the_lean_form_takes_masks_and_biases_of_fewer_axes(small_blocks, mask_shape):
+    query, key, value = torch.randn(3, 2, 3, 40, 5)
+    bias, mask = torch.randn(3, 40, 40), torch.rand(mask_shape) < 0.5
+    layer = Layer(*HYLA[:3], None)
+    expected, _ = eager_attention_forward(layer, query, key, value, mask, 0.5, position_bias=bias)
+    output, _ = BACKENDS["hyla_lean"](layer, query, key, value, mask, 0.5, position_bias=bias)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_gradients_of_a_single_head_do_not_cancel_out(length):
+    """
+    RMSHead makes a sign of it, whose gradient is what epsilon leaves. Of more pairs some score is so small that its own rounding
+    counts.
+    """
+    case = Case(batch=8, heads=1, queries=length, keys=length)
+    compare("hyla_cpu", HYLA, case, torch.float32)
+
+
+def test_the_shortcut_of_the_last_layer_drops_the_same_pairs(monkeypatch):
+    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    torch.manual_seed(0)
+    model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attention_dropout=0.5)).train()
+    ids = torch.randint(0, 8, (4, 36))
+    logits = {}
+    for backend in ("eager", "hyla", "hyla_cpu", "hyla_lean"):
+        model.set_attn_implementation(backend)
+        torch.manual_seed(1)
+        logits[backend] = model(input_ids=ids).logits
+    for backend in logits:
+        torch.testing.assert_close(logits[backend], logits["eager"], rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_are_dropped_at_the_stated_rate_and_anew_for_every_seed():

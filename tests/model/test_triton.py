@@ -58,14 +58,18 @@ def test_kernels_in_the_interpreter():
 
 
 def kept(queries, keys, seed, dropout):
-    """Pair dropout as it is defined, in integers of 64 bits held to 32: True where a pair is kept."""
+    """
+    Pair dropout as it is defined, in integers of 64 bits held to 32: True where a pair is kept. Fewer queries than keys are
+    the last.
+    """
 
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
         x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
         return x ^ (x >> 15)
 
-    words = mix(mix(torch.arange(queries) ^ seed[0])[:, None] ^ mix(torch.arange(keys) ^ seed[1])[None, :])
+    positions = torch.arange(queries) + max(keys - queries, 0)
+    words = mix(mix(positions ^ seed[0])[:, None] ^ mix(torch.arange(keys) ^ seed[1])[None, :])
     return words >= int(dropout * 2**32)
 
 
