@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_hyla import HylaConfig
 from hf_hyla.cli import main, parse
+from hf_hyla.paper import paper_result
+from hf_hyla.tasks import get_task
 
 
 PROJECT = Path(__file__).parents[1]
@@ -28,7 +31,11 @@ LINES = [
     for line in block.replace("\\\n", " ").splitlines()
     if re.match(r"hyla|python|accelerate", line)
 ]
-RESULTS = sorted((PROJECT / "recipes" / "results").glob("*/*.json"))
+RESULTS = sorted([
+    *(PROJECT / "recipes" / "results").glob("*/*.json"),
+    PROJECT / "recipes" / "results" / "sraven-ideal-observer.json",
+    *PROJECT.glob("hub_cards/*/probe/probe.json"),
+])  # fmt: skip
 
 
 def test_every_python_snippet_shows_its_output():
@@ -109,6 +116,15 @@ def test_what_recipes_say_of_the_papers_own_draws_is_what_the_committed_records_
         score = ood(f"logic-{attention}-reference_split=True", 2)
         parts = rf"\({statistics.fmean(with_one):.2f} with(?: such a term)?, {statistics.fmean(without):.2f} without\)"
         assert re.search(rf"{name} {score:.4f} {parts}", text)
+    task, left, errors = get_task("logic", num_examples=32, held_out=0.7), [], []
+    for attention in ("hyla", "softmax"):
+        scores = [ood(f"logic-{attention}-reference_split=True", seed) for seed in range(3)]
+        mean, error = statistics.fmean(scores), statistics.stdev(scores) / 3**0.5
+        theirs = paper_result(task, HylaConfig(**task.model_defaults | {"attention_type": attention}))
+        assert f"{mean:.4f} ± {error:.4f}" in text and f"{theirs.mean:.4f} ± {theirs.standard_error:.4f}" in text
+        left.append(f"{mean - theirs.mean:.2f}")
+        errors.append(f"{(error**2 + theirs.standard_error**2) ** 0.5:.2f}")
+    assert "{} and {}, are about one standard error ({} and {}) or less".format(*left, *errors) in text
     assert f"At 1e-3 softmax attention reaches {ood('logic-softmax-learning_rate=0.001', 0):.4f}." in text
     ours = [ood("logic-demo-attention_type=softmax-reference_split=True", seed) for seed in (0, 2)]
     assert f"at {in_jax(0):.4f} and {in_jax(2):.4f}, ours at {ours[0]:.4f} and {ours[1]:.4f}" in text
@@ -152,9 +168,11 @@ def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
         bytes_of["fused"] / bytes_of["eager"],
         bytes_of["lean"] / bytes_of["eager"],
         row("sraven", step, "hyla")["ratios"]["eager"],
+        row("sraven", step, "hyla")["ratios"]["eager, answers only"],
         row("sraven", step, "hyla")["ratios"]["softmax"],
         row("sraven", step, "hyla")["ratios"]["matrix products"],
         row("logic", step, "hyla")["ratios"]["eager"],
+        row("logic", step, "hyla")["ratios"]["eager, answers only"],
         row("sraven", step, "hyla, compiled")["ratios"]["hyla"],
         row("logic", step, "hyla, compiled")["ratios"]["hyla"],
         row("data", "sraven, batch of 128", "sequential")["ratios"]["training step"],
@@ -165,7 +183,7 @@ def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
     assert shown == [f"{ratio:.3f}" if ratio < 0.1 else f"{ratio:.2f}" for ratio in ratios]
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=[f"{path.parent.name}/{path.stem}" for path in RESULTS])
+@pytest.mark.parametrize("path", RESULTS, ids=[str(path.relative_to(PROJECT)) for path in RESULTS])
 def test_committed_records_were_made_by_committed_code_and_name_no_machine(path):
     record = json.loads(path.read_text())
     assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["git_commit"])
