@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,10 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_dies(uni
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="takes the right to give up rights")
+@pytest.mark.skipif(
+    not all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(__file__).parents),
+    reason="another user cannot read this checkout",
+)
 def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
     recipe = recipe_in(tmp_path)
     for folder in (tmp_path, *tmp_path.parents[:2]):
