@@ -57,7 +57,7 @@ run_train() {
 
 # Of the run's folder, which holds code and older checkpoints too.
 pack() {
-    local last name
+    local last name status=0
     cp "$RUN"/{run.json,model.safetensors,config.json,learning_curve.png} "$OUT" 2>/dev/null
     last=$(ls -d "$RUN"/checkpoints/checkpoint-* 2>/dev/null | sort -V | tail -1)
     if [ "$last" ]; then
@@ -68,9 +68,10 @@ pack() {
         if [ "$(find "$OUT/$name" -size +16384k 2>/dev/null)" ]; then
             echo "$OUT/$name is over 16 MiB and removed."
             rm "$OUT/$name"
-            return 1
+            status=1
         fi
     done
+    return "$status"
 }
 
 main() {

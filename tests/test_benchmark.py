@@ -1,8 +1,10 @@
 """The benchmark at tiny sizes: what it prints and records, and that it times nothing that is wrong."""
 
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 
 import pytest
@@ -294,8 +296,23 @@ def test_the_command_ends_with_what_failed(monkeypatch, result, capsys):
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--lengths", "0"], "lengths must be at least 1, got 0"),
+        (["--json", "/"], "--json must name a file, but / is a folder"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_script_for_gpus_takes_home_nothing_too_large_and_removes_only_what_it_wrote(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    own = out / "mine" / "thesis.bin"
+    for path in (run / "model.safetensors", run / "run.json", own):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(17 * 2**20 if path.suffix != ".json" else 2)
+    env = os.environ | {"OUT": str(out), "RUN": str(run), "PARTS": "bench", "PYTHON": "true"}
+    result = subprocess.run(["recipes/gpu.sh"], env=env, capture_output=True, text=True)
+    assert result.returncode == 1 and "model.safetensors is over 16 MiB and removed." in result.stdout
+    assert "bench: done" in result.stdout
+    assert {path.name for path in out.rglob("*")} == {"mine", "thesis.bin", "run.json", "report.txt"}

@@ -72,8 +72,9 @@ class StopRequests(TrainerCallback):
         self._signalled = f"by {signal.Signals(number).name}"
         if self._signalled == "by SIGHUP":
             # What is still said on the way would fail in a terminal that is gone.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in self._terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                os.dup2(nowhere, stream)
         if not self._in_training:
             raise Stopped(self._signalled, self.step, self.max_steps)
 

@@ -454,7 +454,7 @@ def test_the_kernel_refuses_what_it_would_read_wrongly_and_the_default_computes_
         torch.testing.assert_close(compute(BACKENDS[backend]), expected)
 
 
-def test_the_kernel_refuses_dtypes_that_differ(monkeypatch):
+def test_the_kernel_refuses_dtypes_that_differ():
     query = torch.randn(1, 2, 5, 4)
     with pytest.raises(ValueError, match=r"values in the dtype of the queries, .*32, not .*64"):
         BACKENDS["hyla_cpu"](Layer(*HYLA[:3], None), query, query, query.double(), None, 0.5)
