@@ -7,10 +7,26 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from hf_hyla.cli import main
+
+
+def skip_unless_copies_can_train() -> None:
+    """Where torch is built for CUDA, a copy of a process that has compiled something has no gradients any more."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            torch.ones(1, requires_grad=True).sum().backward()
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        pytest.skip("copies of this process cannot train, since torch has compiled in it: run this file by itself")
 
 
 def in_children(folder: Path, arguments: list[str], processes: int = 1, prepare=None) -> list[tuple[int, str]]:
@@ -29,6 +45,7 @@ def on_ranks(folder: Path, function, processes: int) -> list[tuple[int, str]]:
     Calls `function(rank)` in `folder`, in so many copies of this process; for each its exit code, which is what the function
     returns, or minus the signal that ended it, and what it wrote to its error stream.
     """
+    skip_unless_copies_can_train()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,6 +83,7 @@ class ForkedCommand:
 
     def __init__(self, command, env, stdout, stderr, start_new_session):
         assert command[:3] == [sys.executable, "-m", "hf_hyla"]
+        skip_unless_copies_can_train()
         self.pid = os.fork()
         if self.pid == 0:
             code = 99

@@ -50,13 +50,16 @@ def _train(arguments: argparse.Namespace) -> int:
     PartialState().print(
         f"{recipe.name}: {recipe.config.attention_type} attention on {recipe.task.name}, into {output}", flush=True
     )
+    code = 0
     try:
         record = train(recipe, output, overwrite=arguments.overwrite, max_minutes=arguments.max_minutes)
+        PartialState().print(f"{_report(recipe, record)}\nWeights, code and run.json are in {output}")
     except Stopped as stopped:
         PartialState().print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    PartialState().print(f"{_report(recipe, record)}\nWeights, code and run.json are in {output}")
-    return 0
+        code = stopped.exit_code
+    # Its threads may abort a process that ends before them.
+    PartialState().destroy_process_group()
+    return code
 
 
 def _report(recipe, record) -> str:

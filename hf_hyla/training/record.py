@@ -105,7 +105,8 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return versions | {"git_commit": _git_commit()}
+    # Of torch also what it was built for, which not every distribution of it says.
+    return versions | {"torch": str(torch.__version__), "git_commit": _git_commit()}
 
 
 def hardware() -> dict[str, Any]:

@@ -54,6 +54,8 @@ class HylaTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = "sequential"
     # Collators of tasks keep what the model reads, and need whole samples.
     remove_unused_columns: bool = False
+    # All parameters have a part in every loss, and looking for others takes time in every step.
+    ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = torch.cuda.is_available()
     # The metric of the fuzzy-logic task needs the values shown in the context.
     include_for_metrics: list[str] = field(default_factory=lambda: ["inputs"])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 WORKER = """
 import json, sys
 import torch
+from accelerate import PartialState
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, HylaTrainingArguments
@@ -66,6 +67,7 @@ for kind, head in HEADS.items():
         trainer.model.save_pretrained(f"{folder}/{kind}")
         log = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
         open(f"{folder}/{kind}/log.json", "w").write(json.dumps(log))
+PartialState().destroy_process_group()
 """
 KINDS = ["several answers", "one class", "one number", "several numbers", "several labels"]
 
