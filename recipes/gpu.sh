@@ -8,7 +8,8 @@
 #   RUN           folder of the training run
 #   MAX_MINUTES   training saves and stops in this time; the same command goes on
 #   FROM          checkpoint.tar of an earlier OUT, to go on from where RUN is gone
-#   TRAIN         more arguments of `hyla train`, the same every time (default: four processes draw data ahead)
+#   TRAIN         more arguments of `hyla train`, the same every time (default: four processes draw data ahead, and torch
+#                 compiles the model where the benchmark has found that faster)
 #   PARTS         which of: bench train tests
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,7 +21,7 @@ RUN=${RUN:-runs/gpu-run}
 MAX_MINUTES=${MAX_MINUTES:-30}
 FROM=${FROM:-$OUT/checkpoint.tar}
 PARTS=${PARTS:-bench train tests}
-read -ra TRAIN <<<"${TRAIN:---trainer.dataloader_num_workers 4 --trainer.dataloader_persistent_workers true}"
+DRAW_AHEAD="--trainer.dataloader_num_workers 4 --trainer.dataloader_persistent_workers true"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 tests=(-k "not interpreter")
@@ -51,8 +52,30 @@ run_train() {
         echo "Goes on from $FROM."
         mkdir -p "$RUN" && tar -xf "$FROM" -C "$RUN" || return
     fi
+    local more
+    read -ra more <<<"${TRAIN:-$DRAW_AHEAD$(compile)}"
+    echo "Trains with ${more[*]}."
     "$PYTHON" -m hf_hyla train recipes/sraven/hyla.yaml --output "$RUN" --max-minutes "$MAX_MINUTES" \
-        --trainer.disable_tqdm true "${TRAIN[@]}"
+        --trainer.disable_tqdm true "${more[@]}"
+}
+
+# The argument for compilation, or nothing: as a run that goes on was begun, or as the benchmark has measured.
+compile() {
+    if [ -e "$RUN/resolved_recipe.yaml" ]; then
+        grep -q 'torch_compile: true' "$RUN/resolved_recipe.yaml"
+    else
+        "$PYTHON" - "$OUT/bench.json" <<'END'
+import json
+import sys
+
+try:
+    rows = json.load(open(sys.argv[1]))["rows"]
+except OSError:
+    rows = []
+works = (row for row in rows if row["part"] == "sraven" and row["subject"] == "hyla, compiled")
+sys.exit(not any(row["ratios"].get("hyla", 1) < 1 for row in works))
+END
+    fi && echo " --trainer.torch_compile true"
 }
 
 # Of the run's folder, which holds code and older checkpoints too.
