@@ -1,6 +1,9 @@
-"""What a run of several processes needs besides the Trainer."""
+"""What a run needs of its processes besides the Trainer."""
 
+import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -33,6 +36,20 @@ def check_launch() -> None:
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Without it every process would train for itself, into the same folder.
         os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def keep_freed_memory() -> None:
+    """
+    Has glibc, where that is the C library, keep the memory that a training step frees for the next one. By default it gives most
+    of it back to the system and takes it again, page by page, in every step. Blocks above 32 MiB are given back as before.
+    """
+    if sys.platform != "linux":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # by their numbers in malloc.h
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 * 2**20)  # the largest that it takes
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def share_of_batch(batch_size: int, num_processes: int, num_devices: int) -> int:

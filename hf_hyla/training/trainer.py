@@ -21,6 +21,7 @@ from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from ..tasks import one_line
 from .checkpoint import UNFINISHED, publish
+from .processes import keep_freed_memory
 from .record import RECORD_NAME
 
 
@@ -98,11 +99,14 @@ class HylaTrainer(Trainer):
     """
     `Trainer` with the reference's choice of decayed parameters and its learning-rate curve. It stops at numbers that are
     not finite, notes the seconds spent in every log entry, and its checkpoints are whole or not there and hold all that
-    an exact continuation needs. It publishes finished runs only, with the card of `hyla card`, and no pickle.
+    an exact continuation needs. It publishes finished runs only, with the card of `hyla card`, and no pickle. On a CPU its
+    process keeps freed memory, see `keep_freed_memory`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         self._writing_aside = False
         self._start_clock()
 

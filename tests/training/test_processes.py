@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -112,3 +113,26 @@ def test_accumulation_and_processes_change_neither_loss_nor_gradient(runs, kind,
     expected, weights = (load_file(runs[run] / kind / "model.safetensors") for run in ("whole", way))
     for key in expected:
         torch.testing.assert_close(weights[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    code = """
+import resource, torch
+from hf_hyla.training.processes import keep_freed_memory
+
+def pages_of_steps():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensors = [torch.ones(2**21) for _ in range(4)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+pages_of_steps()
+without = pages_of_steps()
+keep_freed_memory()
+pages_of_steps()
+print(pages_of_steps() / without)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.1
