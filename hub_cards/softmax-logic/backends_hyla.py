@@ -48,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 # Numbers of its largest intermediate result up to which the eager form is as fast: the others cost some calls from Python
 # more, the compiled kernel also seconds of compilation for every new size of heads.
-_SMALL = 2**19
+_SMALL = 2**18
 # Numbers that the lean form computes at a time, and above which the default avoids the eager form's memory.
 _BLOCK = 2**22
 

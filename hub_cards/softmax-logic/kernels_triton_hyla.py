@@ -49,8 +49,9 @@ NUM_STAGES = 1  # a second stage of loads exceeds the shared memory of the wides
 MAX_HEADS = 64
 # Heads times width that a tile holds without many register spills; wider heads are processed in chunks.
 MAX_TILE = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 512, torch.float64: 256}
-# Bytes of shared memory that the greediest kernel, the key gradient of HYLA+, takes for each of these numbers.
-SHARED_BYTES = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 328, torch.float64: 656}
+# Bytes of shared memory that the greediest kernel, the key gradient of HYLA+, takes for each of these numbers at most, compiled
+# by Triton 3.6, which takes the most, to 3.9.
+SHARED_BYTES = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 336, torch.float64: 672}
 OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, that Triton compiles for; older ones lack bfloat16 too
 
 
