@@ -26,6 +26,8 @@ from .kernels_cpu_hyla import NONE, RMS_HEAD, SOFTMAX, compiled_backward, compil
 
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# Whole vectors of the machines there are, and small enough for a query's scores to stay in the first-level cache.
+_TILES = (16, 24, 32, 40, 48, 64, 96, 128)
 _NORMS = {"none": NONE, "rms_head": RMS_HEAD, "softmax": SOFTMAX}
 
 
@@ -34,9 +36,11 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _tile(key_length: int) -> int:
-    """Keys per tile: at most 64, a multiple of 16, the vectors of the widest machines, with little left over."""
-    tiles = max(-(-key_length // 64), 1)
-    return _round_up(max(-(-key_length // tiles), 1), 16)
+    """
+    Keys per tile: of a few sizes, since each is compiled, the one by which least is computed beyond the keys. What every tile
+    costs besides is worth some 32 keys.
+    """
+    return min(_TILES, key=lambda tile: -(-key_length // tile) * (tile + 32))
 
 
 def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int, str]:

@@ -382,7 +382,7 @@ def _signature(dtype_name: str, gradients: bool):
 def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype_name: str):
     """
     The forward for these sizes, which are constants to the compiler: loops over them vanish, and pointers are known to be
-    apart. Widths are multiples of 4, `tile` of 16; heads of zeros fill up to a multiple of 4.
+    apart. Widths are multiples of 4, `tile` of 8; heads of zeros fill up to a multiple of 4.
     """
     padded = -(-heads // 4) * 4
 
