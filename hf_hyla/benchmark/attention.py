@@ -18,8 +18,9 @@ from .meter import SEED, Meter, available_bytes, in_a_line
 
 
 # What errors may be in float32, of the output and of gradients: norm by norm, since at the kink of a ReLU rounding decides the
-# side, and of millions of numbers a few stand there.
-_OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-3
+# side. Of the pairs of more than `_FEW_KINKS` tokens some stand so near to one that the eager form's gradients are off by 2e-4.
+_OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE, _LONG_GRADIENT_TOLERANCE = 1e-5, 1e-4, 1e-3
+_FEW_KINKS = 1024
 # In half precision rounding decides so often that only the eager form can say what is usual: a backend's error may be so many
 # times its, and a rounding.
 _TIMES_EAGER = 1.5
@@ -195,9 +196,10 @@ def _bounds(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> _Bounds:
     expected = _definition(layer, inputs)
     dtype = inputs["query"].dtype
     if dtype == torch.float32:
+        few = inputs["query"].shape[2] <= _FEW_KINKS
+        gradient = _GRADIENT_TOLERANCE if few else _LONG_GRADIENT_TOLERANCE
         return {
-            name: (tensor, _OUTPUT_TOLERANCE if name == "output" else _GRADIENT_TOLERANCE)
-            for name, tensor in expected.items()
+            name: (tensor, _OUTPUT_TOLERANCE if name == "output" else gradient) for name, tensor in expected.items()
         }
     eager = _differentiated(eager_attention_forward, layer, inputs)
     rounding = torch.finfo(dtype).eps

@@ -267,7 +267,7 @@ def nan_in_new_memory():
     [
         {"value_depth": 2},
         {"ffn_type": "moe"},
-        {"ffn_type": "moe", "value_depth": 2, **CONTINUOUS},
+        {"ffn_type": "moe", "value_depth": 2, **CONTINUOUS, "num_labels": 8},  # few numbers deviate by chance
         {"ffn_type": "swiglu", "norm_type": "rms_norm", "qk_norm": True, "attention_type": "softmax"},
         {"attention_type": "linear", "position_type": "none", "answer_token_id": None, "embedding_bias": False},
     ],
@@ -291,7 +291,7 @@ def test_models_are_built_on_meta_and_missing_keys_are_initialised(tmp_path, nan
         if other.unique().numel() == 1:  # zeros and ones
             assert torch.equal(tensor, other), name
         else:
-            assert 0.4 < tensor.std() / other.std() < 2.5, name  # some have a dozen numbers
+            assert 0.6 < tensor.std() / other.std() < 1.6, name
 
 
 def test_a_checkpoint_of_the_base_model_is_completed_by_a_new_head(tmp_path, nan_in_new_memory):
