@@ -11,338 +11,453 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""HYLA attention fused for GPUs, in Triton: exact, deterministic, and nothing of size query x key is stored.
+"""One tile of HYLA attention in Triton, and the walks over tiles that `ops_triton_hyla.py` launches.
 
-How a tile is computed, and at what cost, stands in `tiles_triton_hyla.py`; here it is divided into programs, launched and made
-an operator with its gradient. No sum depends on the order in which programs run: what several programs contribute to
-(gradients of position bias and of value_mixing) is stored apart, a part per diagonal or block of keys, and added up.
+A program holds one tile of 16 queries by 16 keys for all heads at once, since a code couples the heads, and walks over
+the tiles of its row (output, query gradient), its column (key and value gradients) or its diagonal (gradient of the
+position bias), recomputing the codes. Products are three-dimensional `tl.dot`s, batched over
+
+- heads: scores[h] = query[h] (16 x head_dim) · key[h]ᵀ, and the gradients of queries and keys;
+- keys: hidden[k] = codes[k] (16 queries x heads) · value[k] (heads x value_head_dim), and back to codes and values;
+- queries: output[q] += codes[q] (heads x 16 keys) · hidden[q] (16 keys x value_head_dim), and back likewise.
+
+So half precision runs on tensor cores throughout; in exchange `hidden`, result of the second kind and operand of the
+third, changes its layout through shared memory in every tile. Single precision is multiplied without them, exactly.
+Per pair, in units of heads x width multiply-adds at equal widths: 3 forward, where softmax attention needs 2; backward
+6 + 6 + 4 for queries, keys and values and 5 for a position bias, where it needs 5. HYLA+ adds heads x width² forward
+and two to three times that in each walk backward. Head counts and widths are padded to powers of two of at least 16.
 """
 
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
-from .attention_hyla import RMS_HEAD_EPS, position_of_first
-from .tiles_triton_hyla import (
-    Form,
-    Inputs,
-    View,
-    bias_gradient_kernel,
-    forward_kernel,
-    key_gradient_kernel,
-    query_gradient_kernel,
-    softmax_delta_kernel,
-    softmax_statistics_kernel,
-    value_gradient_kernel,
-)
+from torch import Tensor
 
 
 try:
     import triton
     import triton.language as tl
-except ImportError:
-    triton = tl = None
+    from triton.language import constexpr
+except ImportError:  # `triton_problem` reports it
+    triton = tl = constexpr = None
 
 
-BLOCK = 16  # the least that tensor cores multiply; larger tiles of all heads would not fit into registers
-NUM_WARPS = 8
-NUM_STAGES = 1  # a second stage of loads exceeds the shared memory of the widest key gradients
-MAX_HEADS = 64
-# Heads times width that a tile holds without many register spills; wider heads are processed in chunks.
-MAX_TILE = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 512, torch.float64: 256}
-# Bytes of shared memory that the greediest kernel, the key gradient of HYLA+, takes for each of these numbers at most, compiled
-# by Triton 3.6, which takes the most, to 3.9.
-SHARED_BYTES = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 336, torch.float64: 672}
-OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, that Triton compiles for; older ones lack bfloat16 too
+class View(NamedTuple):
+    """A tensor as kernels see it: pointer, and strides in the order (batch, heads, sequence, width)."""
+
+    pointer: Any
+    strides: Any
 
 
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
+class Inputs(NamedTuple):
+    """What every kernel reads; what a request lacks is `None`."""
+
+    query: View
+    key: View
+    value: View
+    gradient: View | None  # of the output
+    mask: View | None
+    position_bias: Tensor | None
+    value_mixing: Tensor | None
+    dropout_seed: Tensor | None
+    maximum: Tensor | None  # softmax: largest score of a row, (batch, heads, query)
+    inverse_sum: Tensor | None  # softmax: of the exponentials of a row
+    delta: Tensor | None  # softmax, backward: what is subtracted from the gradients of a row
+    query_length: int
+    key_length: int
+    first_query: int  # its position in the sequence, by which pairs are dropped
 
 
-def _widest(query: Tensor) -> int:
-    """The width of a chunk, a power of two; below 16, the least of tensor cores, the device lacks shared memory."""
-    heads = _padded(query.shape[1])
-    widest = max(16, MAX_TILE[query.dtype] // heads)
-    if query.is_cuda:
-        _, available = _gpu(query.device.index)
-        while widest * heads * SHARED_BYTES[query.dtype] > available:
-            widest //= 2
-    return widest
+class Form(NamedTuple):
+    """What is fixed when a kernel is compiled."""
+
+    heads: int
+    head_dim: int
+    value_head_dim: int
+    scaling: float
+    score_norm: str
+    relu: bool
+    generated: bool
+    threshold: int  # pair dropout: kept if its random word is not below; 0 keeps all
+    keep_scale: float
+    head_block: Any  # heads, padded
+    head_dim_block: Any  # widths are padded, and divided into chunks where a tile would not fit into registers
+    head_dim_chunks: int
+    value_block: Any
+    value_chunks: int
+    operand: Any  # dtype of the operands of products
+    total: Any  # dtype of their sums
+    index: Any  # dtype of offsets within a batch row
+    block: Any  # queries and keys of a tile
+    epsilon: float  # of rms_head
 
 
-@torch.compiler.assume_constant_result
-def _gpu(index: int) -> tuple[tuple[int, int], int]:
-    """Compute capability of a GPU, and bytes of shared memory that one of its programs can have."""
-    found = torch.cuda.get_device_properties(index)
-    usual = found.shared_memory_per_block
-    return (found.major, found.minor), getattr(found, "shared_memory_per_block_optin", usual)
+def _kernel(function):
+    return function if triton is None else triton.jit(function)
 
 
-def _form(query, key, value, mask, scaling, score_norm, activation, generated, dropout) -> Form:
-    heads, head_dim, value_head_dim = query.shape[1], query.shape[3], value.shape[3]
-    head_block = _padded(heads)
-    head_dim_block = min(_padded(head_dim), _widest(query))
-    value_block = min(_padded(value_head_dim), _widest(query))
-    total = tl.float64 if query.dtype == torch.float64 else tl.float32
-    operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, total)
-    far = max(*map(_span, (query, key, value)), heads * query.shape[2] * value_head_dim)
-    if mask is not None:
-        far = max(far, _span(_for_pairs(mask, query, key)))
-    # Triton 3.6 takes no bare integers out of a tuple as sizes of tensors; its interpreter takes nothing else.
-    size = int if INTERPRETED else tl.constexpr
-    return Form(
-        heads=heads,
-        head_dim=head_dim,
-        value_head_dim=value_head_dim,
-        scaling=scaling,
-        score_norm=score_norm,
-        relu=activation == "relu",
-        generated=generated,
-        threshold=int(dropout * 2**32),
-        keep_scale=1.0 / (1.0 - dropout),
-        head_block=size(head_block),
-        head_dim_block=size(head_dim_block),
-        head_dim_chunks=-(-head_dim // head_dim_block),
-        value_block=size(value_block),
-        value_chunks=-(-value_head_dim // value_block),
-        operand=total if INTERPRETED else operand,  # the interpreter's bfloat16 products are wrong
-        total=total,
-        index=tl.int64 if far >= 2**31 else tl.int32,
-        block=size(BLOCK),
-        epsilon=RMS_HEAD_EPS,
-    )
+@_kernel
+def _dot(left, right, total, form: constexpr):
+    return tl.dot(left.to(form.operand), right.to(form.operand), total, input_precision="ieee", out_dtype=form.total)
 
 
-def _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum) -> Inputs:
-    if mask is not None:
-        mask = _for_pairs(mask, query, key).view(torch.uint8)
-    return Inputs(
-        query=_view(query),
-        key=_view(key),
-        value=_view(value),
-        gradient=None,
-        mask=None if mask is None else _view(mask),
-        position_bias=None if position_bias is None else position_bias.contiguous(),
-        value_mixing=None if value_mixing is None else value_mixing.contiguous(),
-        dropout_seed=dropout_seed,
-        maximum=maximum,
-        inverse_sum=inverse_sum,
-        delta=None,
-        query_length=query.shape[2],
-        key_length=key.shape[2],
-        first_query=position_of_first(query, key),
-    )
+@_kernel
+def _activated(x, form: constexpr):
+    if form.relu:
+        return tl.where(x < 0, 0.0, x)  # keeps NaN, as torch does
+    else:
+        return x
 
 
-def _for_pairs(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+@_kernel
+def _gated(gradient, x, form: constexpr):
+    if form.relu:
+        return tl.where(x <= 0, 0.0, gradient)
+    else:
+        return gradient
 
 
-def _span(tensor: Tensor) -> int:
-    """How far apart the first and the last element of a batch row lie."""
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+@_kernel
+def _pointers(view, batch, positions, length, chunk, width, size: constexpr, form: constexpr):
+    """Pointers to (heads, positions, one chunk of the width), and which are valid."""
+    heads = tl.arange(0, form.head_block)[:, None, None].to(form.index)
+    rows = positions[None, :, None].to(form.index)
+    columns = (chunk * size + tl.arange(0, size)[None, None, :]).to(form.index)
+    strides = view.strides
+    offsets = heads * strides[1] + rows * strides[2] + columns * strides[3]
+    valid = (heads < form.heads) & (rows < length) & (columns < width)
+    return view.pointer + batch * strides[0] + offsets, valid
 
 
-def _view(tensor: Tensor) -> View:
-    return View(tensor, tensor.stride())
+@_kernel
+def _load(view, batch, positions, length, chunk, width, size: constexpr, form: constexpr):
+    pointers, valid = _pointers(view, batch, positions, length, chunk, width, size, form)
+    return tl.load(pointers, mask=valid, other=0.0)
 
 
-def _launch(kernel, programs: int, chunks: int, form: Form, *arguments) -> None:
-    if programs > 0:
-        kernel[(programs, chunks)](*arguments, form=form, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+@_kernel
+def _store(view, tile, batch, positions, length, chunk, width, size: constexpr, form: constexpr):
+    pointers, valid = _pointers(view, batch, positions, length, chunk, width, size, form)
+    tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=valid)
 
 
-def _forward(query, key, value, mask, position_bias, value_mixing, dropout_seed, *options):
-    """The output (batch, query, heads, value_head_dim), and what softmax keeps for the backward."""
-    form = _form(query, key, value, mask, *options)
-    programs = query.shape[0] * -(-query.shape[2] // BLOCK)
-    output, maximum, inverse_sum = _empty_outputs(query, value, form.score_norm)
-    x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
-    with torch.cuda.device_of(query):
-        if form.score_norm == "softmax":
-            _launch(softmax_statistics_kernel, programs, 1, form, x)
-        _launch(forward_kernel, programs, form.value_chunks, form, x, _view(output.transpose(1, 2)))
-    return output, maximum, inverse_sum
+@_kernel
+def _row_offsets(x, batch, rows, form: constexpr):
+    """Offsets and validity of (heads, rows) in a contiguous (batch, heads, query)."""
+    heads = tl.arange(0, form.head_block)[:, None]
+    offsets = (batch * form.heads + heads) * x.query_length + rows[None, :]
+    return offsets, (heads < form.heads) & (rows < x.query_length)[None, :]
 
 
-def _empty_outputs(query, value, score_norm):
-    batch, heads, length, _ = query.shape
-    rows = (batch, heads, length) if score_norm == "softmax" else (0,)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    output = query.new_empty(batch, length, heads, value.shape[3])
-    return output, query.new_empty(rows, dtype=dtype), query.new_empty(rows, dtype=dtype)
+@_kernel
+def _scores(x, batch, rows, columns, form: constexpr):
+    """Scores (heads, rows, columns), masked as the norm wants it, and which pairs attend (rows, columns)."""
+    scores = tl.zeros([form.head_block, form.block, form.block], form.total)
+    for chunk in range(form.head_dim_chunks):
+        query = _load(x.query, batch, rows, x.query_length, chunk, form.head_dim, form.head_dim_block, form)
+        key = _load(x.key, batch, columns, x.key_length, chunk, form.head_dim, form.head_dim_block, form)
+        scores = _dot(query, key.permute(0, 2, 1), scores, form)
+    scores *= form.scaling
+    attends = (rows < x.query_length)[:, None] & (columns < x.key_length)[None, :]
+    if x.position_bias is not None:
+        heads = tl.arange(0, form.head_block)[:, None, None]
+        diagonals = columns[None, :] - rows[:, None] + x.query_length - 1
+        offsets = heads * (x.query_length + x.key_length - 1) + diagonals[None, :, :]
+        valid = (heads < form.heads) & attends[None, :, :]
+        scores += tl.load(x.position_bias + offsets, mask=valid, other=0.0).to(form.total)
+    if x.mask is not None:
+        strides = x.mask.strides
+        offsets = rows[:, None].to(form.index) * strides[2] + columns[None, :].to(form.index) * strides[3]
+        attends = tl.load(x.mask.pointer + batch * strides[0] + offsets, mask=attends, other=0) != 0
+    if form.score_norm == "softmax":
+        # Finite, so that a row in which nothing attends becomes uniform over all keys.
+        scores = tl.where(attends[None, :, :], scores, -1.0e30)
+        scores = tl.where((columns < x.key_length)[None, None, :], scores, float("-inf"))
+    else:
+        scores = tl.where(attends[None, :, :], scores, 0.0)
+    return scores, attends
 
 
-def _backward(
-    gradient,
-    query,
-    key,
-    value,
-    mask,
-    position_bias,
-    value_mixing,
-    dropout_seed,
-    maximum,
-    inverse_sum,
-    wanted,
-    *options,
-):
-    """Gradients of query, key, value, position_bias and value_mixing; empty where not wanted."""
-    form = _form(query, key, value, mask, *options)
-    x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
-    x = x._replace(gradient=_view(gradient.contiguous().transpose(1, 2)), delta=torch.empty_like(maximum))
-    batch, heads, length, _ = query.shape
-    row_blocks, column_blocks = -(-length // BLOCK), -(-key.shape[2] // BLOCK)
-    results = _empty_gradients(query, key, value, position_bias, value_mixing, wanted)
-    total = torch.promote_types(query.dtype, torch.float32)
-    with torch.cuda.device_of(query):
-        if form.score_norm == "softmax":
-            _launch(softmax_delta_kernel, batch * row_blocks, 1, form, x)
-        if wanted[0]:
-            _launch(query_gradient_kernel, batch * row_blocks, form.head_dim_chunks, form, x, _view(results[0]))
-        if wanted[1]:
-            _launch(key_gradient_kernel, batch * column_blocks, form.head_dim_chunks, form, x, _view(results[1]))
-        if wanted[2] or wanted[4]:
-            values = results[2] if wanted[2] else torch.empty_like(value)
-            parts = query.new_zeros(batch * column_blocks, *value_mixing.shape, dtype=total) if wanted[4] else None
-            _launch(value_gradient_kernel, batch * column_blocks, form.value_chunks, form, x, _view(values), parts)
-            if parts is not None:
-                results[4].copy_(parts.sum(0))
-        if wanted[3]:
-            diagonals = row_blocks + column_blocks - 1
-            tiles = query.new_empty(batch, diagonals, heads, BLOCK, BLOCK, dtype=total)
-            _launch(bias_gradient_kernel, batch * diagonals, 1, form, x, tiles)
-            results[3].copy_(_sum_diagonals(tiles.sum(0), BLOCK * row_blocks - length, results[3].shape[1]))
-    return results
+@_kernel
+def _codes(x, batch, rows, columns, form: constexpr):
+    """Codes (heads, rows, columns), which pairs attend, and for rms_head the inverse root mean square (or 1)."""
+    scores, attends = _scores(x, batch, rows, columns, form)
+    inverse = 1.0
+    if form.score_norm == "rms_head":
+        inverse = tl.rsqrt(tl.sum(scores * scores, 0) / form.heads + form.epsilon)[None, :, :]
+        scores *= inverse
+    elif form.score_norm == "softmax":
+        offsets, valid = _row_offsets(x, batch, rows, form)
+        maximum = tl.load(x.maximum + offsets, mask=valid, other=0.0)[:, :, None]
+        inverse_sum = tl.load(x.inverse_sum + offsets, mask=valid, other=0.0)[:, :, None]
+        scores = tl.exp(scores - maximum) * inverse_sum
+    return scores, attends, inverse
 
 
-def _sum_diagonals(tiles: Tensor, skipped: int, length: int) -> Tensor:
-    """Entry m of (heads, length) sums the places (i, j) of tile t where BLOCK * (t + 1) - 1 - i + j = m + skipped."""
-    count, heads = tiles.shape[:2]
-    # A row padded to twice its length and read as one shorter is shifted by one against the row before.
-    skewed = torch.nn.functional.pad(tiles.flip(2), (0, BLOCK)).flatten(2)[..., :-BLOCK]
-    windows = skewed.unflatten(2, (BLOCK, 2 * BLOCK - 1)).sum(2).transpose(0, 1)
-    windows = torch.nn.functional.pad(windows, (0, 1))
-    result = tiles.new_zeros(heads, BLOCK * (count + 1))
-    result[:, :-BLOCK] += windows[..., :BLOCK].reshape(heads, -1)
-    result[:, BLOCK:] += windows[..., BLOCK:].reshape(heads, -1)
-    return result[:, skipped : skipped + length]
+@_kernel
+def _mix(word):
+    word = (word ^ (word >> 16)) * 0x21F0AAAD
+    word = (word ^ (word >> 15)) * 0x735A2D97
+    return word ^ (word >> 15)
 
 
-def _empty_gradients(query, key, value, position_bias, value_mixing, wanted):
-    tensors = (query, key, value, position_bias, value_mixing)
-    return [torch.empty_like(t) if w else query.new_empty(0) for t, w in zip(tensors, wanted, strict=True)]
+@_kernel
+def _dropped(tile, x, rows, columns, form: constexpr):
+    """The tile (heads, rows, columns) after pair dropout: counted, not drawn, so that every kernel sees the same."""
+    if form.threshold > 0:
+        row_words = _mix((rows + x.first_query).to(tl.uint32) ^ tl.load(x.dropout_seed).to(tl.uint32))
+        column_words = _mix(columns.to(tl.uint32) ^ tl.load(x.dropout_seed + 1).to(tl.uint32))
+        words = _mix(row_words[:, None] ^ column_words[None, :])
+        tile = tl.where((words.to(tl.int64) >= form.threshold)[None, :, :], tile * form.keep_scale, 0.0)
+    return tile
 
 
-def _save(ctx, inputs, output):
-    *tensors, scaling, score_norm, activation, generated, dropout = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options = (scaling, score_norm, activation, generated, dropout)
+@_kernel
+def _head_column(by_key, head, form: constexpr):
+    """The codes of one head, (columns · rows, 1), out of (columns, rows, heads)."""
+    heads = tl.arange(0, form.head_block)[None, None, :]
+    return tl.reshape(tl.sum(tl.where(heads == head, by_key, 0.0), 2), [form.block * form.block, 1])
 
 
-def _differentiate(ctx, gradient, *_):
-    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]
-    results = torch.ops.hyla.triton_backward(gradient, *ctx.saved_tensors, wanted, *ctx.options)
-    query, key, value, bias, mixing = (g if w else None for g, w in zip(results, wanted, strict=True))
-    return query, key, value, None, bias, mixing, None, None, None, None, None, None
+@_kernel
+def _mixing_offsets(head, form: constexpr):
+    """Offsets and validity of the matrix of one head, (to, from), in a contiguous value_mixing."""
+    width = tl.arange(0, form.value_block)
+    offsets = (head * form.value_head_dim + width[:, None]) * form.value_head_dim + width[None, :]
+    return offsets, (width < form.value_head_dim)[:, None] & (width < form.value_head_dim)[None, :]
 
 
-TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? position_bias, Tensor? value_mixing, Tensor? dropout_seed"
-OPTIONS = "float scaling, str score_norm, str activation, bool generated, float dropout"
+@_kernel
+def _second_layer(x, by_key, hidden, form: constexpr):
+    """HYLA+: Σ_h codes[h] · W[h] hidden before its activation, (columns · rows, value_head_dim)."""
+    second = tl.zeros([form.block * form.block, form.value_block], form.total)
+    for head in range(form.heads):
+        offsets, valid = _mixing_offsets(head, form)
+        weight = tl.load(x.value_mixing + offsets, mask=valid, other=0.0)
+        mixed = _dot(hidden, weight.permute(1, 0), tl.zeros_like(second), form)
+        second += _head_column(by_key, head, form) * mixed
+    return second
 
 
-def _register() -> None:
-    """Makes each pass one operator, a single node for torch.compile and torch.export."""
-    forward = torch.library.custom_op(
-        "hyla::triton_forward", _forward, mutates_args=(), schema=f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
-    )
-    forward.register_fake(lambda query, key, value, *rest: _empty_outputs(query, value, rest[5]))
-    forward.register_autograd(_differentiate, setup_context=_save)
-    backward = torch.library.custom_op(
-        "hyla::triton_backward",
-        _backward,
-        mutates_args=(),
-        schema=f"(Tensor gradient, {TENSORS}, Tensor maximum, Tensor inverse_sum, bool[] wanted, {OPTIONS}) -> Tensor[]",
-    )
-    backward.register_fake(
-        lambda _, q, k, v, mask, bias, mixing, *rest: _empty_gradients(q, k, v, bias, mixing, rest[3])
-    )
+@_kernel
+def _first_layer(by_key, value, form: constexpr):
+    """The hidden layer before its activation, (columns, rows, value_head_dim)."""
+    zeros = tl.zeros([form.block, form.block, form.value_block], form.total)
+    return _dot(by_key, value.permute(1, 0, 2), zeros, form)
 
 
-INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
-# Code from a repository and the installed package may both be imported; the first one's operators serve both.
-if triton is not None and not hasattr(torch.ops.hyla, "triton_forward"):
-    _register()
-
-
-def triton_problem(query: Tensor, value_mixing: Tensor | None = None) -> str | None:
-    """Why `triton_attention` cannot take these tensors here, or `None` where it can."""
-    if triton is None:
-        return "triton is not installed (pip install hf-hyla[triton], or torch for CUDA, which brings it)"
-    if not query.is_cuda and not INTERPRETED:
-        return f"the kernel runs on CUDA, not on {query.device.type}"
-    if query.dtype not in MAX_TILE:
-        return f"the kernel computes in {', '.join(map(str, MAX_TILE))}, not in {query.dtype}"
-    if query.shape[1] > MAX_HEADS:
-        return f"the kernel takes at most {MAX_HEADS} heads, not {query.shape[1]}"
-    if query.is_cuda:
-        capability, available = _gpu(query.device.index)
-        if capability < OLDEST_CAPABILITY:
-            return "the kernel needs a GPU of compute capability {}.{}, not {}.{}".format(
-                *OLDEST_CAPABILITY, *capability
-            )
-        if _widest(query) < 16:
-            return (
-                f"with {query.shape[1]} heads in {query.dtype} the kernel needs more shared memory than the "
-                f"{available // 1024} KiB that this GPU gives a program"
-            )
-    if value_mixing is not None and value_mixing.shape[2] > _widest(query):
-        return (
-            f"with {query.shape[1]} heads in {query.dtype} the kernel takes a second value layer up to a value_head_dim of "
-            f"{_widest(query)}, not {value_mixing.shape[2]}"
-        )
-    return None
-
-
-def triton_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    position_bias: Tensor | None,
-    value_mixing: Tensor | None,
-    dropout_seed: Tensor | None,
-    *,
-    scaling: float,
-    score_norm: str,
-    activation: str,
-    generated: bool,
-    dropout: float,
-) -> Tensor:
+@_kernel
+def _network_gradient(x, used, value, gradient, form: constexpr):
     """
-    Attention as `eager_attention_forward` defines it, without ever holding a (query, key) matrix.
+    Backward through the value networks of a tile, for one chunk of the width.
 
-    Args:
-        query (`torch.Tensor`): (batch, heads, query, head_dim); any strides, as all others.
-        key (`torch.Tensor`): (batch, heads, key, head_dim).
-        value (`torch.Tensor`): (batch, heads, key, value_head_dim).
-        mask (`torch.Tensor`, *optional*): bool, broadcastable to (batch, 1, query, key); True attends.
-        position_bias (`torch.Tensor`, *optional*): (heads, query + key - 1), by diagonal: entry m is added to the score
-            of every pair with `key_index - query_index = m - (query - 1)`.
-        value_mixing (`torch.Tensor`, *optional*): (heads, value_head_dim, value_head_dim), the second layer of HYLA+.
-        dropout_seed (`torch.Tensor`, *optional*): two int64 numbers in [0, 2³¹); `None` if `dropout` is 0.
-        scaling (`float`): multiplies query · key.
-        score_norm (`str`): `"rms_head"`, `"softmax"` or `"none"`.
-        activation (`str`): `"relu"` or `"none"`.
-        generated (`bool`): whether codes write value networks (HYLA) or mix values (linear, softmax).
-        dropout (`float`): share of the pairs that is dropped, the same for the whole batch and all heads.
-
-    Returns:
-        `torch.Tensor` of shape (batch, query, heads, value_head_dim), contiguous, in the queries' dtype.
-
-    The caller has asked `triton_problem`.
+    Returns the gradients of the codes by query (rows, heads, columns) and by key (columns, rows, heads), those of the
+    layers before their activation, first and second, and the first hidden layer; all but the codes' (columns, rows,
+    width), flattened to (columns · rows, width) in the second layer and the last.
     """
-    options = (scaling, score_norm, activation, generated, dropout)
-    tensors = (query, key, value, mask, position_bias, value_mixing, dropout_seed)
-    output, _, _ = torch.ops.hyla.triton_forward(*tensors, *options)
-    return output
+    pairs: constexpr = form.block * form.block
+    by_key = used.permute(2, 1, 0)
+    by_query = gradient.permute(1, 0, 2)
+    first = _first_layer(by_key, value, form)
+    hidden = _activated(first, form)
+    zeros = tl.zeros([form.block, form.block, form.value_block], form.total)
+    layer_gradient = _dot(used.permute(1, 2, 0), by_query, zeros, form).to(form.operand).permute(1, 0, 2)
+    code_gradient_by_key = tl.zeros([form.block, form.block, form.head_block], form.total)
+    flat = tl.reshape(hidden, [pairs, form.value_block])
+    second_gradient = flat
+    if x.value_mixing is not None:
+        second = _second_layer(x, by_key, flat, form)
+        hidden = tl.reshape(_activated(second, form), [form.block, form.block, form.value_block])
+        second_gradient = _gated(tl.reshape(layer_gradient, [pairs, form.value_block]).to(form.total), second, form)
+        flat_gradient = tl.zeros([pairs, form.value_block], form.total)
+        heads = tl.arange(0, form.head_block)[None, None, :]
+        for head in range(form.heads):
+            offsets, valid = _mixing_offsets(head, form)
+            weight = tl.load(x.value_mixing + offsets, mask=valid, other=0.0)
+            back = _dot(second_gradient, weight, tl.zeros_like(flat_gradient), form)
+            code_gradient = tl.reshape(tl.sum(back * flat, 1), [form.block, form.block, 1])
+            code_gradient_by_key += tl.where(heads == head, code_gradient, 0.0)
+            flat_gradient += _head_column(by_key, head, form) * back
+        layer_gradient = tl.reshape(flat_gradient, [form.block, form.block, form.value_block])
+    first_gradient = _gated(layer_gradient.to(form.total), first, form)
+    code_gradient_by_key = _dot(first_gradient, value.permute(1, 2, 0), code_gradient_by_key, form)
+    zeros = tl.zeros([form.block, form.head_block, form.block], form.total)
+    code_gradient_by_query = _dot(by_query, hidden.to(form.operand).permute(1, 2, 0), zeros, form)
+    return code_gradient_by_query, code_gradient_by_key, first_gradient, second_gradient, flat
+
+
+@_kernel
+def _code_gradient(x, codes, batch, rows, columns, form: constexpr):
+    """Gradient of the codes before dropout, (heads, rows, columns)."""
+    used = _dropped(codes, x, rows, columns, form)
+    result = tl.zeros_like(codes)
+    for chunk in range(form.value_chunks):
+        value = _load(x.value, batch, columns, x.key_length, chunk, form.value_head_dim, form.value_block, form)
+        output = _load(x.gradient, batch, rows, x.query_length, chunk, form.value_head_dim, form.value_block, form)
+        if form.generated:
+            by_query, by_key, _, _, _ = _network_gradient(x, used, value, output, form)
+            result += by_query.permute(1, 0, 2) + by_key.permute(2, 1, 0)
+        else:
+            result = _dot(output, _activated(value, form).permute(0, 2, 1), result, form)
+    return _dropped(result, x, rows, columns, form)
+
+
+@_kernel
+def _score_gradient(x, batch, rows, columns, form: constexpr):
+    """Gradient of the scores, (heads, rows, columns): zero where a pair does not attend."""
+    codes, attends, inverse = _codes(x, batch, rows, columns, form)
+    result = _code_gradient(x, codes, batch, rows, columns, form)
+    if form.score_norm == "rms_head" and form.heads == 1:
+        result *= inverse * inverse * inverse * form.epsilon  # the difference below, of numbers equal but for epsilon
+    elif form.score_norm == "rms_head":
+        result = inverse * (result - codes * (tl.sum(result * codes, 0) / form.heads)[None, :, :])
+    elif form.score_norm == "softmax":
+        offsets, valid = _row_offsets(x, batch, rows, form)
+        result = codes * (result - tl.load(x.delta + offsets, mask=valid, other=0.0)[:, :, None])
+    return tl.where(attends[None, :, :], result, 0.0)
+
+
+@_kernel
+def _program(length, form: constexpr):
+    """Batch row of this program, and the positions of its block."""
+    blocks = tl.cdiv(length, form.block)
+    block = tl.program_id(0) % blocks
+    return (tl.program_id(0) // blocks).to(tl.int64), block * form.block + tl.arange(0, form.block)
+
+
+@_kernel
+def softmax_statistics_kernel(x, form: constexpr):
+    """Row walk: maximum and inverse sum of exponentials of every row of scores, apart so that neither loses digits."""
+    batch, rows = _program(x.query_length, form)
+    maximum = tl.full([form.head_block, form.block], float("-inf"), form.total)
+    total = tl.zeros([form.head_block, form.block], form.total)
+    for start in range(0, x.key_length, form.block):
+        scores, _ = _scores(x, batch, rows, start + tl.arange(0, form.block), form)
+        larger = tl.maximum(maximum, tl.max(scores, 2))
+        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(scores - larger[:, :, None]), 2)
+        maximum = larger
+    offsets, valid = _row_offsets(x, batch, rows, form)
+    tl.store(x.maximum + offsets, maximum, mask=valid)
+    tl.store(x.inverse_sum + offsets, 1.0 / total, mask=valid)
+
+
+@_kernel
+def softmax_delta_kernel(x, form: constexpr):
+    """Row walk: delta = Σ_keys codes · their gradient, which softmax subtracts from every gradient of its row."""
+    batch, rows = _program(x.query_length, form)
+    delta = tl.zeros([form.head_block, form.block], form.total)
+    for start in range(0, x.key_length, form.block):
+        columns = start + tl.arange(0, form.block)
+        codes, _, _ = _codes(x, batch, rows, columns, form)
+        delta += tl.sum(codes * _code_gradient(x, codes, batch, rows, columns, form), 2)
+    offsets, valid = _row_offsets(x, batch, rows, form)
+    tl.store(x.delta + offsets, delta, mask=valid)
+
+
+@_kernel
+def forward_kernel(x, output, form: constexpr):
+    """Row walk: one chunk of the output of a block of queries."""
+    batch, rows = _program(x.query_length, form)
+    chunk = tl.program_id(1)
+    if form.generated:
+        total = tl.zeros([form.block, form.head_block, form.value_block], form.total)
+    else:
+        total = tl.zeros([form.head_block, form.block, form.value_block], form.total)
+    for start in range(0, x.key_length, form.block):
+        columns = start + tl.arange(0, form.block)
+        codes, _, _ = _codes(x, batch, rows, columns, form)
+        used = _dropped(codes, x, rows, columns, form)
+        value = _load(x.value, batch, columns, x.key_length, chunk, form.value_head_dim, form.value_block, form)
+        if form.generated:
+            by_key = used.permute(2, 1, 0)
+            hidden = _activated(_first_layer(by_key, value, form), form)
+            if x.value_mixing is not None:
+                flat = tl.reshape(hidden, [form.block * form.block, form.value_block])
+                second = _activated(_second_layer(x, by_key, flat, form), form)
+                hidden = tl.reshape(second, [form.block, form.block, form.value_block])
+            total = _dot(used.permute(1, 0, 2), hidden.to(form.operand).permute(1, 0, 2), total, form)
+        else:
+            total = _dot(used, _activated(value, form), total, form)
+    if form.generated:
+        total = total.permute(1, 0, 2)
+    _store(output, total, batch, rows, x.query_length, chunk, form.value_head_dim, form.value_block, form)
+
+
+@_kernel
+def query_gradient_kernel(x, result, form: constexpr):
+    """Row walk: one chunk of the gradient of a block of queries."""
+    batch, rows = _program(x.query_length, form)
+    chunk = tl.program_id(1)
+    total = tl.zeros([form.head_block, form.block, form.head_dim_block], form.total)
+    for start in range(0, x.key_length, form.block):
+        columns = start + tl.arange(0, form.block)
+        scores = _score_gradient(x, batch, rows, columns, form)
+        key = _load(x.key, batch, columns, x.key_length, chunk, form.head_dim, form.head_dim_block, form)
+        total = _dot(scores, key, total, form)
+    total *= form.scaling
+    _store(result, total, batch, rows, x.query_length, chunk, form.head_dim, form.head_dim_block, form)
+
+
+@_kernel
+def key_gradient_kernel(x, result, form: constexpr):
+    """Column walk: one chunk of the gradient of a block of keys."""
+    batch, columns = _program(x.key_length, form)
+    chunk = tl.program_id(1)
+    total = tl.zeros([form.head_block, form.block, form.head_dim_block], form.total)
+    for start in range(0, x.query_length, form.block):
+        rows = start + tl.arange(0, form.block)
+        scores = _score_gradient(x, batch, rows, columns, form)
+        query = _load(x.query, batch, rows, x.query_length, chunk, form.head_dim, form.head_dim_block, form)
+        total = _dot(scores.permute(0, 2, 1), query, total, form)
+    total *= form.scaling
+    _store(result, total, batch, columns, x.key_length, chunk, form.head_dim, form.head_dim_block, form)
+
+
+@_kernel
+def value_gradient_kernel(x, result, mixing_gradient, form: constexpr):
+    """Column walk: one chunk of the gradient of a block of values; the block's part of that of value_mixing."""
+    batch, columns = _program(x.key_length, form)
+    chunk = tl.program_id(1)
+    value = _load(x.value, batch, columns, x.key_length, chunk, form.value_head_dim, form.value_block, form)
+    if form.generated:
+        total = tl.zeros([form.block, form.head_block, form.value_block], form.total)
+    else:
+        total = tl.zeros([form.head_block, form.block, form.value_block], form.total)
+    for start in range(0, x.query_length, form.block):
+        rows = start + tl.arange(0, form.block)
+        codes, _, _ = _codes(x, batch, rows, columns, form)
+        used = _dropped(codes, x, rows, columns, form)
+        output = _load(x.gradient, batch, rows, x.query_length, chunk, form.value_head_dim, form.value_block, form)
+        if form.generated:
+            _, _, first, second, hidden = _network_gradient(x, used, value, output, form)
+            total = _dot(used.permute(2, 0, 1), first, total, form)
+            if mixing_gradient is not None:
+                for head in range(form.heads):
+                    scaled = _head_column(used.permute(2, 1, 0), head, form) * hidden
+                    zeros = tl.zeros([form.value_block, form.value_block], form.total)
+                    part = _dot(second.permute(1, 0), scaled, zeros, form)
+                    offsets, valid = _mixing_offsets(tl.program_id(0).to(tl.int64) * form.heads + head, form)
+                    # Only this program adds here, so the sum has one order.
+                    tl.atomic_add(mixing_gradient + offsets, part, mask=valid, sem="relaxed")
+        else:
+            total = _dot(used.permute(0, 2, 1), output, total, form)
+    total = total.permute(1, 0, 2) if form.generated else _gated(total, value, form)
+    _store(result, total, batch, columns, x.key_length, chunk, form.value_head_dim, form.value_block, form)
+
+
+@_kernel
+def bias_gradient_kernel(x, result, form: constexpr):
+    """Diagonal walk: all tiles of a diagonal hold the same pair distances at the same places, so they add up."""
+    row_blocks = tl.cdiv(x.query_length, form.block)
+    column_blocks = tl.cdiv(x.key_length, form.block)
+    diagonals = row_blocks + column_blocks - 1
+    batch = (tl.program_id(0) // diagonals).to(tl.int64)
+    shift = tl.program_id(0) % diagonals - row_blocks + 1
+    total = tl.zeros([form.head_block, form.block, form.block], form.total)
+    for block in range(tl.maximum(0, -shift), tl.minimum(row_blocks, column_blocks - shift)):
+        rows = block * form.block + tl.arange(0, form.block)
+        columns = rows + shift * form.block
+        total += _score_gradient(x, batch, rows, columns, form)
+    heads = tl.arange(0, form.head_block)[:, None, None]
+    place = tl.arange(0, form.block)[None, :, None] * form.block + tl.arange(0, form.block)[None, None, :]
+    offsets = (tl.program_id(0).to(tl.int64) * form.heads + heads) * form.block * form.block + place
+    tl.store(result + offsets, total, mask=heads < form.heads)

@@ -33,7 +33,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from .attention_cpu_hyla import cpu_attention, cpu_problem
 from .attention_hyla import (
     attended,
     by_pair,
@@ -41,7 +40,8 @@ from .attention_hyla import (
     eager_attention_forward,
     position_of_first,
 )
-from .kernels_triton_hyla import triton_attention, triton_problem
+from .ops_cpu_hyla import cpu_attention, cpu_problem
+from .ops_triton_hyla import triton_attention, triton_problem
 
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ from test_attention import ROWS, Layer
 from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.model import attention_cpu_hyla, backends_hyla, kernels_cpu_hyla
+from hf_hyla.model import backends_hyla, kernels_cpu_hyla, ops_cpu_hyla
 from hf_hyla.model.attention_hyla import by_pair, dropout_seed, eager_attention_forward, pair_dropout
 from hf_hyla.model.backends_hyla import BACKENDS, fastest_backend
 
@@ -363,7 +363,7 @@ def test_lean_form_has_shapes_where_there_are_no_numbers():
 
 def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_one_line(monkeypatch, caplog):
     layer, query = Layer("hyla", "rms_head", "relu", None), torch.randn(8, 5, 129, 4)
-    monkeypatch.setattr(attention_cpu_hyla, "numba", None)
+    monkeypatch.setattr(ops_cpu_hyla, "numba", None)
     backends_hyla.logger.warning_once.__func__.cache_clear()
     for _ in range(2):
         assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
@@ -377,15 +377,15 @@ def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_o
     def broken(*sizes):
         raise RuntimeError("no code generator for this machine")
 
-    monkeypatch.setattr(attention_cpu_hyla, "compiled_backward", broken)
-    attention_cpu_hyla._compile_problem.cache_clear()
+    monkeypatch.setattr(ops_cpu_hyla, "compiled_backward", broken)
+    ops_cpu_hyla._compile_problem.cache_clear()
     assert fastest_backend(layer, query, query, query, None, 0.5) == "hyla_cpu"
     assert fastest_backend(layer, query.clone().requires_grad_(), query, query, None, 0.5) == "eager"
-    monkeypatch.setattr(attention_cpu_hyla, "compiled_forward", broken)
-    attention_cpu_hyla._compile_problem.cache_clear()
+    monkeypatch.setattr(ops_cpu_hyla, "compiled_forward", broken)
+    ops_cpu_hyla._compile_problem.cache_clear()
     assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
-    assert "no code generator for this machine" in attention_cpu_hyla.cpu_problem(query, query, query)
-    attention_cpu_hyla._compile_problem.cache_clear()
+    assert "no code generator for this machine" in ops_cpu_hyla.cpu_problem(query, query, query)
+    ops_cpu_hyla._compile_problem.cache_clear()
 
 
 def test_without_numba_the_package_imports_and_trains():
@@ -407,7 +407,7 @@ def test_where_nothing_can_be_cached_the_kernel_is_compiled_all_the_same(monkeyp
 
     monkeypatch.setattr("numba.core.dispatcher.FunctionCache", nowhere)
     compile_anew = kernels_cpu_hyla.compiled_forward.__wrapped__
-    monkeypatch.setattr(attention_cpu_hyla, "compiled_forward", compile_anew)
+    monkeypatch.setattr(ops_cpu_hyla, "compiled_forward", compile_anew)
     query = torch.randn(1, 2, 5, 4)
     layer = Layer("linear", "none", "none", None)
     expected, _ = eager_attention_forward(layer, query, query, query, None, 0.5)

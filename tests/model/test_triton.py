@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from hf_hyla.model import kernels_triton_hyla as kernels
+from hf_hyla.model import ops_triton_hyla as kernels
 from hf_hyla.model.attention_hyla import attention_codes, generated_values, mixed_values
 
 

@@ -1,0 +1,348 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""HYLA attention fused for GPUs, in Triton: exact, deterministic, and nothing of size query x key is stored.
+
+How a tile is computed, and at what cost, stands in `kernels_triton_hyla.py`; here it is divided into programs, launched and made
+an operator with its gradient. No sum depends on the order in which programs run: what several programs contribute to
+(gradients of position bias and of value_mixing) is stored apart, a part per diagonal or block of keys, and added up.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention_hyla import RMS_HEAD_EPS, position_of_first
+from .kernels_triton_hyla import (
+    Form,
+    Inputs,
+    View,
+    bias_gradient_kernel,
+    forward_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+    softmax_delta_kernel,
+    softmax_statistics_kernel,
+    value_gradient_kernel,
+)
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+
+BLOCK = 16  # the least that tensor cores multiply; larger tiles of all heads would not fit into registers
+NUM_WARPS = 8
+NUM_STAGES = 1  # a second stage of loads exceeds the shared memory of the widest key gradients
+MAX_HEADS = 64
+# Heads times width that a tile holds without many register spills; wider heads are processed in chunks.
+MAX_TILE = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 512, torch.float64: 256}
+# Bytes of shared memory that the greediest kernel, the key gradient of HYLA+, takes for each of these numbers at most, compiled
+# by Triton 3.6, which takes the most, to 3.9.
+SHARED_BYTES = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 336, torch.float64: 672}
+OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, that Triton compiles for; older ones lack bfloat16 too
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _widest(query: Tensor) -> int:
+    """The width of a chunk, a power of two; below 16, the least of tensor cores, the device lacks shared memory."""
+    heads = _padded(query.shape[1])
+    widest = max(16, MAX_TILE[query.dtype] // heads)
+    if query.is_cuda:
+        _, available = _gpu(query.device.index)
+        while widest * heads * SHARED_BYTES[query.dtype] > available:
+            widest //= 2
+    return widest
+
+
+@torch.compiler.assume_constant_result
+def _gpu(index: int) -> tuple[tuple[int, int], int]:
+    """Compute capability of a GPU, and bytes of shared memory that one of its programs can have."""
+    found = torch.cuda.get_device_properties(index)
+    usual = found.shared_memory_per_block
+    return (found.major, found.minor), getattr(found, "shared_memory_per_block_optin", usual)
+
+
+def _form(query, key, value, mask, scaling, score_norm, activation, generated, dropout) -> Form:
+    heads, head_dim, value_head_dim = query.shape[1], query.shape[3], value.shape[3]
+    head_block = _padded(heads)
+    head_dim_block = min(_padded(head_dim), _widest(query))
+    value_block = min(_padded(value_head_dim), _widest(query))
+    total = tl.float64 if query.dtype == torch.float64 else tl.float32
+    operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, total)
+    far = max(*map(_span, (query, key, value)), heads * query.shape[2] * value_head_dim)
+    if mask is not None:
+        far = max(far, _span(_for_pairs(mask, query, key)))
+    # Triton 3.6 takes no bare integers out of a tuple as sizes of tensors; its interpreter takes nothing else.
+    size = int if INTERPRETED else tl.constexpr
+    return Form(
+        heads=heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        scaling=scaling,
+        score_norm=score_norm,
+        relu=activation == "relu",
+        generated=generated,
+        threshold=int(dropout * 2**32),
+        keep_scale=1.0 / (1.0 - dropout),
+        head_block=size(head_block),
+        head_dim_block=size(head_dim_block),
+        head_dim_chunks=-(-head_dim // head_dim_block),
+        value_block=size(value_block),
+        value_chunks=-(-value_head_dim // value_block),
+        operand=total if INTERPRETED else operand,  # the interpreter's bfloat16 products are wrong
+        total=total,
+        index=tl.int64 if far >= 2**31 else tl.int32,
+        block=size(BLOCK),
+        epsilon=RMS_HEAD_EPS,
+    )
+
+
+def _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum) -> Inputs:
+    if mask is not None:
+        mask = _for_pairs(mask, query, key).view(torch.uint8)
+    return Inputs(
+        query=_view(query),
+        key=_view(key),
+        value=_view(value),
+        gradient=None,
+        mask=None if mask is None else _view(mask),
+        position_bias=None if position_bias is None else position_bias.contiguous(),
+        value_mixing=None if value_mixing is None else value_mixing.contiguous(),
+        dropout_seed=dropout_seed,
+        maximum=maximum,
+        inverse_sum=inverse_sum,
+        delta=None,
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        first_query=position_of_first(query, key),
+    )
+
+
+def _for_pairs(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+
+
+def _span(tensor: Tensor) -> int:
+    """How far apart the first and the last element of a batch row lie."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+
+
+def _view(tensor: Tensor) -> View:
+    return View(tensor, tensor.stride())
+
+
+def _launch(kernel, programs: int, chunks: int, form: Form, *arguments) -> None:
+    if programs > 0:
+        kernel[(programs, chunks)](*arguments, form=form, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+
+
+def _forward(query, key, value, mask, position_bias, value_mixing, dropout_seed, *options):
+    """The output (batch, query, heads, value_head_dim), and what softmax keeps for the backward."""
+    form = _form(query, key, value, mask, *options)
+    programs = query.shape[0] * -(-query.shape[2] // BLOCK)
+    output, maximum, inverse_sum = _empty_outputs(query, value, form.score_norm)
+    x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
+    with torch.cuda.device_of(query):
+        if form.score_norm == "softmax":
+            _launch(softmax_statistics_kernel, programs, 1, form, x)
+        _launch(forward_kernel, programs, form.value_chunks, form, x, _view(output.transpose(1, 2)))
+    return output, maximum, inverse_sum
+
+
+def _empty_outputs(query, value, score_norm):
+    batch, heads, length, _ = query.shape
+    rows = (batch, heads, length) if score_norm == "softmax" else (0,)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    output = query.new_empty(batch, length, heads, value.shape[3])
+    return output, query.new_empty(rows, dtype=dtype), query.new_empty(rows, dtype=dtype)
+
+
+def _backward(
+    gradient,
+    query,
+    key,
+    value,
+    mask,
+    position_bias,
+    value_mixing,
+    dropout_seed,
+    maximum,
+    inverse_sum,
+    wanted,
+    *options,
+):
+    """Gradients of query, key, value, position_bias and value_mixing; empty where not wanted."""
+    form = _form(query, key, value, mask, *options)
+    x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
+    x = x._replace(gradient=_view(gradient.contiguous().transpose(1, 2)), delta=torch.empty_like(maximum))
+    batch, heads, length, _ = query.shape
+    row_blocks, column_blocks = -(-length // BLOCK), -(-key.shape[2] // BLOCK)
+    results = _empty_gradients(query, key, value, position_bias, value_mixing, wanted)
+    total = torch.promote_types(query.dtype, torch.float32)
+    with torch.cuda.device_of(query):
+        if form.score_norm == "softmax":
+            _launch(softmax_delta_kernel, batch * row_blocks, 1, form, x)
+        if wanted[0]:
+            _launch(query_gradient_kernel, batch * row_blocks, form.head_dim_chunks, form, x, _view(results[0]))
+        if wanted[1]:
+            _launch(key_gradient_kernel, batch * column_blocks, form.head_dim_chunks, form, x, _view(results[1]))
+        if wanted[2] or wanted[4]:
+            values = results[2] if wanted[2] else torch.empty_like(value)
+            parts = query.new_zeros(batch * column_blocks, *value_mixing.shape, dtype=total) if wanted[4] else None
+            _launch(value_gradient_kernel, batch * column_blocks, form.value_chunks, form, x, _view(values), parts)
+            if parts is not None:
+                results[4].copy_(parts.sum(0))
+        if wanted[3]:
+            diagonals = row_blocks + column_blocks - 1
+            tiles = query.new_empty(batch, diagonals, heads, BLOCK, BLOCK, dtype=total)
+            _launch(bias_gradient_kernel, batch * diagonals, 1, form, x, tiles)
+            results[3].copy_(_sum_diagonals(tiles.sum(0), BLOCK * row_blocks - length, results[3].shape[1]))
+    return results
+
+
+def _sum_diagonals(tiles: Tensor, skipped: int, length: int) -> Tensor:
+    """Entry m of (heads, length) sums the places (i, j) of tile t where BLOCK * (t + 1) - 1 - i + j = m + skipped."""
+    count, heads = tiles.shape[:2]
+    # A row padded to twice its length and read as one shorter is shifted by one against the row before.
+    skewed = torch.nn.functional.pad(tiles.flip(2), (0, BLOCK)).flatten(2)[..., :-BLOCK]
+    windows = skewed.unflatten(2, (BLOCK, 2 * BLOCK - 1)).sum(2).transpose(0, 1)
+    windows = torch.nn.functional.pad(windows, (0, 1))
+    result = tiles.new_zeros(heads, BLOCK * (count + 1))
+    result[:, :-BLOCK] += windows[..., :BLOCK].reshape(heads, -1)
+    result[:, BLOCK:] += windows[..., BLOCK:].reshape(heads, -1)
+    return result[:, skipped : skipped + length]
+
+
+def _empty_gradients(query, key, value, position_bias, value_mixing, wanted):
+    tensors = (query, key, value, position_bias, value_mixing)
+    return [torch.empty_like(t) if w else query.new_empty(0) for t, w in zip(tensors, wanted, strict=True)]
+
+
+def _save(ctx, inputs, output):
+    *tensors, scaling, score_norm, activation, generated, dropout = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = (scaling, score_norm, activation, generated, dropout)
+
+
+def _differentiate(ctx, gradient, *_):
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]
+    results = torch.ops.hyla.triton_backward(gradient, *ctx.saved_tensors, wanted, *ctx.options)
+    query, key, value, bias, mixing = (g if w else None for g, w in zip(results, wanted, strict=True))
+    return query, key, value, None, bias, mixing, None, None, None, None, None, None
+
+
+TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? position_bias, Tensor? value_mixing, Tensor? dropout_seed"
+OPTIONS = "float scaling, str score_norm, str activation, bool generated, float dropout"
+
+
+def _register() -> None:
+    """Makes each pass one operator, a single node for torch.compile and torch.export."""
+    forward = torch.library.custom_op(
+        "hyla::triton_forward", _forward, mutates_args=(), schema=f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    )
+    forward.register_fake(lambda query, key, value, *rest: _empty_outputs(query, value, rest[5]))
+    forward.register_autograd(_differentiate, setup_context=_save)
+    backward = torch.library.custom_op(
+        "hyla::triton_backward",
+        _backward,
+        mutates_args=(),
+        schema=f"(Tensor gradient, {TENSORS}, Tensor maximum, Tensor inverse_sum, bool[] wanted, {OPTIONS}) -> Tensor[]",
+    )
+    backward.register_fake(
+        lambda _, q, k, v, mask, bias, mixing, *rest: _empty_gradients(q, k, v, bias, mixing, rest[3])
+    )
+
+
+INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
+# Code from a repository and the installed package may both be imported; the first one's operators serve both.
+if triton is not None and not hasattr(torch.ops.hyla, "triton_forward"):
+    _register()
+
+
+def triton_problem(query: Tensor, value_mixing: Tensor | None = None) -> str | None:
+    """Why `triton_attention` cannot take these tensors here, or `None` where it can."""
+    if triton is None:
+        return "triton is not installed (pip install hf-hyla[triton], or torch for CUDA, which brings it)"
+    if not query.is_cuda and not INTERPRETED:
+        return f"the kernel runs on CUDA, not on {query.device.type}"
+    if query.dtype not in MAX_TILE:
+        return f"the kernel computes in {', '.join(map(str, MAX_TILE))}, not in {query.dtype}"
+    if query.shape[1] > MAX_HEADS:
+        return f"the kernel takes at most {MAX_HEADS} heads, not {query.shape[1]}"
+    if query.is_cuda:
+        capability, available = _gpu(query.device.index)
+        if capability < OLDEST_CAPABILITY:
+            return "the kernel needs a GPU of compute capability {}.{}, not {}.{}".format(
+                *OLDEST_CAPABILITY, *capability
+            )
+        if _widest(query) < 16:
+            return (
+                f"with {query.shape[1]} heads in {query.dtype} the kernel needs more shared memory than the "
+                f"{available // 1024} KiB that this GPU gives a program"
+            )
+    if value_mixing is not None and value_mixing.shape[2] > _widest(query):
+        return (
+            f"with {query.shape[1]} heads in {query.dtype} the kernel takes a second value layer up to a value_head_dim of "
+            f"{_widest(query)}, not {value_mixing.shape[2]}"
+        )
+    return None
+
+
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    value_mixing: Tensor | None,
+    dropout_seed: Tensor | None,
+    *,
+    scaling: float,
+    score_norm: str,
+    activation: str,
+    generated: bool,
+    dropout: float,
+) -> Tensor:
+    """
+    Attention as `eager_attention_forward` defines it, without ever holding a (query, key) matrix.
+
+    Args:
+        query (`torch.Tensor`): (batch, heads, query, head_dim); any strides, as all others.
+        key (`torch.Tensor`): (batch, heads, key, head_dim).
+        value (`torch.Tensor`): (batch, heads, key, value_head_dim).
+        mask (`torch.Tensor`, *optional*): bool, broadcastable to (batch, 1, query, key); True attends.
+        position_bias (`torch.Tensor`, *optional*): (heads, query + key - 1), by diagonal: entry m is added to the score
+            of every pair with `key_index - query_index = m - (query - 1)`.
+        value_mixing (`torch.Tensor`, *optional*): (heads, value_head_dim, value_head_dim), the second layer of HYLA+.
+        dropout_seed (`torch.Tensor`, *optional*): two int64 numbers in [0, 2³¹); `None` if `dropout` is 0.
+        scaling (`float`): multiplies query · key.
+        score_norm (`str`): `"rms_head"`, `"softmax"` or `"none"`.
+        activation (`str`): `"relu"` or `"none"`.
+        generated (`bool`): whether codes write value networks (HYLA) or mix values (linear, softmax).
+        dropout (`float`): share of the pairs that is dropped, the same for the whole batch and all heads.
+
+    Returns:
+        `torch.Tensor` of shape (batch, query, heads, value_head_dim), contiguous, in the queries' dtype.
+
+    The caller has asked `triton_problem`.
+    """
+    options = (scaling, score_norm, activation, generated, dropout)
+    tensors = (query, key, value, mask, position_bias, value_mixing, dropout_seed)
+    output, _, _ = torch.ops.hyla.triton_forward(*tensors, *options)
+    return output
