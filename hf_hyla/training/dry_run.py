@@ -10,10 +10,11 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .arguments import HylaTrainingArguments
 from .processes import share_of_batch
 from .recipe import Recipe
 from .run import check_before_start, training_data, training_samples
-from .trainer import HylaTrainer, HylaTrainingArguments
+from .trainer import HylaTrainer
 from .weights import initial_model
 
 

@@ -9,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
 from ..tasks import TASKS, Task, get_task, nearest, one_line
-from .trainer import HylaTrainingArguments, check_schedule
+from .arguments import MUON, HylaTrainingArguments
+from .trainer import check_schedule
 from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 
@@ -22,6 +23,7 @@ _ALLOWED_TRAINER = {
     *_REQUIRED_TRAINER,
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("muon_learning_rate", "muon_learning_rate_qk", "schedule_floor"),
     *("train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "torch_empty_cache_steps"),
@@ -93,7 +95,7 @@ _NAMES_TRAINER = {
     "train_sampling_strategy": ("sequential", "random"),
     **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("no", "steps", "epoch")),
     # Those that need no other package.
-    "optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    "optim": (MUON, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
 }
@@ -103,6 +105,7 @@ _LEAST_TRAINER = {
     **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "seed"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("muon_learning_rate", "muon_learning_rate_qk"), 0),
 }
 _BELOW_TRAINER = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
 # What transformers takes for shares of the run where they lie below 1.

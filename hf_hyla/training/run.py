@@ -20,12 +20,13 @@ from ..files import write_whole
 from ..model import HylaForSequenceClassification
 from ..plots import can_draw, learning_curve
 from ..tasks import Task, TaskDataset, one_line
+from .arguments import HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
 from .processes import check_launch, on_main, share_of_batch
 from .recipe import Recipe, first_difference, read_sections
 from .record import PROBE_NAME, RECORD_NAME, RunRecord, environment, hardware
 from .stopping import StopRequests
-from .trainer import HylaTrainer, HylaTrainingArguments, RunProgress
+from .trainer import HylaTrainer, RunProgress
 from .weights import initial_model
 
 

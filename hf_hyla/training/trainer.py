@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,13 +13,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from ..tasks import one_line
+from .arguments import MUON
 from .checkpoint import UNFINISHED, publish
+from .optimizers import muon_adamw, refuse_shards
 from .processes import keep_freed_memory
 from .record import RECORD_NAME
 
@@ -32,44 +33,6 @@ _DIVERGED = 100
 _INTACT = "checkpoints before this step are intact"
 # Of a log entry, what the progress bar leaves out.
 _NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")
-
-
-@dataclass
-class HylaTrainingArguments(TrainingArguments):
-    """
-    transformers' `TrainingArguments` with the reference's settings as defaults (AdamW 0.9 / 0.999 / 1e-8, batch 128, no
-    gradient clipping) and one more argument.
-
-    Args:
-        eval_samples (`int`, *optional*, defaults to 2048):
-            Samples per split for the curve during training. The evaluation at the end uses the paper's number.
-    """
-
-    eval_samples: int = 2048
-
-    seed: int = 0
-    per_device_train_batch_size: int = 128
-    per_device_eval_batch_size: int = 1024
-    max_grad_norm: float = 0.0
-    # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
-    train_sampling_strategy: str = "sequential"
-    # Collators of tasks keep what the model reads, and need whole samples.
-    remove_unused_columns: bool = False
-    # All parameters have a part in every loss, and looking for others takes time in every step.
-    ddp_find_unused_parameters: bool | None = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()
-    # The metric of the fuzzy-logic task needs the values shown in the context.
-    include_for_metrics: list[str] = field(default_factory=lambda: ["inputs"])
-    eval_strategy: str = "steps"
-    eval_steps: float | None = 1000
-    logging_strategy: str = "steps"
-    logging_steps: float = 200
-    save_strategy: str = "steps"
-    save_steps: float = 1000
-    save_total_limit: int | None = 2
-    logging_nan_inf_filter: bool = False
-    report_to: str | list[str] | None = "none"
-    hub_strategy: str = "end"
 
 
 def check_schedule(warmup_steps: float, max_steps: int) -> None:
@@ -84,15 +47,15 @@ def check_schedule(warmup_steps: float, max_steps: int) -> None:
         )
 
 
-def reference_schedule(step: int, warmup_steps: int, max_steps: int) -> float:
+def reference_schedule(step: int, warmup_steps: int, max_steps: int, floor: float = 0.1) -> float:
     """
     Factor of the learning rate in update `step`, counted from 0: linear from 0 to 1 over the warm-up, then a cosine to
-    0.1 at `max_steps - warmup_steps`, then 0.1. The first update moves nothing.
+    `floor` at `max_steps - warmup_steps`, then `floor`. The first update moves nothing.
     """
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / (max_steps - 2 * warmup_steps))
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class HylaTrainer(Trainer):
@@ -105,6 +68,7 @@ class HylaTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        refuse_shards(self._takes_muon() and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self._writing_aside = False
@@ -128,11 +92,26 @@ class HylaTrainer(Trainer):
         headwise_bias = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
         return [name for name, p in model.named_parameters() if p.ndim > 1 or name.endswith(headwise_bias)]
 
+    def _takes_muon(self) -> bool:
+        # An optimiser that was handed over, or its class, goes before `optim`.
+        return self.args.optim == MUON and self.optimizer is None and self.optimizer_cls_and_kwargs is None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self._takes_muon():
+            model = self.model if model is None else model
+            self.optimizer = muon_adamw(model, self.args, self.get_decay_parameter_names(model))
+        return super().create_optimizer(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
             check_schedule(warmup_steps, num_training_steps)
-            schedule = functools.partial(reference_schedule, warmup_steps=warmup_steps, max_steps=num_training_steps)
+            schedule = functools.partial(
+                reference_schedule,
+                warmup_steps=warmup_steps,
+                max_steps=num_training_steps,
+                floor=self.args.schedule_floor,
+            )
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)  # type: ignore[arg-type]
             self._created_lr_scheduler = True
         return self.lr_scheduler
