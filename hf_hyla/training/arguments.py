@@ -9,6 +9,8 @@ from transformers.training_args import OptimizerNames
 
 # The name of the optimiser of optimizers.py, beside transformers' own.
 MUON = "muon"
+# The share of the learning rate that the reference's schedule ends with.
+REFERENCE_FLOOR = 0.1
 
 
 @dataclass
@@ -38,7 +40,7 @@ class HylaTrainingArguments(TrainingArguments):
 
     muon_learning_rate: float | None = None
     muon_learning_rate_qk: float | None = None
-    schedule_floor: float = 0.1
+    schedule_floor: float = REFERENCE_FLOOR
     eval_samples: int = 2048
 
     seed: int = 0

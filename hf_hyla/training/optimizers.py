@@ -58,7 +58,7 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def muon_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def muon_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     The parameters that Muon takes, by name: the trained weights of the linear maps inside the layers.
 

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from ..tasks import one_line
-from .arguments import MUON
+from .arguments import MUON, REFERENCE_FLOOR
 from .checkpoint import UNFINISHED, publish
 from .optimizers import muon_adamw, refuse_shards
 from .processes import keep_freed_memory
@@ -47,7 +47,7 @@ def check_schedule(warmup_steps: float, max_steps: int) -> None:
         )
 
 
-def reference_schedule(step: int, warmup_steps: int, max_steps: int, floor: float = 0.1) -> float:
+def reference_schedule(step: int, warmup_steps: int, max_steps: int, floor: float = REFERENCE_FLOOR) -> float:
     """
     Factor of the learning rate in update `step`, counted from 0: linear from 0 to 1 over the warm-up, then a cosine to
     `floor` at `max_steps - warmup_steps`, then `floor`. The first update moves nothing.
@@ -98,8 +98,9 @@ class HylaTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self._takes_muon():
-            model = self.model if model is None else model
-            self.optimizer = muon_adamw(model, self.args, self.get_decay_parameter_names(model))
+            of_model: nn.Module = self.model if model is None else model  # type: ignore[assignment]
+            decayed = self.get_decay_parameter_names(of_model)
+            self.optimizer = muon_adamw(of_model, self.args, decayed)  # type: ignore[arg-type]
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -110,7 +111,8 @@ class HylaTrainer(Trainer):
                 reference_schedule,
                 warmup_steps=warmup_steps,
                 max_steps=num_training_steps,
-                floor=self.args.schedule_floor,
+                # transformers' own arguments, which serve too, have none.
+                floor=getattr(self.args, "schedule_floor", REFERENCE_FLOOR),
             )
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)  # type: ignore[arg-type]
             self._created_lr_scheduler = True
