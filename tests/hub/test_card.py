@@ -122,6 +122,21 @@ def test_snippets_print_what_the_cards_show(request, task):
         assert values == sample["input_ids"].tolist()[:-2]
 
 
+def test_a_run_with_muon_names_both_optimisers_with_their_rates(logic_run, copied):
+    record = RunRecord.load(logic_run)
+    assert "Muon" not in card_files(logic_run)["README.md"]
+    record.recipe["trainer"] |= {"optim": "muon", "muon_learning_rate": 4e-3, "learning_rate": 1e-3}
+    folder = copied(logic_run, recipe=record.recipe)
+    said = "Muon trained the matrices inside the layers, at a learning rate of 0.004{}; AdamW trained everything else, at 0.001."
+    assert said.format("") in card_files(folder)["README.md"]
+    record.recipe["trainer"]["muon_learning_rate_qk"] = 2e-3
+    (folder / "run.json").write_text(
+        json.dumps(json.loads((folder / "run.json").read_text()) | {"recipe": record.recipe})
+    )
+    queries = " (0.002 for the projections of queries and keys)"
+    assert said.format(queries) in card_files(folder)["README.md"]
+
+
 def test_the_command_of_the_card_repeats_the_run(logic_run):
     text = card_files(logic_run)["README.md"]
     [command] = re.findall(r"```bash\n(.*?)\n```", text, flags=re.DOTALL)
