@@ -97,7 +97,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="hyla")
 
 
-def _run(jobs) -> None:
+def run_jobs(jobs) -> None:
     """
     Calls every job, each in a thread, by torch's own threads where possible: those wait for their next work by spinning,
     and would take the cores from any others. The jobs release Python's lock.
@@ -148,7 +148,7 @@ def _forward(
         query, key, value, mask, position_bias, value_mixing, seed, scaling, score_norm, activation, generated, dropout
     )
     rows = statistics.expand(batch, query_length, 3, heads).numpy()
-    _run([partial(forward, *arguments, rows, splits, *worker, output.numpy()) for worker in workers])
+    run_jobs([partial(forward, *arguments, rows, splits, *worker, output.numpy()) for worker in workers])
     return output, statistics
 
 
@@ -171,7 +171,7 @@ def _backward(
     grad_mixing = query.new_zeros(len(workers), *mixing.shape)
     rows = statistics.clone().expand(batch, query_length, 3, heads).numpy()
     gradients = [x.numpy() for x in (grad_output.transpose(1, 2), grad_query, grad_key, grad_value)]
-    _run([
+    run_jobs([
         partial(backward, *arguments, rows, splits, *worker, *gradients, grad_bias[n].numpy(), grad_mixing[n].numpy())
         for n, worker in enumerate(workers)
     ])  # fmt: skip
