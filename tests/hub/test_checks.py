@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_hyla.cli import main
-from hf_hyla.hub.card import card_files, dataset_repo
+from hf_hyla.hub.model_card import card_files, dataset_repo
 from hf_hyla.hub.publish import plan
+from hf_hyla.runs import Run
 from hf_hyla.tasks import get_task
 
 
@@ -131,7 +132,7 @@ def test_a_secret_is_found_in_files_that_would_only_be_left_out(logic_run, copie
 def test_the_token_in_use_is_found_whatever_it_looks_like_and_names_in_code_are_none(logic_run, copied, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "short-one")
     run = copied(logic_run)
-    write("notes.txt", b"see hf_hyla.training.record.finished and hf_transfer_a_long_name_of_a_thing")(run)
+    write("notes.txt", b"see hf_hyla.runs.record.finished and hf_transfer_a_long_name_of_a_thing")(run)
     plan(run, REPO)
     write("notes.txt", b"x=short-one;")(run)
     with pytest.raises(ValueError, match="holds what looks like your own Hugging Face token"):
@@ -211,4 +212,4 @@ def test_data_of_other_settings_have_a_repository_of_their_own(tmp_path, sraven_
     assert dataset_repo(get_task("logic", num_examples=32, held_out=0.7), "org/x") == "org/logic"
     first, _ = plan(sraven_run, "org/x", dataset=dataset)
     assert first.repo_id == SRAVEN_DATA
-    assert f"- {SRAVEN_DATA}\n" in card_files(sraven_run, "org/x")["README.md"]
+    assert f"- {SRAVEN_DATA}\n" in card_files(Run.load(sraven_run), "org/x")["README.md"]

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_hyla.hub.publish import plan
+from hf_hyla.runs import RunRecord
+from hf_hyla.runs.folder import weights_digest
 from hf_hyla.tasks import get_task
-from hf_hyla.training import RunRecord, evaluate
-from hf_hyla.training.record import weights_digest
+from hf_hyla.training import evaluate
 
 
 PROJECT = Path(__file__).parents[2]

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from hf_hyla.cli import main
-from hf_hyla.compare import compare, find_records
-from hf_hyla.training import RunRecord, load_recipe
+from hf_hyla.runs import RunRecord
+from hf_hyla.runs.compare import compare, find_records
+from hf_hyla.training import load_recipe
 
 
-RESULTS = Path(__file__).parents[1] / "recipes" / "results"
+RESULTS = Path(__file__).parents[2] / "recipes" / "results"
 EXPECT = {"metric": "ood/r2", "value": 0.7, "tolerance": 0.05, "source": "us", "budget": 512_000}
 
 
@@ -133,5 +134,5 @@ def test_another_seed_of_a_recipe_keeps_its_expectation():
 
 
 def test_the_committed_results_are_compared_whatever_lies_beside_them():
-    results = Path(__file__).parents[1] / "recipes" / "results"
+    results = Path(__file__).parents[2] / "recipes" / "results"
     assert len(find_records([results])) == len(list(results.glob("*/[0-9]*.json"))) > 0

@@ -1,17 +1,14 @@
 """Run records → a table: what each recipe reached over its seeds, what was expected of it, and a verdict."""
 
 import json
-import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .model import HylaConfig
-from .paper import PaperResult, paper_result
-from .tasks import get_task
-from .training.recipe import by_key
-from .training.record import RECORD_NAME, RunRecord
+from ..tasks import get_task
+from .paper import paper_result
+from .record import RECORD_NAME, RunRecord, mean_and_error, without_seeds
 
 
 REACHED, EXCEEDED, MISSED, SHORT, NOT_JUDGED = "reached", "exceeded", "missed", "too few samples", "nothing expected"
@@ -80,7 +77,7 @@ def compare(records: Iterable[RunRecord]) -> list[Comparison]:
     """
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(json.dumps([record.name, _settings(record)], sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True), []).append(record)
     return [_compared(group, [other[0] for other in groups.values()]) for group in groups.values()]
 
 
@@ -111,7 +108,7 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     runs = sorted(runs, key=lambda run: sorted(run.seeds.items()))
     first = runs[0]
     expect: dict[str, Any] = first.recipe.get("expect") or {}
-    paper = _paper(first)
+    paper = paper_result(first.recipe)
     task = get_task(**first.recipe["task"])
     metric = expect.get("metric") or (paper.metric if paper else f"ood/{task.metric_names[0]}")
     split, _, score = metric.partition("/")
@@ -122,7 +119,7 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
                 "leave it out."
             )
     values = [run.metrics[split][score] for run in runs]
-    mean = statistics.fmean(values)
+    mean, standard_error = mean_and_error(values)
     samples = min(run.samples_seen for run in runs)
     budget = (expect.get("budget") or samples) if expect else paper.num_samples if paper else None
     return Comparison(
@@ -130,7 +127,7 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
         metric=metric,
         values=values,
         mean=mean,
-        standard_error=statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+        standard_error=standard_error,
         expected=expect.get("value"),
         tolerance=expect.get("tolerance"),
         paper=paper.mean if paper else None,
@@ -153,21 +150,9 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
     return EXCEEDED if distance > 0 else MISSED
 
 
-def _paper(record: RunRecord) -> PaperResult | None:
-    if "model_name_or_path" in record.recipe["model"]:
-        return None  # the paper tunes no trained model further
-    task = get_task(**record.recipe["task"])
-    return paper_result(task, HylaConfig(**{**task.model_defaults, **record.recipe["model"]}))
-
-
-def _settings(record: RunRecord) -> dict[str, Any]:
-    """What a run was but for its seeds, by `section.key`."""
-    return {key: value for key, value in by_key(record.recipe).items() if not key.endswith(".seed")}
-
-
 def _told_apart(record: RunRecord, namesakes: list[RunRecord]) -> str:
     """The recipe's name, and those of its settings in which recipes of this name differ."""
-    settings, others = _settings(record), [_settings(other) for other in namesakes]
+    settings, *others = (without_seeds(one.recipe) for one in (record, *namesakes))
     differing = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
     return " ".join([record.name, *(f"{key.partition('.')[2]}={settings[key]}" for key in differing)])
 

@@ -3,18 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .base import Task
-
-
-if TYPE_CHECKING:
-    from .data import Manifest
+from ..tasks import Task
+from ..tasks.data import Manifest
+from ..utils import write_whole
 
 
 _TITLES = {"sraven": "SRAVEN, symbolic Raven's progressive matrices", "logic": "Fuzzy logic functions in context"}
@@ -22,7 +20,12 @@ _CATEGORIES = {"sraven": ["other"], "logic": ["tabular-regression"]}
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
 
 
-def dataset_card(task: Task, manifest: "Manifest") -> DatasetCard:
+def write_dataset_card(task: Task, folder: Path) -> None:
+    """Writes README.md into a folder of `write_data`."""
+    write_whole(folder / "README.md", str(dataset_card(task, Manifest.load(folder))))
+
+
+def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
     """The card of a folder: how its splits differ, what is in them, examples, and the highest accuracy to expect."""
     defaults = {field.name: field.default for field in dataclasses.fields(task)}
     return DatasetCard.from_template(
@@ -40,7 +43,7 @@ def dataset_card(task: Task, manifest: "Manifest") -> DatasetCard:
     )
 
 
-def _metadata(task: Task, manifest: "Manifest") -> DatasetCardData:
+def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
     total = sum(split["num_examples"] for split in manifest.splits.values())
     data = DatasetCardData(
         pretty_name=_TITLES[task.name],

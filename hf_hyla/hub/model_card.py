@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
 
-from .. import plots
 from ..model import HylaConfig
-from ..paper import PaperResult, differing_settings, paper_result
-from ..tasks import Task, get_task
-from ..training.record import PROBE_NAME, RunRecord, weights_digest
-from .checks import finished_record, model_config
+from ..runs import Run, RunRecord, plots
+from ..runs.folder import CURVE_NAME, PROBE_NAME
+from ..runs.paper import differing_settings
+from ..runs.record import mean_and_error, without_seeds
+from ..tasks import Task
 
 
 TASK_TITLES = {"logic": "fuzzy logic", "sraven": "SRAVEN, symbolic Raven's progressive matrices"}
@@ -32,61 +31,59 @@ CITATION = """\
   year={2025},
   url={https://arxiv.org/abs/2406.05816}
 }"""
-# Of the recipe's training settings, those that say where a run goes and not what it is.
-_HUB_SETTINGS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 
 
-def card_files(
-    run: str | Path, repo_id: str | None = None, others: Sequence[str | Path] = ()
-) -> dict[str, str | bytes]:
+def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path] = ()) -> dict[str, str | bytes]:
     """
     The card of a finished run, as files by name: README.md, its pictures, `.eval_results/`, and what `hyla probe` has found.
 
     Args:
-        run: the run's folder. Its model answers the question that the card shows; `probe/` in it is what `hyla probe`
-            wrote, if it was called.
-        repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from `run`.
+        run: whose model answers the question that the card shows; `probe/` in its folder is what `hyla probe` wrote, if it
+            was called.
+        repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from the run's folder.
         others: records of the same recipe with other seeds (folders of runs, or JSON files), for the spread; the run's own
             may be among them.
 
     Raises:
-        ValueError: if the run has no results, `others` are runs of something else, or `probe/` is about other weights.
-        OSError: if something is missing, run.json above all.
+        ValueError: if `others` are runs of something else, or `probe/` is about other weights.
+        OSError: if something is missing.
     """
-    run = Path(run)
-    record = finished_record(run)
-    task = get_task(**record.recipe["task"])
-    config = model_config(run)
-    loaded = [_same_recipe(record, RunRecord.load(other), other) for other in others]
-    seeds = [record, *(other for other in loaded if other != record)]
+    seeds = [run.record]
+    for path in others:
+        other = RunRecord.load(path)
+        if without_seeds(other.recipe) != without_seeds(run.record.recipe):
+            raise ValueError(
+                f"{path} is a run of another recipe: the spread is over runs that differ in nothing but their seeds."
+            )
+        if other != run.record:
+            seeds.append(other)
     if len({json.dumps(one.seeds) for one in seeds}) < len(seeds):
         raise ValueError("Two of the records have the same seeds: name each run once.")
 
     probe = _probe_of(run)
-    text = _render(record, task, config, repo_id, str(run), seeds, probe, printed="")
-    printed = run_snippet(text, {f'"{repo_id or run}"': repr(str(run))})
-    text = _render(record, task, config, repo_id, str(run), seeds, probe, printed)
+    text = _render(run, repo_id, seeds, probe, printed="")
+    printed = run_snippet(text, {f'"{repo_id or run.folder}"': repr(str(run.folder))})
+    text = _render(run, repo_id, seeds, probe, printed)
     check_card(text)
-    metric = task.metric_names[0]
     files: dict[str, str | bytes] = {
         "README.md": text,
-        "results.png": plots.scores(record, metric, _paper(record, task, config)),
-        "learning_curve.png": plots.learning_curve(record),
-        f".eval_results/{task.name}.yaml": _eval_results(record, task, repo_id),
+        "results.png": plots.scores(run.record, run.task.metric_names[0], run.paper),
+        CURVE_NAME: plots.learning_curve(run.record),
+        f".eval_results/{run.task.name}.yaml": _eval_results(run, repo_id),
     }
     if probe:
         folder = Path(PROBE_NAME).parent
         found = [PROBE_NAME, *(str(folder / name) for name in probe["figures"])]
-        files |= {name: (run / name).read_bytes() for name in found}
+        files |= {name: (run.folder / name).read_bytes() for name in found}
     return files
 
 
 def write_card(
     run: str | Path, output: str | Path, repo_id: str | None = None, others: Sequence[str | Path] = ()
 ) -> list[Path]:
-    """Writes what `card_files` returns into `output`; the paths."""
+    """Writes what `card_files` returns for the finished run in the folder `run` into `output`; the paths."""
     written = []
-    for name, content in card_files(run, repo_id, others).items():
+    for name, content in card_files(Run.load(run), repo_id, others).items():
         path = Path(output) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -116,11 +113,12 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
         environment={},
         hardware={},
     )
-    repo_id = settings["trainer"].get("hub_model_id")
-    check_card(_render(record, task, config, repo_id, name, [record], probe=None, printed=""))
+    run = Run(Path(name), record)
+    run.task, run.config = task, config  # there is no folder yet to read them from
+    check_card(_render(run, settings["trainer"].get("hub_model_id"), [record], probe=None, printed=""))
 
 
-def _probe_of(run: Path) -> dict[str, Any] | None:
+def _probe_of(run: Run) -> dict[str, Any] | None:
     """
     The report of `hyla probe` in a run's folder, if there is one, with what the card shows of it.
 
@@ -128,10 +126,10 @@ def _probe_of(run: Path) -> dict[str, Any] | None:
         ValueError: if it is none, or about other weights than the run's.
         OSError: if a figure of it is missing.
     """
-    path = run / PROBE_NAME
+    path = run.folder / PROBE_NAME
     if not path.exists():
         return None
-    again = f"call `hyla probe {run}` again."
+    again = f"call `hyla probe {run.folder}` again."
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         weights, figures = report["weights"], report["figures"]
@@ -143,8 +141,8 @@ def _probe_of(run: Path) -> dict[str, Any] | None:
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no report of a probe ({type(error).__name__}: {error}): {again}") from None
-    if weights != weights_digest(run):
-        raise ValueError(f"{path} is about other weights than those of {run}: {again}")
+    if weights != run.weights_digest:
+        raise ValueError(f"{path} is about other weights than those of {run.folder}: {again}")
     if not figures:
         raise ValueError(f"{path} has no figures, since drawing them was not finished: {again}")
     for name in figures:
@@ -234,17 +232,8 @@ def dataset_repo(task: Task, repo_id: str | None) -> str:
     return sibling_repo(repo_id, task.name + "".join(differing))
 
 
-def _render(
-    record: RunRecord,
-    task: Task,
-    config: HylaConfig,
-    repo_id: str | None,
-    run: str,
-    seeds: list[RunRecord],
-    probe: dict[str, Any] | None,
-    printed: str,
-) -> str:
-    base_model = record.recipe["model"].get("model_name_or_path")
+def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[str, Any] | None, printed: str) -> str:
+    record, task, config, base_model = run.record, run.task, run.config, run.base_model
     title = repo_id.partition("/")[2] if repo_id else record.name
     data = ModelCardData(
         license=LICENSE,
@@ -255,22 +244,22 @@ def _render(
         # A folder is no repository, which is what the Hub would take it for.
         base_model=None if base_model and Path(base_model).exists() else base_model,
         model_name=title,
-        eval_results=_model_index(record, task, repo_id),
+        eval_results=_model_index(run, repo_id),
     )
     return str(
         ModelCard.from_template(
             data,
             template_str=template("model_card.md"),
             title=title,
-            model_id=repo_id or run,
+            model_id=repo_id or str(run.folder),
             record=record,
             task=task,
             task_title=TASK_TITLES.get(task.name, task.name),
             config=config,
-            paper=_paper(record, task, config),
+            paper=run.paper,
             base_model=base_model,
             full_budget=task.num_samples["train"],
-            share=record.samples_seen / task.num_samples["train"],
+            share=run.budget,
             percent=_percent,
             shown=_shown,
             seeds=seeds,
@@ -286,11 +275,6 @@ def _render(
     )
 
 
-def _paper(record: RunRecord, task: Task, config: HylaConfig) -> PaperResult | None:
-    """The paper's result for the run's model, which was trained from random weights."""
-    return None if "model_name_or_path" in record.recipe["model"] else paper_result(task, config)
-
-
 def _shown(value: Any) -> str:
     """A setting as a reader would write it: the types of a recipe make floats of some whole numbers."""
     if value is None or isinstance(value, bool):
@@ -303,8 +287,9 @@ def _percent(share: float) -> str:
     return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.3g} %"
 
 
-def _model_index(record: RunRecord, task: Task, repo_id: str | None) -> list[EvalResult]:
+def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
     """Every score as the card's metadata have it."""
+    task = run.task
     return [
         EvalResult(
             task_type="other",
@@ -315,26 +300,27 @@ def _model_index(record: RunRecord, task: Task, repo_id: str | None) -> list[Eva
             metric_type=name,
             metric_value=scores[name],
         )
-        for split, scores in record.metrics.items()
+        for split, scores in run.record.metrics.items()
         for name in task.metric_names
         if name in scores
     ]
 
 
-def _eval_results(record: RunRecord, task: Task, repo_id: str | None) -> str:
+def _eval_results(run: Run, repo_id: str | None) -> str:
     """The headline metric of every split, each split being a task of the dataset, as .eval_results/ has it."""
-    if "model_name_or_path" in record.recipe["model"]:
-        budget = f"trained further on {record.samples_seen:,} samples"
+    if run.base_model:
+        budget = f"trained further on {run.record.samples_seen:,} samples"
     else:
-        budget = f"{_percent(record.samples_seen / task.num_samples['train'])} of the paper's training samples"
+        budget = f"{_percent(run.budget)} of the paper's training samples"
+    metric = run.task.metric_names[0]
     entries = [
         EvalResultEntry(
-            dataset_id=dataset_repo(task, repo_id),
+            dataset_id=dataset_repo(run.task, repo_id),
             task_id=split,
-            value=scores[task.metric_names[0]],
-            notes=f"{task.metric_names[0]}, one seed, {budget}",
+            value=scores[metric],
+            notes=f"{metric}, one seed, {budget}",
         )
-        for split, scores in record.metrics.items()
+        for split, scores in run.record.metrics.items()
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
 
@@ -371,28 +357,10 @@ def _command(record: RunRecord) -> str:
     return f"{launched} train resolved_recipe.yaml --output run{stays}"
 
 
-def _same_recipe(record: RunRecord, other: RunRecord, path: str | Path) -> RunRecord:
-    if _without_seeds(other.recipe) != _without_seeds(record.recipe):
-        raise ValueError(
-            f"{path} is a run of another recipe: the spread is over runs that differ in nothing but their seeds."
-        )
-    return other
-
-
-def _without_seeds(recipe: dict[str, Any]) -> dict[str, Any]:
-    left_out = {"task": ("seed",), "trainer": ("seed", *_HUB_SETTINGS)}
-    return {
-        section: {name: value for name, value in recipe[section].items() if name not in left_out.get(section, ())}
-        for section in ("task", "model", "trainer")
-    }
-
-
 def _spread(seeds: list[RunRecord], metric: str) -> dict[str, str]:
     """Mean ± standard error over the records, per split."""
     spread = {}
     for split in seeds[0].metrics:
-        values = [record.metrics[split][metric] for record in seeds]
-        mean = math.fsum(values) / len(values)
-        variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-        spread[split] = f"{mean:.4f} ± {math.sqrt(variance / len(values)):.4f}"
+        mean, error = mean_and_error([record.metrics[split][metric] for record in seeds])
+        spread[split] = f"{mean:.4f} ± {error:.4f}"
     return spread

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_hyla.training import RunRecord
+from hf_hyla.runs import RunRecord
 
 
 RECORD = json.loads((Path(__file__).parents[2] / "recipes" / "results" / "logic-demo" / "0.json").read_text())

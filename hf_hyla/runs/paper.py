@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .model import HylaConfig
+from ..model import HylaConfig
+from ..tasks import get_task
 
 
 _ROW_FIELDS = ("attention_type", "score_norm", "value_activation", "value_depth", "ffn_type")
@@ -55,15 +56,20 @@ def differing_settings(task) -> dict[str, Any]:
     return {name: value for name, value in task.settings.items() if value != papers.get(name)}
 
 
-def paper_result(task, config) -> PaperResult | None:
+def paper_result(settings: dict[str, Any]) -> PaperResult | None:
     """
-    What Table A1 says of a model with this `HylaConfig` on this task; `None` where the paper has no such row, or task or
-    model differ from the paper's in anything else.
+    What Table A1 says of the model of a run with these settings, the sections `task` and `model` of a recipe. `None` where
+    the paper has no such row, where task or model differ from the paper's in anything else, and where training started from
+    a checkpoint, since the paper trains no model further.
     """
+    if "model_name_or_path" in settings["model"]:
+        return None
+    task = get_task(**settings["task"])
     if task.name not in _TASKS:
         return None
-    settings, num_samples, metric = _TASKS[task.name]
-    if any(task.settings[name] != value for name, value in settings.items()):
+    config = HylaConfig(**{**task.model_defaults, **settings["model"]})
+    papers_task, num_samples, metric = _TASKS[task.name]
+    if any(task.settings[name] != value for name, value in papers_task.items()):
         return None
     papers = HylaConfig(**task.model_defaults)
     others = set(HylaConfig.__annotations__) - {*_ROW_FIELDS, *_UNKNOWN_FIELDS}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_hyla.plots import learning_curve
-from hf_hyla.training import RunRecord
+from hf_hyla.runs import RunRecord
+from hf_hyla.runs.plots import learning_curve
 
 
-RECORD = Path(__file__).parents[1] / "recipes" / "results" / "logic-demo" / "0.json"
+RECORD = Path(__file__).parents[2] / "recipes" / "results" / "logic-demo" / "0.json"
 
 
 def test_the_curve_is_a_png_with_the_loss_and_every_metric(monkeypatch):

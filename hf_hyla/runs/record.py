@@ -1,12 +1,13 @@
-"""run.json: the record of a run, from which cards and tables are made."""
+"""run.json: the record of a run, from which cards and tables are made; and what is computed of several records."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from ..files import write_whole
-from ..tasks import one_line
+from ..utils import one_line, write_whole
 
 
 RECORD_NAME = "run.json"
-# Where in a run's folder `hyla probe` writes its report, which the card then shows.
-PROBE_NAME = "probe/probe.json"
 SCHEMA_VERSION = 1
+# Keys of a recipe's section `trainer` that say where the finished run is published.
+HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
+# The settings in which runs of one recipe may differ: seeds, where their samples are read from, and where they are published.
+_OF_ONE_RUN = {"task.seed", "trainer.seed", "task.data", *(f"trainer.{key}" for key in HUB_KEYS)}
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
 
 
@@ -97,6 +99,39 @@ class RunRecord:
             raise ValueError("its recipe lacks the section model")
 
 
+def by_key(settings: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings by `section.key`, without what is expected of its run, which may change with what is known."""
+    return {
+        f"{section}.{key}": value
+        for section, values in settings.items()
+        if section != "expect"
+        for key, value in values.items()
+    }
+
+
+def first_difference(settings: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first `section.key` by which two runs with these settings differ; `None` if they are the same run."""
+    ours, theirs = by_key(settings), by_key(other)
+    missing = object()
+    return next((key for key in ours | theirs if ours.get(key, missing) != theirs.get(key, missing)), None)
+
+
+def tells_recipes_apart(key: str) -> bool:
+    """Whether runs that differ in this `section.key` are runs of different recipes."""
+    return key not in _OF_ONE_RUN and not key.startswith("expect.")
+
+
+def without_seeds(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings by `section.key` that runs of one recipe share: runs with equal ones differ in their seeds only."""
+    return {key: value for key, value in by_key(settings).items() if tells_recipes_apart(key)}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of some values, and its standard error, which needs two."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
 def environment() -> dict[str, Any]:
     """Versions of Python and packages, and the git commit where the package is a checkout."""
     versions = {"python": platform.python_version()}
@@ -118,14 +153,6 @@ def hardware() -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model's weights, which says whether something was found out about these or about others."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
-        digest.update(path.read_bytes())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _git_commit() -> str | None:

@@ -4,6 +4,7 @@ import io
 from importlib.util import find_spec
 
 from .paper import PaperResult
+from .record import RunRecord
 
 
 def can_draw() -> bool:
@@ -11,9 +12,9 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def learning_curve(record) -> bytes:
+def learning_curve(record: RunRecord) -> bytes:
     """
-    The training loss of a `RunRecord` and the scores of its splits, over training samples.
+    The training loss of a run and the scores of its splits, over training samples.
 
     Raises:
         ValueError: without matplotlib.
@@ -48,7 +49,7 @@ def learning_curve(record) -> bytes:
     return _png(figure)
 
 
-def scores(record, metric: str, paper: PaperResult | None) -> bytes:
+def scores(record: RunRecord, metric: str, paper: PaperResult | None) -> bytes:
     """
     A bar for each split's `metric`, and the paper's value with its standard error where it has one.
 
