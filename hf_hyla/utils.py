@@ -1,4 +1,4 @@
-"""Small things that several parts need: files that a crash cannot leave half written, and words of error messages."""
+"""Small things that several parts need: files that a crash cannot leave half written, recipes, words of error messages."""
 
 import difflib
 import os
@@ -28,6 +28,13 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def recipes_folder() -> Path:
+    """The folder of the recipes that come with the package: inside it where it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_hyla
+from hf_hyla import utils
 
 
 PACKAGE = Path(hf_hyla.__file__).parent
@@ -76,15 +77,18 @@ for part, modules in json.loads(sys.argv[1]).items():
 """
 
 
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE / "hub" / "templates"]
+
+
 def files_of(part: str) -> list[Path]:
-    return sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
+    return [path for path in FILES if path.is_relative_to(PACKAGE / part) or path == PACKAGE / f"{part}.py"]
 
 
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_of(path) for path in PACKAGE.rglob("*.py")}
+MODULES = {module_of(path) for path in FILES}
 
 
 def imported(path: Path) -> set[str]:
@@ -128,7 +132,7 @@ def test_parts_load_only_what_they_may_so_that_nothing_after_a_run_loads_the_tra
 
 def test_no_files_import_each_other_in_a_circle():
     graph = {}
-    for path in PACKAGE.rglob("*.py"):
+    for path in FILES:
         module, found = module_of(path), imported(path) & MODULES
         # With a module its packages are loaded, but for those that are being loaded when the file is.
         packages = {parent for name in found for parent in parents(name)} - {module, *parents(module)}
@@ -142,7 +146,7 @@ def parents(module: str) -> list[str]:
 
 
 def test_nobody_imports_the_command_line():
-    for path in PACKAGE.rglob("*.py"):
+    for path in FILES:
         if path.parent.name != "cli" and path.name != "__main__.py":
             assert not any(name.startswith("hf_hyla.cli") for name in imported(path)), path
 
@@ -164,8 +168,12 @@ def test_version_and_entry_point_are_declared_once():
     assert f"version: {hf_hyla.__version__}" in (PROJECT / "CITATION.cff").read_text()
 
 
-def test_an_installed_package_holds_every_template():
+def test_an_installed_package_finds_its_recipes_inside_itself(monkeypatch, tmp_path):
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    templates = {path.relative_to(PROJECT).as_posix() for path in (PROJECT / "hub_cards").glob("*_*.*")}
-    assert {name: f"hf_hyla/{name}" for name in templates | {"recipes"}} == included
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["hf_hyla"] and wheel["force-include"] == {"recipes": "hf_hyla/recipes"}
+    assert utils.recipes_folder() == PROJECT / "recipes"
+    (tmp_path / "recipes").mkdir()  # of another package
+    (tmp_path / "hf_hyla" / "recipes").mkdir(parents=True)
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "hf_hyla" / "utils.py"))
+    assert utils.recipes_folder() == tmp_path / "hf_hyla" / "recipes"

@@ -16,14 +16,12 @@ import yaml
 from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
-from .. import model
 from ..model import HylaForSequenceClassification
+from ..model.configuration_hyla import FORMAT_VERSION
 from ..runs import Run
 from ..utils import one_line
 
 
-# The code that travels beside weights, by the names that it has in this package.
-CODE = tuple(sorted(path.name for path in Path(model.__file__).parent.glob("*_hyla.py")))
 _PICKLES = (
     *(".pkl", ".pickle", ".p", ".pk", ".dill", ".cloudpickle", ".joblib"),
     *(".bin", ".ckpt", ".npy", ".npz", ".pt", ".pth"),
@@ -109,15 +107,15 @@ def check_text(files: dict[str, Path]) -> None:
             ) from None
 
 
-def check_code(run: Path, files: dict[str, Path]) -> None:
+def check_format(run: Run) -> None:
     """
     Raises:
-        FileNotFoundError: if not all of the model's code lies beside its weights.
+        ValueError: if the code of this package reads weights of another format than the run's.
     """
-    if missing := [name for name in CODE if name not in files]:
-        raise FileNotFoundError(
-            f"{run} lacks {', '.join(missing)}, without which its model loads only where hf_hyla is installed: copy the files "
-            "from the package's folder model/."
+    if run.config.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"{run.folder} was saved in format {run.config.format_version}, but the code of this package, which is published "
+            f"beside the weights, reads format {FORMAT_VERSION}: publish with the version of hf_hyla that trained the run."
         )
 
 

@@ -1,4 +1,4 @@
-"""The card of a dataset, from what its folder holds. The template is hub_cards/dataset_card.md."""
+"""The card of a dataset, from what its folder holds. The template is templates/dataset_card.md."""
 
 import dataclasses
 import json
@@ -12,7 +12,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..tasks import Task
 from ..tasks.data import Manifest
-from ..utils import write_whole
+from ..utils import recipes_folder, write_whole
+from .cards import CITATION, LICENSE, template
 
 
 _TITLES = {"sraven": "SRAVEN, symbolic Raven's progressive matrices", "logic": "Fuzzy logic functions in context"}
@@ -30,7 +31,7 @@ def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
     defaults = {field.name: field.default for field in dataclasses.fields(task)}
     return DatasetCard.from_template(
         _metadata(task, manifest),
-        template_path=str(_shared_file("hub_cards/dataset_card.md")),
+        template_str=template("dataset_card.md"),
         task=task,
         title=_TITLES[task.name],
         fingerprint=manifest.data_fingerprint,
@@ -40,6 +41,7 @@ def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
         examples={split: task.show(task.dataset(split)[0]) for split in manifest.splits},
         features=task.features(),
         ceiling=_ceiling(task),
+        citation=CITATION,
     )
 
 
@@ -47,7 +49,7 @@ def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
     total = sum(split["num_examples"] for split in manifest.splits.values())
     data = DatasetCardData(
         pretty_name=_TITLES[task.name],
-        license="apache-2.0",
+        license=LICENSE,
         annotations_creators=["machine-generated"],
         task_categories=_CATEGORIES[task.name],
         size_categories=[next((name for name, limit in _SIZES if total < limit), "10M<n<100M")],
@@ -72,11 +74,5 @@ def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
 
 def _ceiling(task: Task) -> dict[str, Any] | None:
     """The committed record of the ideal observer, if it is about a task of these settings."""
-    record = json.loads(_shared_file("recipes/results/sraven-ideal-observer.json").read_text())
+    record = json.loads((recipes_folder() / "results" / "sraven-ideal-observer.json").read_text())
     return record if record["task"] == {"name": task.name, **task.settings} else None
-
-
-def _shared_file(path: str) -> Path:
-    """A file of recipes/ or hub_cards/, which lie beside the package in a checkout and inside it when installed."""
-    package = Path(__file__).parents[1]
-    return next((root / path for root in (package.parent, package) if (root / path).is_file()), package / path)

@@ -1,8 +1,6 @@
 """A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -16,21 +14,12 @@ from huggingface_hub.utils import validate_repo_id
 from ..model import HylaConfig
 from ..runs import Run, RunRecord, plots
 from ..runs.folder import CURVE_NAME, PROBE_NAME
-from ..runs.paper import differing_settings
 from ..runs.record import mean_and_error, without_seeds
 from ..tasks import Task
+from .cards import CITATION, LICENSE, dataset_repo, run_snippet, template
 
 
 TASK_TITLES = {"logic": "fuzzy logic", "sraven": "SRAVEN, symbolic Raven's progressive matrices"}
-LICENSE = "apache-2.0"
-CITATION = """\
-@inproceedings{schug2025attention,
-  title={Attention as a Hypernetwork},
-  author={Schug, Simon and Kobayashi, Seijin and Akram, Yassir and Sacramento, Jo{\\~a}o and Pascanu, Razvan},
-  booktitle={International Conference on Learning Representations},
-  year={2025},
-  url={https://arxiv.org/abs/2406.05816}
-}"""
 
 
 def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path] = ()) -> dict[str, str | bytes]:
@@ -186,50 +175,6 @@ def check_card(text: str) -> None:
             raise ValueError(f"The card's metadata lack {field}: it needs the task's name and its metrics.")
     for dataset in data["datasets"]:
         validate_repo_id(dataset)
-
-
-def run_snippet(text: str, replacements: dict[str, str], names: dict[str, Any] | None = None) -> str:
-    """
-    What the first Python snippet of a card prints.
-
-    Args:
-        text: the card.
-        replacements: what stands for what while it runs, so that it needs no network.
-        names: that the snippet finds defined.
-
-    Raises:
-        ValueError: if it fails.
-    """
-    code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]  # type: ignore[index]
-    for shown, real in replacements.items():
-        code = code.replace(shown, real)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            exec(compile(code, "README.md", "exec"), dict(names or {}))
-    except Exception as error:
-        raise ValueError(
-            f"The snippet of the card fails ({type(error).__name__}: {error}): the model beside the record cannot be used."
-        ) from error
-    return printed.getvalue().rstrip()
-
-
-def template(name: str) -> str:
-    """The text of a template, in a checkout or in the installed package."""
-    package = Path(__file__).parents[1]
-    folder = next(folder for folder in (package.parent, package) if (folder / "hub_cards" / name).exists())
-    return (folder / "hub_cards" / name).read_text(encoding="utf-8")
-
-
-def sibling_repo(repo_id: str | None, name: str) -> str:
-    """`name` in the organisation of `repo_id`."""
-    return f"{repo_id.partition('/')[0]}/{name}" if repo_id else name
-
-
-def dataset_repo(task: Task, repo_id: str | None) -> str:
-    """The repository of a task's samples; settings other than the paper's are in its name, since samples differ by them."""
-    differing = [f"-{name}-{value}".lower() for name, value in differing_settings(task).items()]
-    return sibling_repo(repo_id, task.name + "".join(differing))
 
 
 def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[str, Any] | None, printed: str) -> str:

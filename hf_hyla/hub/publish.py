@@ -20,22 +20,24 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .. import model
 from ..model import HylaConfig
 from ..runs import Run
 from ..runs.folder import CHECKPOINTS, RECIPE_NAME
 from ..runs.record import RECORD_NAME, environment
 from ..tasks import Task
-from .checks import CODE, check_code, check_committed, check_file, check_secrets, check_text, check_weights
+from .checks import check_committed, check_file, check_format, check_secrets, check_text, check_weights
 from .model_card import card_files, check_card_before_training, dataset_repo
 from .spaces import demo_files, demo_repo, metric_files, metric_repo
 
 
+# The model's code, which is published beside the weights, by the names that it has in the repository.
+CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 # What of a folder is published, in a run's and in a dataset's.
 _RUN_FILES = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    *CODE,
     RECORD_NAME,
     RECIPE_NAME,
 )
@@ -128,24 +130,22 @@ def plan(
     found, left_out = _files_in(run.folder, _RUN_FILES, skipped=(CHECKPOINTS,))
     check_text(found)
     _check_repeatable(run)
-    check_code(run.folder, found)
+    check_format(run)
     check_weights(run, found)
     card = card_files(run, repo_id, others)
     repositories = []
     if dataset is not None:
         repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
     if metric:
-        repositories.append(_of_contents(metric_repo(task, repo_id), "space", metric_files(task, repo_id)))
-    model = _of_contents(repo_id, "model", card)
-    model.files |= found
-    # A card that `hyla card` has left in the folder is made anew.
-    model.left_out = [name for name in left_out if name not in card]
-    repositories.append(model)
+        repositories.append(Repository(metric_repo(task, repo_id), "space", _encoded(metric_files(task, repo_id))))
+    # A card and code that lie in the folder are made and taken anew.
+    left_out = [name for name in left_out if name not in card and name not in CODE]
+    repositories.append(Repository(repo_id, "model", {**_encoded(card), **found, **CODE}, left_out))
     if space:
-        repositories.append(_of_contents(demo_repo(repo_id), "space", demo_files(task, repo_id)))
+        repositories.append(Repository(demo_repo(repo_id), "space", _encoded(demo_files(task, repo_id))))
     for repository in repositories:
         for name, content in repository.files.items():
-            if isinstance(content, bytes):  # the others have been looked at in their folder
+            if isinstance(content, bytes) or name in CODE:  # the others have been looked at in their folder
                 check_secrets(f"{repository.repo_id}/{name}", content)
     return repositories
 
@@ -394,6 +394,5 @@ def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
     return Repository(repo_id, "dataset", files, left_out)
 
 
-def _of_contents(repo_id: str, repo_type: str, contents: dict[str, str | bytes]) -> Repository:
-    files = {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}
-    return Repository(repo_id, repo_type, dict(files))
+def _encoded(contents: dict[str, str | bytes]) -> dict[str, Path | bytes]:
+    return {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..model import HylaConfig
 from ..runs.record import HUB_KEYS, tells_recipes_apart
 from ..tasks import TASKS, Task, get_task
-from ..utils import nearest, one_line
+from ..utils import nearest, one_line, recipes_folder
 from .trainer import HylaTrainingArguments, check_schedule
 from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
@@ -152,12 +152,8 @@ class Recipe:
 def find_recipe(path: str | Path) -> Path:
     """`path`, or else that file among the recipes that come with the package, in a checkout or installed."""
     path = Path(path)
-    package = Path(__file__).parents[1]
-    for bundled in (package.parent / "recipes", package / "recipes"):
-        inside = bundled / Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else bundled / path
-        if not path.exists() and inside.is_file():
-            return inside
-    return path
+    inside = recipes_folder() / (Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path)
+    return inside if inside.is_file() and not path.exists() else path
 
 
 def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:

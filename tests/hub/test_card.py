@@ -18,9 +18,10 @@ from jinja2 import meta
 
 from hf_hyla import HylaForSequenceClassification, metrics
 from hf_hyla.cli import main
-from hf_hyla.hub import model_card, spaces
-from hf_hyla.hub.model_card import template
+from hf_hyla.hub import cards, model_card, spaces
+from hf_hyla.hub.cards import template
 from hf_hyla.hub.publish import check_before_training
+from hf_hyla.metrics import modules
 from hf_hyla.runs import Run, RunRecord, plots
 from hf_hyla.runs.paper import paper_result
 from hf_hyla.tasks import get_task
@@ -28,6 +29,7 @@ from hf_hyla.training import load_recipe
 
 
 PROJECT = Path(__file__).parents[2]
+TEMPLATES = PROJECT / "hf_hyla" / "hub" / "templates"
 
 
 def card_files(folder, *args, **kwargs):
@@ -122,7 +124,7 @@ def test_snippets_print_what_the_cards_show(request, task):
     text = card_files(run)["README.md"]
     [(code, shown)] = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
     assert f'model="{run}", trust_remote_code=True' in code and "answer" in shown
-    assert model_card.run_snippet(text, {}) == shown.strip()
+    assert cards.run_snippet(text, {}) == shown.strip()
     # The puzzle and its answer are a sample of the split that it is said to be of.
     if task == "sraven":
         sample = get_task("sraven", num_features=2).dataset("ood")[0]
@@ -380,3 +382,9 @@ def test_the_space_asks_the_model_and_answers_a_bad_puzzle_with_a_sentence(srave
 def test_a_space_for_another_task_is_refused():
     with pytest.raises(ValueError, match="asks SRAVEN puzzles, and this run is of the task logic"):
         spaces.demo_files(get_task("logic"), "org/x")
+
+
+def test_all_cite_the_paper_alike():
+    # The metrics travel alone and cannot import it.
+    assert modules._CITATION == cards.CITATION
+    assert "@inproceedings" not in "".join(path.read_text() for path in TEMPLATES.iterdir())

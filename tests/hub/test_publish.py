@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 
-from hf_hyla import HylaForSequenceClassification
+from hf_hyla import HylaForSequenceClassification, model
 from hf_hyla.cli import main
 from hf_hyla.hub.model_card import card_files
 from hf_hyla.hub.publish import check_before_training, plan, publish, publish_run
@@ -82,6 +82,16 @@ def test_everything_beside_the_model_is_linked_and_not_made_twice(hub_here, srav
     assert len(hub_here.collections) == 1 and len(collection["items"]) == 4
 
 
+def test_the_code_that_is_published_is_the_packages_whatever_lies_beside_the_weights(logic_run, planned, copied):
+    run = copied(logic_run)
+    (run / "layers_hyla.py").unlink()
+    (run / "modeling_hyla.py").write_text("raise SystemExit")
+    [repository] = plan(run, REPO)
+    package = {path.name: path.read_bytes() for path in Path(model.__file__).parent.glob("*_hyla.py")}
+    assert package.items() <= contents(repository).items() and len(package) > 5
+    assert contents(repository) == contents(planned[0])
+
+
 def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub_here, logic_run, capsys):
     assert main(["publish", str(logic_run), "--repo-id", REPO, "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -122,11 +132,11 @@ def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub
 
 def plan_metric(task, hub):
     """Publishes the metric of a task alone."""
-    from hf_hyla.hub.publish import _of_contents
+    from hf_hyla.hub.publish import Repository, _encoded
     from hf_hyla.hub.spaces import metric_files, metric_repo
 
     name = metric_repo(get_task(task), REPO)
-    publish([_of_contents(name, "space", metric_files(get_task(task), REPO))])
+    publish([Repository(name, "space", _encoded(metric_files(get_task(task), REPO)))])
     return hub.repo(name, "space")
 
 
