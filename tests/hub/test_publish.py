@@ -331,7 +331,8 @@ def test_a_trainer_sends_nothing_and_writes_no_card_of_its_own(hub_here, logic_r
         trainer.push_to_hub()
     with pytest.raises(ValueError, match="call `hyla card`"):
         trainer.create_model_card()
-    assert hub_here.requests == [] and not (run / "out").exists() and not (run / "README.md").exists()
+    assert hub_here.requests == []
+    assert not list((run / "out").iterdir()) and not (run / "README.md").exists()
 
 
 def test_an_error_that_is_not_the_hubs_stays_what_it_is(hub_here, logic_run, copied):
