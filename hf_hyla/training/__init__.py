@@ -1,8 +1,8 @@
 """From a recipe to a run record. Imports neither datasets nor evaluate."""
 
+from ..runs import RunRecord
 from .arguments import HylaTrainingArguments
 from .recipe import Recipe, load_recipe
-from .record import RunRecord
 from .run import evaluate, train
 from .stopping import Stopped
 from .trainer import HylaTrainer

@@ -65,7 +65,6 @@ class HylaTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False
     report_to: str | list[str] | None = "none"
-    hub_strategy: str = "end"
 
     def __post_init__(self) -> None:
         takes_muon = self.optim == MUON

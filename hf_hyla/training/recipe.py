@@ -8,7 +8,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
-from ..tasks import TASKS, Task, get_task, nearest, one_line
+from ..runs.record import HUB_KEYS, tells_recipes_apart
+from ..tasks import TASKS, Task, get_task
+from ..utils import nearest, one_line, recipes_folder
 from .arguments import MUON, HylaTrainingArguments
 from .trainer import check_schedule
 from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
@@ -33,7 +35,7 @@ _ALLOWED_TRAINER = {
     *("save_strategy", "save_steps", "save_total_limit"),
     *("logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
     *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+    *HUB_KEYS,  # which `hyla train` reads when the run is finished, and no Trainer
 }
 # Why others are not.
 _BY_THE_RUN = "is set by the run itself"
@@ -144,16 +146,17 @@ class Recipe:
     settings: dict[str, Any]
     data: Path | None = None
 
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """What `HylaTrainingArguments` takes of `trainer`; the rest is for `hyla train`, which publishes the finished run."""
+        return {key: value for key, value in self.trainer.items() if key not in HUB_KEYS}
+
 
 def find_recipe(path: str | Path) -> Path:
     """`path`, or else that file among the recipes that come with the package, in a checkout or installed."""
     path = Path(path)
-    package = Path(__file__).parents[1]
-    for bundled in (package.parent / "recipes", package / "recipes"):
-        inside = bundled / Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else bundled / path
-        if not path.exists() and inside.is_file():
-            return inside
-    return path
+    inside = recipes_folder() / (Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path)
+    return inside if inside.is_file() and not path.exists() else path
 
 
 def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
@@ -220,8 +223,7 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     expect = None
     if "expect" in sections:
         expect = _checked_expectation(source, sections["expect"], task)
-        other_runs = (key for key in overridden if key.startswith(("task.", "model.", "trainer.")))
-        if not all(key.endswith(".seed") or key == "task.data" for key in other_runs):
+        if any(tells_recipes_apart(key) for key in overridden):
             expect = None
     settings = {
         "task": {"name": task.name, **task.settings},
@@ -254,23 +256,6 @@ def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str]
     if not isinstance(name, str) or name not in TASKS:
         get_task(name)  # raises, naming the nearest
     return get_task(name, **in_types(where, settings, TASKS[name]))
-
-
-def first_difference(settings: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first `section.key` by which two runs with these settings differ; `None` if they are the same run."""
-    ours, theirs = by_key(settings), by_key(other)
-    missing = object()
-    return next((key for key in ours | theirs if ours.get(key, missing) != theirs.get(key, missing)), None)
-
-
-def by_key(settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run by `section.key`: all but what is expected of it, which may change with what is known."""
-    return {
-        f"{section}.{key}": value
-        for section, values in settings.items()
-        if section != "expect"
-        for key, value in values.items()
-    }
 
 
 def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:

@@ -16,14 +16,13 @@ from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from ..tasks import one_line
+from ..utils import one_line
 from .arguments import MUON, REFERENCE_FLOOR
 from .checkpoint import UNFINISHED, publish
 from .optimizers import muon_adamw, refuse_shards
 from .processes import keep_freed_memory
-from .record import RECORD_NAME
 
 
 # Devices whose numbers are there as soon as they are asked for.
@@ -62,8 +61,8 @@ class HylaTrainer(Trainer):
     """
     `Trainer` with the reference's choice of decayed parameters and its learning-rate curve. It stops at numbers that are
     not finite, notes the seconds spent in every log entry, and its checkpoints are whole or not there and hold all that
-    an exact continuation needs. It publishes finished runs only, with the card of `hyla card`, and no pickle. On a CPU its
-    process keeps freed memory, see `keep_freed_memory`.
+    an exact continuation needs. It publishes nothing: what follows a finished run reads its folder. On a CPU its process
+    keeps freed memory, see `keep_freed_memory`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -256,67 +255,25 @@ class HylaTrainer(Trainer):
         self._seconds_before = own["seconds"]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Calls nobody: a repository is made when there is something to put into it."""
-        strategy = HubStrategy(self.args.hub_strategy)
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"hub_strategy={strategy.value!r} would publish checkpoints, which hold pickles: use 'end', which "
-                "publishes the finished run."
-            )
-        self.hub_model_id = self.args.hub_model_id  # type: ignore[assignment]
+        """Refuses `push_to_hub` among the arguments, as `push_to_hub` refuses itself."""
+        self.push_to_hub()
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publishes nothing: transformers would upload training_args.bin, and weights that have no results yet."""
+    def push_to_hub(self, *args, **kwargs) -> str:  # type: ignore[override]
+        """
+        Raises:
+            ValueError: always. transformers would upload checkpoints, which hold pickles, and weights without results.
+        """
+        raise ValueError(
+            "A HylaTrainer publishes nothing, since transformers would upload pickles beside weights that have no results: "
+            "train a recipe by `hyla train`, and publish the finished run by `hyla publish` or by `push_to_hub` in the recipe."
+        )
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the card that `hyla card` writes into the folder of the run, which must be finished."""
-        from ..hub.card import write_card
-
-        if self.is_world_process_zero():
-            folder = self._finished_run()
-            write_card(folder, folder, self.args.hub_model_id)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ) -> str | None:
         """
-        Publishes the finished run as `hyla publish` does, to `args.hub_model_id`; what it did, in a line. Only `token` and
-        `private` are used: the card says everything that transformers' other arguments are for.
-
         Raises:
-            ValueError, OSError: if something must not be published, or the Hub refuses; see `hf_hyla.hub.publish`.
+            ValueError: always. A card is made from the record of a finished run.
         """
-        from ..hub.publish import plan, publish
-
-        if not self.is_world_process_zero():
-            return None
-        if self.args.hub_model_id is None:
-            raise ValueError("hub_model_id is not set: name the repository to publish to as ORG/NAME.")
-        private = self.args.hub_private_repo if private is None else private
-        folder = self._finished_run()
-        try:
-            [line] = publish(plan(folder, self.args.hub_model_id), private, token=token or self.args.hub_token)
-        except (OSError, ValueError) as error:
-            later = f"hyla publish {folder} --repo-id {self.args.hub_model_id}"
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{error} The run itself is finished; `{later}` publishes it.") from None
-        return line
-
-    def _finished_run(self) -> Path:
-        output = Path(self.args.output_dir or ".")
-        for folder in (output, output.parent):
-            if (folder / RECORD_NAME).exists():
-                return folder
-        raise ValueError(
-            f"{output} belongs to no finished run, and a card is made from a run's {RECORD_NAME}: train by `hyla train` or "
-            "hf_hyla.training.train, which publish at their end."
-        )
+        raise ValueError("A card is made from the record of a finished run: call `hyla card` with the run's folder.")
 
 
 def _not_finite(what: str, number: float, step: int) -> FloatingPointError:

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_hyla.paper import paper_result
-from hf_hyla.training import RunRecord, load_recipe
+from hf_hyla.runs import RunRecord
+from hf_hyla.runs.paper import paper_result
+from hf_hyla.training import load_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -37,7 +38,7 @@ def test_every_recipe_loads_and_names_its_hardware_first(path):
         assert f"`{path.parent.name}/{path.name}`" in (RECIPES / "README.md").read_text()
     if path.stem == "demo":
         return
-    paper = paper_result(recipe.task, recipe.config)
+    paper = paper_result(recipe.settings)
     runs = [RunRecord.load(record) for record in sorted((RECIPES / "results" / recipe.name).glob("*.json"))]
     if path.stem.endswith("-muon") and not runs:
         assert recipe.expect is None  # the paper has no result with Muon
@@ -53,13 +54,13 @@ def test_every_recipe_loads_and_names_its_hardware_first(path):
 @pytest.mark.parametrize("task", ["logic", "sraven"])
 def test_the_ablations_are_the_thirteen_rows_of_table_a1(task):
     recipes = [load_recipe(path) for path in ALL if path.parent.name == "ablations" and path.stem.startswith(task)]
-    results = {paper_result(recipe.task, recipe.config) for recipe in recipes}
+    results = {paper_result(recipe.settings) for recipe in recipes}
     assert len(recipes) == len(results) == 13 and None not in results
 
 
 def test_the_papers_numbers_are_only_quoted_for_the_papers_models(tmp_path):
     recipe = load_recipe(RECIPES / "logic/hyla.yaml")
-    assert paper_result(recipe.task, recipe.config).mean == 0.8113
+    assert paper_result(recipe.settings).mean == 0.8113
     for key, value in (
         ("model.num_attention_heads", "4"),
         ("model.hidden_size", "16"),
@@ -70,7 +71,7 @@ def test_the_papers_numbers_are_only_quoted_for_the_papers_models(tmp_path):
         ("task.held_out", "0.3"),
     ):
         other = load_recipe(RECIPES / "logic/hyla.yaml", {key: value})
-        assert paper_result(other.task, other.config) is None, key
+        assert paper_result(other.settings) is None, key
 
 
 def test_values_come_in_the_types_of_their_fields(tmp_path):
