@@ -61,13 +61,12 @@ gpu-rehearsal:
 	grep 'Goes on from checkpoint-1' runs/gpu-rehearsal/report.txt
 	test -s runs/gpu-rehearsal/run.json -a -s runs/gpu-rehearsal/learning_curve.png
 
-# After a change of the model's code, of templates or of results: the trained models' folders as they would be published now.
+# After a change of templates or of results: the cards of the trained models as they would be published now.
 hub-cards: setup
 	@set -e; for run in hub_cards/*/run.json; do \
-		folder=$$(dirname $$run); cp hf_hyla/model/*_hyla.py $$folder; \
+		folder=$$(dirname $$run); \
 		name=$$($(BIN)/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["name"])' $$run); \
-		$(BIN)/hyla publish $$folder --repo-id hf-hyla/$$(basename $$folder) --with recipes/results/$$name/*.json \
-			--output hub_cards; \
+		$(BIN)/hyla card $$folder --repo-id hf-hyla/$$(basename $$folder) --with recipes/results/$$name/*.json; \
 	done
 
 lint: setup

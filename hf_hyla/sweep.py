@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .tasks import one_line
-from .training.recipe import Recipe, find_recipe, first_difference, load_recipe
-from .training.record import RECORD_NAME, RunRecord
+from .runs.record import RECORD_NAME, RunRecord, first_difference
+from .training.recipe import Recipe, find_recipe, load_recipe
 from .training.typed_yaml import read_mapping
+from .utils import one_line
 
 
 _KEYS = ("base", "grid", "seeds")

@@ -14,7 +14,7 @@ from hf_hyla import benchmark as bench
 from hf_hyla.benchmark import Shape, as_table, attention, benchmark, steps
 from hf_hyla.cli import main
 from hf_hyla.model.backends_hyla import BACKENDS
-from hf_hyla.plots import length_curves
+from hf_hyla.runs.plots import length_curves
 from hf_hyla.tasks import get_task
 from hf_hyla.training import load_recipe
 

@@ -1,6 +1,8 @@
 """The package as a whole: silent to import, light, and layered as CONTRIBUTING.md says."""
 
 import ast
+import graphlib
+import json
 import subprocess
 import sys
 import tomllib
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_hyla
+from hf_hyla import utils
 
 
 PACKAGE = Path(hf_hyla.__file__).parent
@@ -23,7 +26,7 @@ def python(script: str) -> subprocess.CompletedProcess:
 def test_importing_prints_nothing_and_needs_no_optional_package():
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
     result = python(
-        f"import sys\n{blocked}\nimport hf_hyla, hf_hyla.tasks, hf_hyla.training, hf_hyla.convert, hf_hyla.compare, "
+        f"import sys\n{blocked}\nimport hf_hyla, hf_hyla.tasks, hf_hyla.training, hf_hyla.convert, hf_hyla.runs.compare, "
         "hf_hyla.sweep, hf_hyla.cli, hf_hyla.hub.publish, hf_hyla.benchmark, hf_hyla.analysis"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -32,70 +35,120 @@ def test_importing_prints_nothing_and_needs_no_optional_package():
 def test_training_imports_neither_datasets_nor_evaluate():
     result = python(
         "import sys\nsys.modules['evaluate'] = sys.modules['datasets'] = None\n"
-        "import hf_hyla.training, hf_hyla.tasks, hf_hyla.compare, hf_hyla.sweep, hf_hyla.benchmark, hf_hyla.hub.publish\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
+        "import hf_hyla.training, hf_hyla.tasks, hf_hyla.runs.compare, hf_hyla.sweep, hf_hyla.benchmark, hf_hyla.hub.publish\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
     )
     assert result.returncode == 0, result.stderr
 
 
-# Who may import whom: part of the package → what else of the project and which libraries it may import.
+# Who may import whom: part of the package → what else of the project, and which libraries.
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "model": ({"model"}, {"torch", "transformers", "huggingface_hub", "numpy", "numba", "triton"}),
-    "metrics": ({"metrics"}, {"numpy", "evaluate", "datasets"}),
-    "files": (set(), set()),
-    "tasks": ({"tasks", "metrics", "files"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
+    "model": (set(), {"torch", "transformers", "huggingface_hub", "numpy", "numba", "triton"}),
+    "utils": (set(), {"huggingface_hub"}),
+    "metrics": (set(), {"numpy", "evaluate", "datasets"}),
+    "tasks": ({"metrics", "utils"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
+    "runs": ({"tasks", "metrics", "model", "utils"}, {"torch", "huggingface_hub", "matplotlib"}),
     "training": (
-        {"training", "model", "tasks", "metrics", "hub", "plots", "files"},
+        {"model", "tasks", "metrics", "runs", "utils"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
     ),
-    # The trainer hands a finished run to hub; nothing of hub trains.
+    "analysis": ({"model", "tasks", "metrics", "utils"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
     "hub": (
-        {"hub", "training", "model", "tasks", "metrics", "paper", "plots"},
-        {"huggingface_hub", "safetensors", "torch", "yaml", "matplotlib"},
+        {"runs", "tasks", "metrics", "model", "utils"},
+        {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
     ),
-    "benchmark": ({"benchmark", "model", "tasks", "training"}, {"torch", "transformers"}),
-    "analysis": ({"analysis", "model", "tasks", "files"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
     "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
-    "paper": ({"model"}, set()),
-    "plots": ({"paper"}, {"matplotlib"}),
-    "compare": ({"model", "paper", "tasks", "training"}, set()),
-    "sweep": ({"tasks", "training"}, {"torch"}),
+    "sweep": ({"training", "model", "tasks", "metrics", "runs", "utils"}, {"torch"}),
+    "benchmark": ({"training", "model", "tasks", "metrics", "runs", "utils"}, {"torch", "transformers"}),
 }
+# Imports the modules of each part in a process of its own, forked from one that has imported hf_hyla, and prints which parts
+# of the package were loaded with them.
+LOADING = """
+import importlib, json, os, sys
+import hf_hyla
+for part, modules in json.loads(sys.argv[1]).items():
+    if not os.fork():
+        for module in modules:
+            importlib.import_module(module)
+        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("hf_hyla.")}
+        print(json.dumps([part, sorted(loaded)]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, part
+"""
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE / "hub" / "templates"]
+
+
+def files_of(part: str) -> list[Path]:
+    return [path for path in FILES if path.is_relative_to(PACKAGE / part) or path == PACKAGE / f"{part}.py"]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in FILES}
 
 
 def imported(path: Path) -> set[str]:
-    """First parts of what a file imports; parts of this package as `.part`."""
+    """What a file imports anywhere in it, inside functions too: modules of this package, and names of libraries."""
+    package = module_of(path).split(".")[: None if path.name == "__init__.py" else -1]
     names = set()
-    inside = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:
-                names.add(node.module.partition(".")[0])
-            else:
-                base = inside[: len(inside) - node.level + 1]
-                target = (*base, *(node.module.split(".") if node.module else [node.names[0].name]))
-                names.add("." + target[0])
-    return names
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            inside = {f"{module}.{alias.name}" for alias in node.names} & MODULES
+            names |= inside or {module}
+    return {name if name in MODULES else name.partition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("part", ALLOWED)
 def test_parts_import_only_what_they_may(part):
     own, libraries = ALLOWED[part]
-    files = sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
-    for path in files:
+    for path in files_of(part):
         for name in imported(path) - STANDARD:
-            if name.startswith("."):
-                assert name[1:] in own, f"{path.name} imports {name}"
+            if name in MODULES:
+                assert name.split(".")[1] in {part, *own}, f"{path.name} imports {name}"
             else:
                 assert name in libraries, f"{path.name} imports {name}"
 
 
+def test_parts_load_only_what_they_may_so_that_nothing_after_a_run_loads_the_trainer():
+    modules = {part: [module_of(path) for path in files_of(part)] for part in ALLOWED}
+    words = [sys.executable, "-c", LOADING, json.dumps(modules)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    loaded = dict(map(json.loads, result.stdout.splitlines()))
+    assert loaded.keys() == ALLOWED.keys()
+    for part, (own, _) in ALLOWED.items():
+        # The package itself registers the model.
+        assert set(loaded[part]) <= {part, *own, "model"}, part
+    assert not any("training" in loaded[part] for part in ("hub", "runs", "analysis"))
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {}
+    for path in FILES:
+        module, found = module_of(path), imported(path) & MODULES
+        # With a module its packages are loaded, but for those that are being loaded when the file is.
+        packages = {parent for name in found for parent in parents(name)} - {module, *parents(module)}
+        graph[module] = found | packages
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
+
+
+def parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
 def test_nobody_imports_the_command_line():
-    for path in PACKAGE.rglob("*.py"):
+    for path in FILES:
         if path.parent.name != "cli" and path.name != "__main__.py":
-            assert ".cli" not in imported(path), path
+            assert not any(name.startswith("hf_hyla.cli") for name in imported(path)), path
 
 
 def test_what_travels_to_the_hub_is_flat_and_imports_only_siblings():
@@ -115,18 +168,12 @@ def test_version_and_entry_point_are_declared_once():
     assert f"version: {hf_hyla.__version__}" in (PROJECT / "CITATION.cff").read_text()
 
 
-def test_the_readme_names_every_python_file():
-    readme = (PROJECT / "README.md").read_text()
-    for path in [
-        *PACKAGE.rglob("*.py"),
-        *(PROJECT / "tests").rglob("*.py"),
-        *(PROJECT / "recipes").glob("*/[a-z]*.py"),
-    ]:
-        assert path.name in readme, f"README.md does not name {path.relative_to(PROJECT)}"
-
-
-def test_an_installed_package_holds_every_template():
+def test_an_installed_package_finds_its_recipes_inside_itself(monkeypatch, tmp_path):
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    templates = {path.relative_to(PROJECT).as_posix() for path in (PROJECT / "hub_cards").glob("*_*.*")}
-    assert {name: f"hf_hyla/{name}" for name in templates | {"recipes"}} == included
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["hf_hyla"] and wheel["force-include"] == {"recipes": "hf_hyla/recipes"}
+    assert utils.recipes_folder() == PROJECT / "recipes"
+    (tmp_path / "recipes").mkdir()  # of another package
+    (tmp_path / "hf_hyla" / "recipes").mkdir(parents=True)
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "hf_hyla" / "utils.py"))
+    assert utils.recipes_folder() == tmp_path / "hf_hyla" / "recipes"

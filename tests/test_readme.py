@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_hyla import HylaConfig
 from hf_hyla.cli import main, parse
-from hf_hyla.paper import paper_result
+from hf_hyla.runs.paper import paper_result
 from hf_hyla.tasks import get_task
 
 
@@ -120,7 +119,7 @@ def test_what_recipes_say_of_the_papers_own_draws_is_what_the_committed_records_
     for attention in ("hyla", "softmax"):
         scores = [ood(f"logic-{attention}-reference_split=True", seed) for seed in range(3)]
         mean, error = statistics.fmean(scores), statistics.stdev(scores) / 3**0.5
-        theirs = paper_result(task, HylaConfig(**task.model_defaults | {"attention_type": attention}))
+        theirs = paper_result({"task": {"name": task.name, **task.settings}, "model": {"attention_type": attention}})
         assert f"{mean:.4f} ± {error:.4f}" in text and f"{theirs.mean:.4f} ± {theirs.standard_error:.4f}" in text
         left.append(f"{mean - theirs.mean:.2f}")
         errors.append(f"{(error**2 + theirs.standard_error**2) ** 0.5:.2f}")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..files import write_whole
 from ..model import HylaForSequenceClassification
 from ..tasks import Task
+from ..utils import write_whole
 from .ablation import ablate_heads, mean_codes
 from .combinations import score_by_combination
 from .latents import Codes, collect_codes

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..training.record import environment, hardware
+from ..runs.record import environment, hardware
 from .attention import FLASH_SHAPE, Shape, measure_attention
 from .meter import SEED, Meter
 from .steps import measure_data, measure_steps

@@ -33,6 +33,7 @@ def add_train(commands) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
 
+    from ..hub.publish import check_before_training, publish_run
     from ..training import Stopped, load_recipe, train
     from ..training.dry_run import dry_run
     from ..training.processes import check_launch
@@ -41,6 +42,7 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.max_minutes is not None and not arguments.max_minutes > 0:
         raise ValueError(f"--max-minutes must be larger than 0, got {arguments.max_minutes}.")
+    check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
     if arguments.dry_run:
         PartialState().print(dry_run(recipe))
         return 0
@@ -54,6 +56,8 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         record = train(recipe, output, overwrite=arguments.overwrite, max_minutes=arguments.max_minutes)
         PartialState().print(f"{_report(recipe, record)}\nWeights, code and run.json are in {output}")
+        if recipe.trainer.get("push_to_hub") and PartialState().is_main_process:
+            print(publish_run(output, recipe.trainer["hub_model_id"], recipe.trainer.get("hub_private_repo")))
     except Stopped as stopped:
         PartialState().print(stopped, file=sys.stderr)
         code = stopped.exit_code
@@ -64,10 +68,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _report(recipe, record) -> str:
     """Scores per split beside the paper's, and what share of the paper's budget they took."""
-    from ..paper import paper_result
+    from ..runs.paper import paper_result
 
-    # The paper has no run that starts from a checkpoint.
-    paper = None if "model_name_or_path" in recipe.settings["model"] else paper_result(recipe.task, recipe.config)
+    paper = paper_result(recipe.settings)
     metric_names = recipe.task.metric_names
     lines = [f"{'split':<15}" + "".join(f"{name:>18}" for name in metric_names) + f"{'paper, full budget':>22}"]
     for split, scores in record.metrics.items():
@@ -141,7 +144,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluate_by_combination(arguments: argparse.Namespace, model, task) -> None:
     from ..analysis.combinations import score_by_combination, table
-    from ..training.record import environment
+    from ..runs.record import environment
 
     found = score_by_combination(model, task, arguments.split, arguments.num_samples, arguments.batch_size)
     if arguments.json:
@@ -153,7 +156,7 @@ def _evaluate_by_combination(arguments: argparse.Namespace, model, task) -> None
 
 def task_of_model(arguments: argparse.Namespace):
     """The task of the run that `arguments.model` is, or that `--task` names, with the settings among the overrides."""
-    from ..training import RunRecord
+    from ..runs import RunRecord
     from ..training.recipe import checked_task
 
     settings: dict[str, Any] = {}
@@ -184,7 +187,7 @@ def add_compare(commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from ..compare import MISSED, as_json, compare, find_records, table
+    from ..runs.compare import MISSED, as_json, compare, find_records, table
 
     comparisons = compare(find_records(arguments.runs))
     print(as_json(comparisons) if arguments.json else table(comparisons))
@@ -207,7 +210,7 @@ def add_sweep(commands) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from ..compare import compare, find_records, table
+    from ..runs.compare import compare, find_records, table
     from ..sweep import load_sweep, run_sweep
 
     sweep = load_sweep(arguments.sweep)

@@ -40,7 +40,8 @@ def add_probe(commands) -> None:
 
 def _probe(arguments: argparse.Namespace) -> None:
     from ..analysis.report import probe_report, table
-    from ..training.record import PROBE_NAME, RECORD_NAME, environment, hardware, weights_digest
+    from ..runs.folder import PROBE_NAME, weights_digest
+    from ..runs.record import RECORD_NAME, environment, hardware
     from ..training.weights import load_model
 
     task = task_of_model(arguments)
@@ -91,9 +92,8 @@ def add_bench(commands) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from ..benchmark import LENGTHS, PARTS, as_table, benchmark
-    from ..files import write_whole
-    from ..plots import can_draw, length_curves
-    from ..tasks import nearest
+    from ..runs.plots import can_draw, length_curves
+    from ..utils import nearest, write_whole
 
     if arguments.task not in (None, *PARTS):
         raise ValueError(
@@ -157,7 +157,7 @@ def _add_card_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    from ..hub.card import write_card
+    from ..hub.model_card import write_card
 
     output = arguments.output or arguments.folder
     for path in write_card(arguments.folder, output, arguments.repo_id, arguments.others):
@@ -222,11 +222,13 @@ def add_data(commands) -> None:
 
 
 def _data(arguments: argparse.Namespace) -> None:
+    from ..hub.dataset_card import write_dataset_card
     from ..tasks.data import write_data
 
     task = _task_of(arguments.task, arguments.overrides)
     splits = list(dict.fromkeys(arguments.split or task.splits))
     manifest = write_data(task, splits, arguments.num_examples, arguments.output)
+    write_dataset_card(task, arguments.output)
     for split in splits:
         print(f"{split}: {manifest.splits[split]['num_examples']:,} examples")
     print(f"Fingerprint {manifest.data_fingerprint}\nParquet files, task.json and card are in {arguments.output}")
@@ -246,8 +248,8 @@ def add_ceiling(commands) -> None:
 
 
 def _ceiling(arguments: argparse.Namespace) -> None:
+    from ..runs.record import environment
     from ..tasks.observer import observer_record
-    from ..training.record import environment
 
     task = _task_of("sraven", arguments.overrides)
     if arguments.output:
@@ -297,6 +299,6 @@ def add_env(commands) -> None:
 
 
 def _env(arguments: argparse.Namespace) -> None:
-    from ..training.record import environment, hardware
+    from ..runs.record import environment, hardware
 
     print(json.dumps({"environment": environment(), "hardware": hardware()}, indent=2))

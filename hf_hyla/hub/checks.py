@@ -1,9 +1,8 @@
-"""What must hold of a run's folder before it gets a card, and of every file in it before anything is published."""
+"""What must hold of a run's folder, and of every file in it, before anything is published."""
 
 import ast
 import io
 import json
-import math
 import mmap
 import pickletools
 import re
@@ -15,17 +14,14 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import get_token
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from .. import model
-from ..model import HylaConfig, HylaForSequenceClassification
-from ..tasks import get_task, one_line
-from ..training.record import RECORD_NAME, RunRecord
+from ..model import HylaForSequenceClassification
+from ..model.configuration_hyla import FORMAT_VERSION
+from ..runs import Run
+from ..utils import one_line
 
 
-# The code that travels beside weights, by the names that it has in this package.
-CODE = tuple(sorted(path.name for path in Path(model.__file__).parent.glob("*_hyla.py")))
 _PICKLES = (
     *(".pkl", ".pickle", ".p", ".pk", ".dill", ".cloudpickle", ".joblib"),
     *(".bin", ".ckpt", ".npy", ".npz", ".pt", ".pth"),
@@ -48,50 +44,6 @@ _SECRETS = {
     "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
 }
 _PARSERS: dict[str, Callable[[str], Any]] = {".py": ast.parse, ".json": json.loads, ".yaml": yaml.safe_load}
-
-
-def finished_record(run: Path) -> RunRecord:
-    """
-    The record of a run.
-
-    Raises:
-        ValueError: if the run is not finished or has no results.
-        OSError: if it cannot be read.
-    """
-    if not (run / RECORD_NAME).exists():
-        raise FileNotFoundError(
-            f"{run} holds no finished run: expected {RECORD_NAME}; give the command that trains it (again)."
-        )
-    record = RunRecord.load(run)
-    if record.steps < record.recipe["trainer"]["max_steps"]:
-        raise ValueError(
-            f"{run} is not finished: it made {record.steps} of {record.recipe['trainer']['max_steps']} updates; train it "
-            "to its end."
-        )
-    task = get_task(**record.recipe["task"])
-    for split in (split for split in task.splits if split != "train"):
-        scores = record.metrics.get(split, {})
-        # Other scores are left out where no sample can be measured by them.
-        for name in dict.fromkeys((task.metric_names[0], "num_samples", *scores)):
-            if not math.isfinite(scores.get(name, math.nan)):
-                raise ValueError(
-                    f"{run / RECORD_NAME} has no result {split}/{name}, got {scores.get(name)}: train the run to its end."
-                )
-    return record
-
-
-def model_config(run: Path) -> HylaConfig:
-    """
-    The config of a run's model.
-
-    Raises:
-        ValueError: if it is not one.
-        OSError: if it is missing.
-    """
-    try:
-        return HylaConfig.from_pretrained(run)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{run / 'config.json'} is no config of a model: {one_line(error)}") from None
 
 
 def check_committed(commit: str | None, run: str) -> None:
@@ -155,19 +107,19 @@ def check_text(files: dict[str, Path]) -> None:
             ) from None
 
 
-def check_code(run: Path, files: dict[str, Path]) -> None:
+def check_format(run: Run) -> None:
     """
     Raises:
-        FileNotFoundError: if not all of the model's code lies beside its weights.
+        ValueError: if the code of this package reads weights of another format than the run's.
     """
-    if missing := [name for name in CODE if name not in files]:
-        raise FileNotFoundError(
-            f"{run} lacks {', '.join(missing)}, without which its model loads only where hf_hyla is installed: copy the files "
-            "from the package's folder model/."
+    if run.config.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"{run.folder} was saved in format {run.config.format_version}, but the code of this package, which is published "
+            f"beside the weights, reads format {FORMAT_VERSION}: publish with the version of hf_hyla that trained the run."
         )
 
 
-def check_weights(run: Path, files: dict[str, Path]) -> None:
+def check_weights(run: Run, files: dict[str, Path]) -> None:
     """
     Raises:
         FileNotFoundError: if there are none.
@@ -175,7 +127,7 @@ def check_weights(run: Path, files: dict[str, Path]) -> None:
     """
     weights = [path for name, path in files.items() if name.endswith(".safetensors")]
     if not weights or "config.json" not in files:
-        raise FileNotFoundError(f"{run} holds no model: expected config.json and model.safetensors.")
+        raise FileNotFoundError(f"{run.folder} holds no model: expected config.json and model.safetensors.")
     names: set[str] = set()
     for path in weights:
         try:
@@ -189,9 +141,11 @@ def check_weights(run: Path, files: dict[str, Path]) -> None:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): train again, or copy it again.") from None
     with torch.device("meta"):
-        expected = set(HylaForSequenceClassification(model_config(run)).state_dict())
+        expected = set(HylaForSequenceClassification(run.config).state_dict())
     if different := sorted(names ^ expected):
-        raise ValueError(f"{run}: the weights are not those of config.json, {different[0]} is in one of the two only.")
+        raise ValueError(
+            f"{run.folder}: the weights are not those of config.json, {different[0]} is in one of the two only."
+        )
 
 
 def check_secrets(name: str, content: Path | bytes) -> None:

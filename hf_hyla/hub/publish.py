@@ -10,42 +10,34 @@ import contextlib
 import dataclasses
 import fnmatch
 import importlib.util
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..tasks import Task, get_task
-from ..training.record import RECORD_NAME, RunRecord, environment
-from .card import card_files, check_card_before_training, dataset_repo
-from .checks import (
-    CODE,
-    check_code,
-    check_committed,
-    check_file,
-    check_secrets,
-    check_text,
-    check_weights,
-    finished_record,
-)
+from .. import model
+from ..model import HylaConfig
+from ..runs import Run
+from ..runs.folder import CHECKPOINTS, RECIPE_NAME
+from ..runs.record import RECORD_NAME, environment
+from ..tasks import Task
+from .checks import check_committed, check_file, check_format, check_secrets, check_text, check_weights
+from .model_card import card_files, check_card_before_training, dataset_repo
 from .spaces import demo_files, demo_repo, metric_files, metric_repo
 
 
-if TYPE_CHECKING:
-    from ..training.recipe import Recipe
-
-
-RECIPE_NAME = "resolved_recipe.yaml"
+# The model's code, which is published beside the weights, by the names that it has in the repository.
+CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 # What of a folder is published, in a run's and in a dataset's.
 _RUN_FILES = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    *CODE,
     RECORD_NAME,
     RECIPE_NAME,
 )
@@ -111,7 +103,7 @@ class Repository:
 
 
 def plan(
-    run: str | Path,
+    folder: str | Path,
     repo_id: str,
     dataset: str | Path | None = None,
     metric: bool = False,
@@ -122,7 +114,7 @@ def plan(
     The repositories of a run, checked; nothing is sent.
 
     Args:
-        run: folder of a finished run.
+        folder: of a finished run.
         repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
         dataset: folder that `hyla data` wrote, to publish it too.
         metric, space: whether to publish the task's metric and a page that asks the model.
@@ -132,31 +124,28 @@ def plan(
         ValueError: if anything must not be published, saying what and why.
         OSError: if something is missing.
     """
-    run = Path(run)
     check_repo_id(repo_id)
-    record = finished_record(run)
-    task = get_task(**record.recipe["task"])
-    found, left_out = _files_in(run, _RUN_FILES, skipped=("checkpoints",))
+    run = Run.load(folder)
+    task = run.task
+    found, left_out = _files_in(run.folder, _RUN_FILES, skipped=(CHECKPOINTS,))
     check_text(found)
-    _check_repeatable(run, record)
-    check_code(run, found)
+    _check_repeatable(run)
+    check_format(run)
     check_weights(run, found)
     card = card_files(run, repo_id, others)
     repositories = []
     if dataset is not None:
         repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
     if metric:
-        repositories.append(_of_contents(metric_repo(task, repo_id), "space", metric_files(task, repo_id)))
-    model = _of_contents(repo_id, "model", card)
-    model.files |= found
-    # A card that `hyla card` has left in the folder is made anew.
-    model.left_out = [name for name in left_out if name not in card]
-    repositories.append(model)
+        repositories.append(Repository(metric_repo(task, repo_id), "space", _encoded(metric_files(task, repo_id))))
+    # A card and code that lie in the folder are made and taken anew.
+    left_out = [name for name in left_out if name not in card and name not in CODE]
+    repositories.append(Repository(repo_id, "model", {**_encoded(card), **found, **CODE}, left_out))
     if space:
-        repositories.append(_of_contents(demo_repo(repo_id), "space", demo_files(task, repo_id)))
+        repositories.append(Repository(demo_repo(repo_id), "space", _encoded(demo_files(task, repo_id))))
     for repository in repositories:
         for name, content in repository.files.items():
-            if isinstance(content, bytes):  # the others have been looked at in their folder
+            if isinstance(content, bytes) or name in CODE:  # the others have been looked at in their folder
                 check_secrets(f"{repository.repo_id}/{name}", content)
     return repositories
 
@@ -203,24 +192,46 @@ def publish(
     return lines
 
 
-def check_before_training(recipe: "Recipe") -> None:
+def publish_run(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
-    Refuses what would keep the run of this recipe from getting its card or, where it is to be pushed, from the Hub.
+    Publishes a finished run; a line on what it did. See `plan` and `publish`.
+
+    Raises:
+        ValueError, OSError: as they do, saying too how to publish the run later.
+    """
+    try:
+        [line] = publish(plan(folder, repo_id), private)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{error} The run itself is finished; `hyla publish {folder} --repo-id {repo_id}` publishes it."
+        ) from error
+    return line
+
+
+def check_before_training(name: str, settings: dict[str, Any], task: Task, config: HylaConfig) -> None:
+    """
+    Refuses what would keep a run from getting its card or, where its recipe says `push_to_hub`, from the Hub.
+
+    Args:
+        name: of the recipe.
+        settings: the recipe's sections.
+        task, config: that the settings make.
 
     Raises:
         ValueError: saying what to do.
     """
-    check_card_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
-    if not recipe.trainer.get("push_to_hub"):
+    check_card_before_training(name, settings, task, config)
+    if not settings["trainer"].get("push_to_hub"):
         return
-    check_publishable(recipe, recipe.trainer["hub_model_id"])
+    check_publishable(settings, settings["trainer"]["hub_model_id"])
     if get_token() is None:
         raise ValueError("push_to_hub needs a token: log in by `hf auth login`, or set HF_TOKEN.")
 
 
-def check_publishable(recipe: "Recipe", repo_id: str) -> None:
+def check_publishable(settings: dict[str, Any], repo_id: str) -> None:
     """
-    Refuses what would keep a run of this recipe from being published, whatever it reaches.
+    Refuses what would keep a run of a recipe with these settings from being published, whatever it reaches.
 
     Raises:
         ValueError: saying what to do.
@@ -229,7 +240,7 @@ def check_publishable(recipe: "Recipe", repo_id: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("A card needs matplotlib for its plots: pip install hf-hyla[analysis].")
     check_committed(environment()["git_commit"], "This run")
-    _check_base_model(recipe.settings["model"], "This run")
+    _check_base_model(settings["model"].get("model_name_or_path"), "This run")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -274,17 +285,20 @@ def _is_public(api: HfApi, repository: Repository) -> bool:
 @contextlib.contextmanager
 def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
     """
-    Turns what huggingface_hub raises into one sentence that says what to do, and holds no word of the request.
+    Turns an answer of the Hub that is none of success, and a missing answer, into one sentence that says what to do and holds
+    no word of the request. Any other error is not the Hub's, and stays as it is.
 
     `state` says what may have become of `what`, and `done` what was published before.
     """
     try:
         yield
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, RuntimeError, ValueError) as error:
         # huggingface_hub wraps what breaks an upload in a RuntimeError, and metadata that the Hub refuses in a ValueError.
-        cause = error.__cause__ if isinstance(error, (RuntimeError, ValueError)) and error.__cause__ else error
+        cause = error if isinstance(error, (HTTPError, json.JSONDecodeError)) else error.__cause__
+        if not isinstance(cause, (HTTPError, json.JSONDecodeError)):
+            raise
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is None and isinstance(cause, ValueError):
+        if isinstance(cause, json.JSONDecodeError):
             reason = "the Hub answers with something else than JSON: wait"
         elif status is None:
             reason = f"the Hub cannot be reached ({type(cause).__name__}): look at the network"
@@ -295,7 +309,7 @@ def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
         published = f" Before it came: {', '.join(line.partition(': ')[0] for line in done)}." if done else ""
         raise OSError(
             f"Publishing the {what} failed, since {reason}, then publish again; {state}.{published}"
-        ) from None
+        ) from error
 
 
 _STATE = "its files are as they were or all published, and if it is new, it may be there and empty"
@@ -309,21 +323,20 @@ _REASONS = {
 }
 
 
-def _check_repeatable(run: Path, record: RunRecord) -> None:
+def _check_repeatable(run: Run) -> None:
     """A run is published only if its code and its recipe can be found again."""
-    check_committed(record.environment.get("git_commit"), str(run))
-    _check_base_model(record.recipe["model"], str(run))
-    written = run / RECIPE_NAME
+    check_committed(run.record.environment.get("git_commit"), str(run.folder))
+    _check_base_model(run.base_model, str(run.folder))
+    written = run.folder / RECIPE_NAME
     if not written.exists():
-        raise FileNotFoundError(f"{run} lacks {RECIPE_NAME}, the recipe it was made by: train it again.")
-    if yaml.safe_load(written.read_text(encoding="utf-8")) != record.recipe:
+        raise FileNotFoundError(f"{run.folder} lacks {RECIPE_NAME}, the recipe it was made by: train it again.")
+    if yaml.safe_load(written.read_text(encoding="utf-8")) != run.record.recipe:
         raise ValueError(
             f"{written} is not the recipe that {RECORD_NAME} was made by: it was changed after the run; train again."
         )
 
 
-def _check_base_model(settings: dict[str, Any], run: str) -> None:
-    base_model = settings.get("model_name_or_path")
+def _check_base_model(base_model: str | None, run: str) -> None:
     if base_model and Path(base_model).exists():
         raise ValueError(
             f"{run} is trained from the folder {base_model}, which nobody else has: publish that model first, and train from "
@@ -381,6 +394,5 @@ def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
     return Repository(repo_id, "dataset", files, left_out)
 
 
-def _of_contents(repo_id: str, repo_type: str, contents: dict[str, str | bytes]) -> Repository:
-    files = {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}
-    return Repository(repo_id, repo_type, dict(files))
+def _encoded(contents: dict[str, str | bytes]) -> dict[str, Path | bytes]:
+    return {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}

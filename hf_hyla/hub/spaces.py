@@ -8,7 +8,8 @@ from huggingface_hub import SpaceCard, SpaceCardData
 
 from .. import metrics
 from ..tasks import Task
-from .card import CITATION, LICENSE, TASK_TITLES, run_snippet, sibling_repo, template
+from .cards import CITATION, LICENSE, run_snippet, sibling_repo, template
+from .model_card import TASK_TITLES
 
 
 # Of each task: the metric's repository, class and function, what it says of itself, and an example with its inputs.

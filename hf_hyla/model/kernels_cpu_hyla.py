@@ -49,16 +49,16 @@ _TYPES = {
     "float16": ("uint16", "float32"),
 }
 # Sums may be reordered, which vector instructions need; infinities and NaN keep their meaning.
-_OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
+OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
 
 
 def _jit(function):
-    return numba.njit(forceinline=True, **_OPTIONS)(function) if numba else function
+    return numba.njit(forceinline=True, **OPTIONS)(function) if numba else function
 
 
-def _jit_in_order(function):
+def jit_in_order(function):
     """Sums stay in the order they are written in, for what depends on how it rounds."""
-    options = _OPTIONS | {"fastmath": {"contract"}}
+    options = OPTIONS | {"fastmath": {"contract"}}
     return numba.njit(forceinline=True, **options)(function) if numba else function
 
 
@@ -324,7 +324,7 @@ _PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(14))
 
 
-@_jit_in_order
+@jit_in_order
 def _exponentiate(a, largest):
     """
     a[k] = exp(a[k] - largest), which is 0 below the normal numbers. As vector instructions, which a call of the C library in
@@ -449,12 +449,12 @@ def _generate_again(deep, scores, factor, mixing, hidden, projected, relu):
     _rectify(deep, factor, relu)
 
 
-def _compiled(signature, function):
+def compiled(signature, function):
     """From the cache on disk, or where there is none that can be written, compiled anew by every process."""
     try:
-        return numba.njit(signature, cache=True, **_OPTIONS)(function)
+        return numba.njit(signature, cache=True, **OPTIONS)(function)
     except (RuntimeError, OSError):  # numba's, and the system's
-        return numba.njit(signature, **_OPTIONS)(function)
+        return numba.njit(signature, **OPTIONS)(function)
 
 
 def _signature(dtype_name: str, gradients: bool):
@@ -557,7 +557,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                                 sums[b, i, h, d] += read[h, d]
             _finish_row(sums[b], output[b], split, splits)
 
-    return _compiled(_signature(dtype_name, gradients=False), forward)
+    return compiled(_signature(dtype_name, gradients=False), forward)
 
 
 @cache
@@ -725,4 +725,4 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                 _finish_row(grad_value[0, b], value_out[b], 0, 1)
         _copy(grad_matrices, grad_mixing)
 
-    return _compiled(_signature(dtype_name, gradients=True), backward)
+    return compiled(_signature(dtype_name, gradients=True), backward)

@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs
 
 from .attention_hyla import activation_or_none, eager_attention_forward
 from .configuration_hyla import HylaConfig
+from .functions_cpu_hyla import cpu_functions
 
 
 class HylaAttention(nn.Module):
@@ -176,14 +177,15 @@ class HylaLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Hidden states of all tokens, or of the last `num_last`, which see all."""
-        attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_buckets=position_buckets,
-            num_last=num_last,
-            **kwargs,
-        )
-        if num_last is not None:
-            hidden_states = hidden_states[:, -num_last:]
-        hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        with cpu_functions(hidden_states):
+            attention_output, _ = self.self_attn(
+                self.input_layernorm(hidden_states),
+                attention_mask=attention_mask,
+                position_buckets=position_buckets,
+                num_last=num_last,
+                **kwargs,
+            )
+            if num_last is not None:
+                hidden_states = hidden_states[:, -num_last:]
+            hidden_states = hidden_states + attention_output
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

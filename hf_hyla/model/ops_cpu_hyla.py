@@ -110,7 +110,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="hyla")
 
 
-def _run(jobs) -> None:
+def run_jobs(jobs) -> None:
     """
     Calls every job, each in a thread, by torch's own threads where possible: those wait for their next work by spinning,
     and would take the cores from any others. The jobs release Python's lock.
@@ -174,7 +174,7 @@ def _forward(
     )  # fmt: skip
     rows = statistics.expand(batch, query_length, 3, heads).numpy()
     sums = _sums(output, len(workers))
-    _run([
+    run_jobs([
         partial(forward, *arguments, rows, splits, *worker, sums[n], _array(output)) for n, worker in enumerate(workers)
     ])  # fmt: skip
     return output, statistics
@@ -208,7 +208,7 @@ def _backward(
     rows = statistics.clone().expand(batch, query_length, 3, heads).numpy()
     grad_rows = _array(grad_output.transpose(1, 2))
     of_workers = zip(workers, *sums, grad_bias.numpy(), grad_mixing.numpy(), strict=True)
-    _run([
+    run_jobs([
         partial(backward, *arguments, rows, splits, *worker, grad_rows, *of_worker, *map(_array, results))
         for worker, *of_worker in of_workers
     ])  # fmt: skip

@@ -1,11 +1,11 @@
 """The paper's compositional tasks."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from ..utils import nearest, one_line
 from .base import Task, TaskDataset
 from .logic import LogicTask
 from .sraven import SravenTask
@@ -38,19 +38,6 @@ def get_task(name: str, **settings: Any) -> Task:
         return TASKS[name](**settings)
     except StrictDataclassError as error:
         raise ValueError(f"Task {name}: {one_line(error)}") from None
-
-
-def nearest(name: str, known) -> str:
-    """`", did you mean 'x'?"`, or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line, without the name of the validator that huggingface_hub puts before it."""
-    if isinstance(error, StrictDataclassError) and error.__cause__:
-        error = error.__cause__
-    return " ".join(str(error).split())
 
 
 __all__ = ["TASKS", "LogicTask", "SravenTask", "Task", "TaskDataset", "get_task"]

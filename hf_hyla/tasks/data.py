@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import write_whole
+from ..utils import write_whole
 from .base import Task, TaskDataset
 
 
@@ -93,8 +93,8 @@ class Manifest:
 
 def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path) -> Manifest:
     """
-    Writes the first samples of splits as Parquet files, beside a dataset card and a task.json; a folder that holds splits of
-    the same task keeps them, so that the same call goes on after an interruption.
+    Writes the first samples of splits as Parquet files, beside a task.json; a folder that holds splits of the same task keeps
+    them, so that the same call resumes after an interruption.
 
     Args:
         task: whose samples.
@@ -106,8 +106,6 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
         ValueError: for an unknown split, a number below 1, or a folder of another task.
         FileExistsError: if the folder holds something else, or one of the splits with another number of examples.
     """
-    from .card import dataset_card
-
     lengths = {split: len(task.dataset(split, num_examples)) for split in splits}  # refuses what makes no split
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
@@ -130,7 +128,6 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
         manifest.splits = {name: manifest.splits[name] for name in task.splits if name in manifest.splits}
         # Last, so that what it names is whole.
         write_whole(folder / MANIFEST_NAME, json.dumps(dataclasses.asdict(manifest), indent=2, allow_nan=False) + "\n")
-    write_whole(folder / "README.md", str(dataset_card(task, manifest)))
     return manifest
 
 

@@ -1,10 +1,11 @@
 """From a recipe to a run record. Imports neither datasets nor evaluate."""
 
+from ..runs import RunRecord
+from .arguments import HylaTrainingArguments
 from .recipe import Recipe, load_recipe
-from .record import RunRecord
 from .run import evaluate, train
 from .stopping import Stopped
-from .trainer import HylaTrainer, HylaTrainingArguments
+from .trainer import HylaTrainer
 
 
 __all__ = [

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import fsync_folder, write_whole
+from ..utils import fsync_folder, write_whole
 
 
 try:

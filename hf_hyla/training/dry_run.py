@@ -10,10 +10,11 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .arguments import HylaTrainingArguments
 from .processes import share_of_batch
 from .recipe import Recipe
 from .run import check_before_start, training_data, training_samples
-from .trainer import HylaTrainer, HylaTrainingArguments
+from .trainer import HylaTrainer
 from .weights import initial_model
 
 
@@ -32,13 +33,13 @@ def dry_run(recipe: Recipe) -> str:
     check_before_start(recipe)
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        args = HylaTrainingArguments(**{**recipe.trainer, **quiet, "output_dir": folder})
+        args = HylaTrainingArguments(**{**recipe.training_arguments, **quiet, "output_dir": folder})
         num_samples = training_samples(args)
         args.per_device_train_batch_size = share_of_batch(
             args.per_device_train_batch_size, args.world_size, args.n_gpu
         )
         set_seed(args.seed)
-        model = initial_model(recipe)
+        model = initial_model(recipe.settings["model"], recipe.config)
         watch = _StopWatch()
         trainer = HylaTrainer(
             model=model,

@@ -8,8 +8,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
-from ..tasks import TASKS, Task, get_task, nearest, one_line
-from .trainer import HylaTrainingArguments, check_schedule
+from ..runs.record import HUB_KEYS, tells_recipes_apart
+from ..tasks import TASKS, Task, get_task
+from ..utils import nearest, one_line, recipes_folder
+from .arguments import MUON, HylaTrainingArguments
+from .trainer import check_schedule
 from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 
@@ -22,6 +25,7 @@ _ALLOWED_TRAINER = {
     *_REQUIRED_TRAINER,
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("muon_learning_rate", "muon_learning_rate_qk", "schedule_floor"),
     *("train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "torch_empty_cache_steps"),
@@ -31,7 +35,7 @@ _ALLOWED_TRAINER = {
     *("save_strategy", "save_steps", "save_total_limit"),
     *("logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
     *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+    *HUB_KEYS,  # which `hyla train` reads when the run is finished, and no Trainer
 }
 # Why others are not.
 _BY_THE_RUN = "is set by the run itself"
@@ -93,7 +97,7 @@ _NAMES_TRAINER = {
     "train_sampling_strategy": ("sequential", "random"),
     **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("no", "steps", "epoch")),
     # Those that need no other package.
-    "optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    "optim": (MUON, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
 }
@@ -103,6 +107,7 @@ _LEAST_TRAINER = {
     **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "seed"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("muon_learning_rate", "muon_learning_rate_qk"), 0),
 }
 _BELOW_TRAINER = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
 # What transformers takes for shares of the run where they lie below 1.
@@ -141,16 +146,17 @@ class Recipe:
     settings: dict[str, Any]
     data: Path | None = None
 
+    @property
+    def training_arguments(self) -> dict[str, Any]:
+        """What `HylaTrainingArguments` takes of `trainer`; the rest is for `hyla train`, which publishes the finished run."""
+        return {key: value for key, value in self.trainer.items() if key not in HUB_KEYS}
+
 
 def find_recipe(path: str | Path) -> Path:
     """`path`, or else that file among the recipes that come with the package, in a checkout or installed."""
     path = Path(path)
-    package = Path(__file__).parents[1]
-    for bundled in (package.parent / "recipes", package / "recipes"):
-        inside = bundled / Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else bundled / path
-        if not path.exists() and inside.is_file():
-            return inside
-    return path
+    inside = recipes_folder() / (Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path)
+    return inside if inside.is_file() and not path.exists() else path
 
 
 def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
@@ -217,8 +223,7 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     expect = None
     if "expect" in sections:
         expect = _checked_expectation(source, sections["expect"], task)
-        other_runs = (key for key in overridden if key.startswith(("task.", "model.", "trainer.")))
-        if not all(key.endswith(".seed") or key == "task.data" for key in other_runs):
+        if any(tells_recipes_apart(key) for key in overridden):
             expect = None
     settings = {
         "task": {"name": task.name, **task.settings},
@@ -251,23 +256,6 @@ def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str]
     if not isinstance(name, str) or name not in TASKS:
         get_task(name)  # raises, naming the nearest
     return get_task(name, **in_types(where, settings, TASKS[name]))
-
-
-def first_difference(settings: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first `section.key` by which two runs with these settings differ; `None` if they are the same run."""
-    ours, theirs = by_key(settings), by_key(other)
-    missing = object()
-    return next((key for key in ours | theirs if ours.get(key, missing) != theirs.get(key, missing)), None)
-
-
-def by_key(settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes a run by `section.key`: all but what is expected of it, which may change with what is known."""
-    return {
-        f"{section}.{key}": value
-        for section, values in settings.items()
-        if section != "expect"
-        for key, value in values.items()
-    }
 
 
 def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:

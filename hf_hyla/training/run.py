@@ -16,22 +16,21 @@ from transformers import EvalPrediction, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 
-from ..files import write_whole
 from ..model import HylaForSequenceClassification
-from ..plots import can_draw, learning_curve
-from ..tasks import Task, TaskDataset, one_line
+from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
+from ..runs.plots import can_draw, learning_curve
+from ..runs.record import RECORD_NAME, RunRecord, environment, first_difference, hardware
+from ..tasks import Task, TaskDataset
+from ..utils import one_line, write_whole
+from .arguments import HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
 from .processes import check_launch, on_main, share_of_batch
-from .recipe import Recipe, first_difference, read_sections
-from .record import PROBE_NAME, RECORD_NAME, RunRecord, environment, hardware
+from .recipe import Recipe, read_sections
 from .stopping import StopRequests
-from .trainer import HylaTrainer, HylaTrainingArguments, RunProgress
+from .trainer import HylaTrainer, RunProgress
 from .weights import initial_model
 
 
-RECIPE_NAME = "resolved_recipe.yaml"
-CHECKPOINTS = "checkpoints"
-CURVE_NAME = "learning_curve.png"
 # Of what the Trainer reports, what is no score.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -39,8 +38,8 @@ _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparat
 def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: float | None = None) -> RunRecord:
     """
     Trains the recipe's model, evaluates every split but the one it trained on, and writes weights, code, recipe,
-    run.json and learning_curve.png into `output`; with `push_to_hub` the run is then published. Several processes share the
-    recipe's batch. A recipe whose card would not be valid is refused before anything starts.
+    run.json and learning_curve.png into `output`. Several processes share the recipe's batch. The recipe's `push_to_hub` is
+    for `hyla train`, which publishes the finished run: nothing is published here.
 
     A run that was interrupted goes on from its last whole checkpoint, under `output/checkpoints`.
 
@@ -56,7 +55,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
     check_launch()
     stop = StopRequests(max_minutes)
     task = recipe.task
-    args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **_tracking(output) | recipe.trainer)
+    args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **_tracking(output) | recipe.training_arguments)
     check_before_start(recipe)
     num_samples = training_samples(args)
     train_dataset = training_data(recipe, num_samples)
@@ -64,7 +63,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
     with contextlib.ExitStack() as until_the_end:
         resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, until_the_end))
         set_seed(args.seed)
-        model = initial_model(recipe)
+        model = initial_model(recipe.settings["model"], recipe.config)
         evaluated = [split for split in task.splits if split != "train"]
         trainer = HylaTrainer(
             model=model,
@@ -100,20 +99,14 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
             data_fingerprint=task.fingerprint(),
         )
         _write_results(trainer, record, output)
-        if args.push_to_hub and (published := trainer.push_to_hub()):
-            _say(published)
     return record
 
 
 def check_before_start(recipe: Recipe) -> None:
     """
     Raises:
-        ValueError: if the recipe asks for what this machine lacks, or the card of its run would not be valid.
+        ValueError: if the recipe asks for what this machine lacks.
     """
-    # Imported here: what follows a run reads its record, which is part of this package.
-    from ..hub.publish import check_before_training
-
-    check_before_training(recipe)
     asked = recipe.trainer.get("report_to") or []
     trackers = {asked} if isinstance(asked, str) else set(asked)
     if missing := sorted(trackers - {"all", "none", *get_available_reporting_integrations()}):

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,15 +13,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-from ..tasks import one_line
+from ..utils import one_line
+from .arguments import MUON, REFERENCE_FLOOR
 from .checkpoint import UNFINISHED, publish
+from .optimizers import muon_adamw, refuse_shards
 from .processes import keep_freed_memory
-from .record import RECORD_NAME
 
 
 # Devices whose numbers are there as soon as they are asked for.
@@ -32,44 +32,6 @@ _DIVERGED = 100
 _INTACT = "checkpoints before this step are intact"
 # Of a log entry, what the progress bar leaves out.
 _NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")
-
-
-@dataclass
-class HylaTrainingArguments(TrainingArguments):
-    """
-    transformers' `TrainingArguments` with the reference's settings as defaults (AdamW 0.9 / 0.999 / 1e-8, batch 128, no
-    gradient clipping) and one more argument.
-
-    Args:
-        eval_samples (`int`, *optional*, defaults to 2048):
-            Samples per split for the curve during training. The evaluation at the end uses the paper's number.
-    """
-
-    eval_samples: int = 2048
-
-    seed: int = 0
-    per_device_train_batch_size: int = 128
-    per_device_eval_batch_size: int = 1024
-    max_grad_norm: float = 0.0
-    # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
-    train_sampling_strategy: str = "sequential"
-    # Collators of tasks keep what the model reads, and need whole samples.
-    remove_unused_columns: bool = False
-    # All parameters have a part in every loss, and looking for others takes time in every step.
-    ddp_find_unused_parameters: bool | None = False
-    dataloader_pin_memory: bool = torch.cuda.is_available()
-    # The metric of the fuzzy-logic task needs the values shown in the context.
-    include_for_metrics: list[str] = field(default_factory=lambda: ["inputs"])
-    eval_strategy: str = "steps"
-    eval_steps: float | None = 1000
-    logging_strategy: str = "steps"
-    logging_steps: float = 200
-    save_strategy: str = "steps"
-    save_steps: float = 1000
-    save_total_limit: int | None = 2
-    logging_nan_inf_filter: bool = False
-    report_to: str | list[str] | None = "none"
-    hub_strategy: str = "end"
 
 
 def check_schedule(warmup_steps: float, max_steps: int) -> None:
@@ -84,27 +46,28 @@ def check_schedule(warmup_steps: float, max_steps: int) -> None:
         )
 
 
-def reference_schedule(step: int, warmup_steps: int, max_steps: int) -> float:
+def reference_schedule(step: int, warmup_steps: int, max_steps: int, floor: float = REFERENCE_FLOOR) -> float:
     """
     Factor of the learning rate in update `step`, counted from 0: linear from 0 to 1 over the warm-up, then a cosine to
-    0.1 at `max_steps - warmup_steps`, then 0.1. The first update moves nothing.
+    `floor` at `max_steps - warmup_steps`, then `floor`. The first update moves nothing.
     """
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / (max_steps - 2 * warmup_steps))
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class HylaTrainer(Trainer):
     """
     `Trainer` with the reference's choice of decayed parameters and its learning-rate curve. It stops at numbers that are
     not finite, notes the seconds spent in every log entry, and its checkpoints are whole or not there and hold all that
-    an exact continuation needs. It publishes finished runs only, with the card of `hyla card`, and no pickle. On a CPU its
-    process keeps freed memory, see `keep_freed_memory`.
+    an exact continuation needs. It publishes nothing: what follows a finished run reads its folder. On a CPU its process
+    keeps freed memory, see `keep_freed_memory`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        refuse_shards(self._takes_muon() and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self._writing_aside = False
@@ -128,11 +91,28 @@ class HylaTrainer(Trainer):
         headwise_bias = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
         return [name for name, p in model.named_parameters() if p.ndim > 1 or name.endswith(headwise_bias)]
 
+    def _takes_muon(self) -> bool:
+        # An optimiser that was handed over, or its class, goes before `optim`.
+        return self.args.optim == MUON and self.optimizer is None and self.optimizer_cls_and_kwargs is None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self._takes_muon():
+            of_model: nn.Module = self.model if model is None else model  # type: ignore[assignment]
+            decayed = self.get_decay_parameter_names(of_model)
+            self.optimizer = muon_adamw(of_model, self.args, decayed)  # type: ignore[arg-type]
+        return super().create_optimizer(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
             check_schedule(warmup_steps, num_training_steps)
-            schedule = functools.partial(reference_schedule, warmup_steps=warmup_steps, max_steps=num_training_steps)
+            schedule = functools.partial(
+                reference_schedule,
+                warmup_steps=warmup_steps,
+                max_steps=num_training_steps,
+                # transformers' own arguments, which serve too, have none.
+                floor=getattr(self.args, "schedule_floor", REFERENCE_FLOOR),
+            )
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)  # type: ignore[arg-type]
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -275,67 +255,25 @@ class HylaTrainer(Trainer):
         self._seconds_before = own["seconds"]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Calls nobody: a repository is made when there is something to put into it."""
-        strategy = HubStrategy(self.args.hub_strategy)
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"hub_strategy={strategy.value!r} would publish checkpoints, which hold pickles: use 'end', which "
-                "publishes the finished run."
-            )
-        self.hub_model_id = self.args.hub_model_id  # type: ignore[assignment]
+        """Refuses `push_to_hub` among the arguments, as `push_to_hub` refuses itself."""
+        self.push_to_hub()
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publishes nothing: transformers would upload training_args.bin, and weights that have no results yet."""
+    def push_to_hub(self, *args, **kwargs) -> str:  # type: ignore[override]
+        """
+        Raises:
+            ValueError: always. transformers would upload checkpoints, which hold pickles, and weights without results.
+        """
+        raise ValueError(
+            "A HylaTrainer publishes nothing, since transformers would upload pickles beside weights that have no results: "
+            "train a recipe by `hyla train`, and publish the finished run by `hyla publish` or by `push_to_hub` in the recipe."
+        )
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the card that `hyla card` writes into the folder of the run, which must be finished."""
-        from ..hub.card import write_card
-
-        if self.is_world_process_zero():
-            folder = self._finished_run()
-            write_card(folder, folder, self.args.hub_model_id)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ) -> str | None:
         """
-        Publishes the finished run as `hyla publish` does, to `args.hub_model_id`; what it did, in a line. Only `token` and
-        `private` are used: the card says everything that transformers' other arguments are for.
-
         Raises:
-            ValueError, OSError: if something must not be published, or the Hub refuses; see `hf_hyla.hub.publish`.
+            ValueError: always. A card is made from the record of a finished run.
         """
-        from ..hub.publish import plan, publish
-
-        if not self.is_world_process_zero():
-            return None
-        if self.args.hub_model_id is None:
-            raise ValueError("hub_model_id is not set: name the repository to publish to as ORG/NAME.")
-        private = self.args.hub_private_repo if private is None else private
-        folder = self._finished_run()
-        try:
-            [line] = publish(plan(folder, self.args.hub_model_id), private, token=token or self.args.hub_token)
-        except (OSError, ValueError) as error:
-            later = f"hyla publish {folder} --repo-id {self.args.hub_model_id}"
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{error} The run itself is finished; `{later}` publishes it.") from None
-        return line
-
-    def _finished_run(self) -> Path:
-        output = Path(self.args.output_dir or ".")
-        for folder in (output, output.parent):
-            if (folder / RECORD_NAME).exists():
-                return folder
-        raise ValueError(
-            f"{output} belongs to no finished run, and a card is made from a run's {RECORD_NAME}: train by `hyla train` or "
-            "hf_hyla.training.train, which publish at their end."
-        )
+        raise ValueError("A card is made from the record of a finished run: call `hyla card` with the run's folder.")
 
 
 def _not_finite(what: str, number: float, step: int) -> FloatingPointError:

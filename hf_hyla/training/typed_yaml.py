@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..tasks import nearest, one_line
+from ..utils import nearest, one_line
 
 
 # The types that YAML has itself; a field of another type is left to what receives its value.

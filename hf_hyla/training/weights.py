@@ -1,7 +1,7 @@
 """Where a model's weights come from: a checkpoint, or a fresh initialisation."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError, StrictDataclassError
@@ -10,11 +10,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..model import HylaConfig, HylaForSequenceClassification
-from ..tasks import Task, one_line
-
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from ..tasks import Task
+from ..utils import one_line
 
 
 # Keys of a recipe's model section that name a checkpoint to start from.
@@ -48,16 +45,15 @@ def load_model(name: str | Path, **kwargs: Any):
     return model
 
 
-def initial_model(recipe: "Recipe") -> HylaForSequenceClassification:
-    """The model that the recipe's run starts with: its checkpoint's weights, or fresh ones."""
-    settings = recipe.settings["model"]
+def initial_model(settings: dict[str, Any], config: HylaConfig) -> HylaForSequenceClassification:
+    """The model that a run starts with: the weights of the checkpoint that its `model` settings name, or fresh ones."""
     if "model_name_or_path" not in settings:
-        return HylaForSequenceClassification(recipe.config)
+        return HylaForSequenceClassification(config)
     # Training is in single precision whatever the checkpoint was saved in.
     return load_model(
         settings["model_name_or_path"],
         revision=settings.get("revision"),
-        config=recipe.config,
+        config=config,
         dtype=torch.float32,
     )
 

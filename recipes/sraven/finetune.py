@@ -28,11 +28,12 @@ SETTINGS = {
 def finetune(model: str, output: Path, repo_id: str | None, changes: dict[str, str]) -> None:
     recipe = load_recipe("recipes/sraven/hyla.yaml", {"model.model_name_or_path": model} | SETTINGS | changes)
     if repo_id:  # what would stop it is said before the training
-        check_publishable(recipe, repo_id)
+        check_publishable(recipe.settings, repo_id)
     record = train(recipe, output)
 
     # The weights have the same shape for any number of features, so the model could be asked before it was trained on five.
-    before = {split: evaluate(initial_model(recipe), recipe.task, split) for split in ("test", "ood")}
+    start = initial_model(recipe.settings["model"], recipe.config)
+    before = {split: evaluate(start, recipe.task, split) for split in ("test", "ood")}
     print(f"\n{'split':<8}{'metric':<20}{'before':>10}{'after':>10}")
     for split, scores in before.items():
         for name in recipe.task.metric_names:

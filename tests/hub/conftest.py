@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.cli import main
+from hf_hyla.hub.dataset_card import write_dataset_card
+from hf_hyla.runs import RunRecord
 from hf_hyla.tasks import get_task
 from hf_hyla.tasks.data import write_data
-from hf_hyla.training import RunRecord, load_recipe, train
 
 
 PROJECT = Path(__file__).parents[2]
@@ -31,11 +33,11 @@ def trained(tmp_path_factory):
         sections = {"task": TASKS[task], "model": SMALL, "trainer": TRAINER | changes}
         (folder / "tiny.yaml").write_text(yaml.safe_dump(sections))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_hyla.training.record._git_commit", lambda: "0" * 40)
+            patch.setattr("hf_hyla.runs.record._git_commit", lambda: "0" * 40)
             papers = type(get_task(task)).num_samples.fget
             short = property(lambda self: dict.fromkeys(self.splits, 64) | {"train": papers(self)["train"]})
             patch.setattr(type(get_task(task)), "num_samples", short)
-            train(load_recipe(folder / "tiny.yaml"), folder / "run")
+            assert main(["train", str(folder / "tiny.yaml"), "--output", str(folder / "run")]) == 0
         return folder / "run"
 
     return run
@@ -72,7 +74,9 @@ def demo_run(tmp_path_factory) -> Path:
 def dataset(tmp_path) -> Path:
     """A folder of `hyla data`, and a file of somebody's in it."""
     folder = tmp_path / "data"
-    write_data(get_task("sraven", num_features=2), ["train", "ood"], 10, folder)
+    task = get_task("sraven", num_features=2)
+    write_data(task, ["train", "ood"], 10, folder)
+    write_dataset_card(task, folder)
     (folder / "notes.txt").write_text("mine")
     return folder
 

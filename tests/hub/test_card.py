@@ -16,17 +16,24 @@ import yaml
 from huggingface_hub import ModelCard, SpaceCard, parse_eval_result_entries
 from jinja2 import meta
 
-from hf_hyla import HylaForSequenceClassification, metrics, plots
+from hf_hyla import HylaForSequenceClassification, metrics
 from hf_hyla.cli import main
-from hf_hyla.hub import card, spaces
-from hf_hyla.hub.card import card_files, template
+from hf_hyla.hub import cards, model_card, spaces
+from hf_hyla.hub.cards import template
 from hf_hyla.hub.publish import check_before_training
-from hf_hyla.paper import paper_result
+from hf_hyla.metrics import modules
+from hf_hyla.runs import Run, RunRecord, plots
+from hf_hyla.runs.paper import paper_result
 from hf_hyla.tasks import get_task
-from hf_hyla.training import RunRecord, load_recipe, train
+from hf_hyla.training import load_recipe
 
 
 PROJECT = Path(__file__).parents[2]
+TEMPLATES = PROJECT / "hf_hyla" / "hub" / "templates"
+
+
+def card_files(folder, *args, **kwargs):
+    return model_card.card_files(Run.load(folder), *args, **kwargs)
 
 
 def files_in(folder):
@@ -59,7 +66,11 @@ def test_the_card_shows_the_records_scores_beside_the_papers(demo_run, demo_card
 def test_a_budget_below_the_papers_is_said_in_the_first_lines(demo_card, logic_run, copied):
     text = ModelCard(demo_card["README.md"]).text
     assert "> Trained on 512,000 samples, 8 % of the paper's 6,400,000" in "\n".join(text.splitlines()[:6])
-    assert card._percent(0.99999) == "99.9 %" and card._percent(1.0) == "100 %" and card._percent(0.0808) == "8.08 %"
+    assert (
+        model_card._percent(0.99999) == "99.9 %"
+        and model_card._percent(1.0) == "100 %"
+        and model_card._percent(0.0808) == "8.08 %"
+    )
     whole = card_files(copied(logic_run, samples_seen=6_400_000))["README.md"]
     assert "WARNING" not in whole and "The paper reports no result for this model on this task" in whole
 
@@ -113,13 +124,28 @@ def test_snippets_print_what_the_cards_show(request, task):
     text = card_files(run)["README.md"]
     [(code, shown)] = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
     assert f'model="{run}", trust_remote_code=True' in code and "answer" in shown
-    assert card.run_snippet(text, {}) == shown.strip()
+    assert cards.run_snippet(text, {}) == shown.strip()
     # The puzzle and its answer are a sample of the split that it is said to be of.
     if task == "sraven":
         sample = get_task("sraven", num_features=2).dataset("ood")[0]
         assert str(sample["labels"].tolist()) in shown
         values = [int(word) for word in re.findall(r"\d+", code.partition("puzzle = [")[2].partition("None")[0])]
         assert values == sample["input_ids"].tolist()[:-2]
+
+
+def test_a_run_with_muon_names_both_optimisers_with_their_rates(logic_run, copied):
+    record = RunRecord.load(logic_run)
+    assert "Muon" not in card_files(logic_run)["README.md"]
+    record.recipe["trainer"] |= {"optim": "muon", "muon_learning_rate": 4e-3, "learning_rate": 1e-3}
+    folder = copied(logic_run, recipe=record.recipe)
+    said = "Muon trained the matrices inside the layers, at a learning rate of 0.004{}; AdamW trained everything else, at 0.001."
+    assert said.format("") in card_files(folder)["README.md"]
+    record.recipe["trainer"]["muon_learning_rate_qk"] = 2e-3
+    (folder / "run.json").write_text(
+        json.dumps(json.loads((folder / "run.json").read_text()) | {"recipe": record.recipe})
+    )
+    queries = " (0.002 for the projections of queries and keys)"
+    assert said.format(queries) in card_files(folder)["README.md"]
 
 
 def test_the_command_of_the_card_repeats_the_run(logic_run):
@@ -132,7 +158,7 @@ def test_the_command_of_the_card_repeats_the_run(logic_run):
 def test_the_command_of_a_run_of_two_processes_starts_two_on_a_cpu(logic_run):
     record = RunRecord.load(logic_run)
     record.hardware |= {"num_processes": 2, "accelerator": None}
-    words = shlex.split(card._command(record))
+    words = shlex.split(model_card._command(record))
     start = words.index("train")
     assert words[start:] == ["train", "resolved_recipe.yaml", "--output", "run"]
     accelerate = str(Path(sys.executable).parent / words[0])
@@ -266,7 +292,7 @@ def test_the_pictures_show_the_record(demo_run, monkeypatch):
     monkeypatch.setattr(plots, "_png", lambda figure: figure)
     record = RunRecord.load(demo_run)
     recipe = load_recipe("recipes/logic/demo.yaml")
-    [axes] = plots.scores(record, "r2", paper_result(recipe.task, recipe.config)).axes
+    [axes] = plots.scores(record, "r2", paper_result(recipe.settings)).axes
     assert [bar.get_height() for bar in axes.patches] == [scores["r2"] for scores in record.metrics.values()]
     assert axes.containers[1][0].get_ydata() == [0.8113]
     assert [text.get_text() for text in axes.get_legend().texts] == ["this run", "paper, full budget"]
@@ -280,7 +306,7 @@ def test_the_pictures_show_the_record(demo_run, monkeypatch):
     losses.figure.draw_without_rendering()
     assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in (losses, scored))
     record.samples_seen = 6_400_000
-    [axes] = plots.scores(record, "r2", paper_result(recipe.task, recipe.config)).axes
+    [axes] = plots.scores(record, "r2", paper_result(recipe.settings)).axes
     assert [text.get_text() for text in axes.get_legend().texts] == ["this run", "paper"]
 
 
@@ -303,12 +329,14 @@ def test_every_name_of_the_template_is_given(logic_run, monkeypatch):
     assert named <= {*given, "card_data"} and set(given) <= {*named, "template_str"}
 
 
-def test_a_card_that_is_not_valid_stops_a_run_before_it_starts(logic_run, tmp_path, monkeypatch):
+def test_a_card_that_is_not_valid_stops_a_run_before_it_starts(logic_run, tmp_path, monkeypatch, capsys):
     recipe = load_recipe(logic_run / "resolved_recipe.yaml")
-    check_before_training(recipe)
-    monkeypatch.setattr(card, "LICENSE", None)
-    with pytest.raises(ValueError, match="metadata lack license"):
-        train(recipe, tmp_path / "run")
+    check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
+    monkeypatch.setattr(model_card, "LICENSE", None)
+    command = ["train", str(logic_run / "resolved_recipe.yaml"), "--output", str(tmp_path / "run")]
+    for words in (command, [*command, "--dry-run"]):
+        assert main(words) == 2
+        assert "metadata lack license" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -369,3 +397,9 @@ def test_the_space_asks_the_model_and_answers_a_bad_puzzle_with_a_sentence(srave
 def test_a_space_for_another_task_is_refused():
     with pytest.raises(ValueError, match="asks SRAVEN puzzles, and this run is of the task logic"):
         spaces.demo_files(get_task("logic"), "org/x")
+
+
+def test_all_cite_the_paper_alike():
+    # The metrics travel alone and cannot import it.
+    assert modules._CITATION == cards.CITATION
+    assert "@inproceedings" not in "".join(path.read_text() for path in TEMPLATES.iterdir())

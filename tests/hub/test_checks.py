@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_hyla.cli import main
-from hf_hyla.hub.card import card_files, dataset_repo
+from hf_hyla.hub.cards import dataset_repo
+from hf_hyla.hub.model_card import card_files
 from hf_hyla.hub.publish import plan
+from hf_hyla.runs import Run
 from hf_hyla.tasks import get_task
 
 
@@ -29,9 +31,12 @@ def spoil_weights(run):
     save_file(tensors, run / "model.safetensors", {"format": "pt"})
 
 
-def spoil_config(run):
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"value_depth": 2}))
+def spoil_config(**changes):
+    def spoil(run):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | changes))
+
+    return spoil
 
 
 def write(name, content):
@@ -49,7 +54,8 @@ def append(name, text):
 TOKEN = b"hf_" + b"Secret" * 6
 SPOILT = [
     (spoil_weights, "holds NaN or infinite numbers"),
-    (spoil_config, "the weights are not those of config.json"),
+    (spoil_config(value_depth=2), "the weights are not those of config.json"),
+    (spoil_config(format_version=0), "was saved in format 0, but the code of this package"),
     (lambda run: (run / "config.json").write_text('{"model_type": "hyla", "value_depth": 7}'), "no config of a model"),
     (append("training_args.bin", b"x"), "training_args.bin is a pickle"),
     (append("notes.md", b""), None),
@@ -63,9 +69,6 @@ SPOILT = [
     (append("modeling_hyla.py", b"\n# " + TOKEN), "modeling_hyla.py holds what looks like a Hugging Face token"),
     (append("layers_hyla.py", b"\n# AKIA" + b"ABCD" * 4), "looks like an AWS key"),
     (append("layers_hyla.py", b"\n-----BEGIN RSA PRIVATE KEY-----"), "looks like a private key"),
-    (lambda run: (run / "layers_hyla.py").unlink(), "lacks layers_hyla.py"),
-    (append("layers_hyla.py", b"\ndef ("), "layers_hyla.py cannot be read as py"),
-    (append("layers_hyla.py", b"\n# \xff"), "layers_hyla.py cannot be read as py"),
     (write("config.json", b"{"), "config.json cannot be read as json"),
     (write("resolved_recipe.yaml", b"task: ["), "resolved_recipe.yaml cannot be read as yaml"),
     (write("run.json", b"[1]"), "is not a run record"),
@@ -131,7 +134,7 @@ def test_a_secret_is_found_in_files_that_would_only_be_left_out(logic_run, copie
 def test_the_token_in_use_is_found_whatever_it_looks_like_and_names_in_code_are_none(logic_run, copied, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "short-one")
     run = copied(logic_run)
-    write("notes.txt", b"see hf_hyla.training.record.finished and hf_transfer_a_long_name_of_a_thing")(run)
+    write("notes.txt", b"see hf_hyla.runs.record.finished and hf_transfer_a_long_name_of_a_thing")(run)
     plan(run, REPO)
     write("notes.txt", b"x=short-one;")(run)
     with pytest.raises(ValueError, match="holds what looks like your own Hugging Face token"):
@@ -211,4 +214,4 @@ def test_data_of_other_settings_have_a_repository_of_their_own(tmp_path, sraven_
     assert dataset_repo(get_task("logic", num_examples=32, held_out=0.7), "org/x") == "org/logic"
     first, _ = plan(sraven_run, "org/x", dataset=dataset)
     assert first.repo_id == SRAVEN_DATA
-    assert f"- {SRAVEN_DATA}\n" in card_files(sraven_run, "org/x")["README.md"]
+    assert f"- {SRAVEN_DATA}\n" in card_files(Run.load(sraven_run), "org/x")["README.md"]

@@ -29,12 +29,12 @@ TABLE = [[0.1, 0.9, 0.3, 0.4, 0.7], [0.2, 0.8, 0.5, 0.4, 0.2], [0.6, 0.1, 0.3, 0
 # As the fixtures train: on short splits, and as if the checkout had no changes.
 PRELUDE = """
     import json, runpy, sys, torch
-    import hf_hyla.training.record
+    import hf_hyla.runs.record
     from pathlib import Path
     from transformers import AutoModelForSequenceClassification, pipeline
     from hf_hyla.cli import main
     from hf_hyla.tasks import TASKS
-    hf_hyla.training.record._git_commit = lambda: "0" * 40
+    hf_hyla.runs.record._git_commit = lambda: "0" * 40
     for task in TASKS.values():
         task.num_samples = property(lambda self: dict.fromkeys(self.splits, 64))
     """
@@ -227,10 +227,13 @@ def test_a_recipe_whose_checkpoint_cannot_be_reached_is_refused_and_loads_afterw
     recipe = load_recipe(tmp_path / "tune.yaml")
     hub_here.fail("model.safetensors", with_=fault, times=50)
     with pytest.raises((ValueError, OSError)):
-        initial_model(recipe)
+        initial_model(recipe.settings["model"], recipe.config)
     hub_here.heal()
     assert recipe.settings["model"]["revision"] == hub_here.repo(LOGIC).head
-    assert initial_model(recipe).num_parameters() == HylaForSequenceClassification(recipe.config).num_parameters()
+    assert (
+        initial_model(recipe.settings["model"], recipe.config).num_parameters()
+        == HylaForSequenceClassification(recipe.config).num_parameters()
+    )
 
 
 @pytest.mark.parametrize("request_", ["preupload", "PUT /storage", "objects/batch"])

@@ -1,6 +1,10 @@
-"""The trained models in hub_cards/: their files are what would be published, and score what their cards say."""
+"""The trained models in hub_cards/: with the model's code they are what would be published, and score what their cards say."""
 
+import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from hf_hyla.hub.publish import plan
+from hf_hyla.hub.publish import CODE, Repository, plan
+from hf_hyla.runs import RunRecord
+from hf_hyla.runs.folder import weights_digest
 from hf_hyla.tasks import get_task
-from hf_hyla.training import RunRecord, evaluate
-from hf_hyla.training.record import weights_digest
+from hf_hyla.training import evaluate
 
 
 PROJECT = Path(__file__).parents[2]
@@ -29,16 +34,22 @@ def results_of(folder: Path) -> list[Path]:
     return sorted((PROJECT / "recipes" / "results" / RunRecord.load(folder).name).glob("*.json"))
 
 
+@functools.cache
+def planned(folder: Path) -> Repository:
+    [repository] = plan(folder, f"{ORGANISATION}/{folder.name}", others=results_of(folder))
+    return repository
+
+
 def test_there_are_trained_models():
     expected = {"hyla-logic", "softmax-logic", "linear-logic", "hyla-sraven", "softmax-sraven"}
     assert expected <= {folder.name for folder in FOLDERS}
 
 
 @trained
-def test_the_folder_holds_what_would_be_published(folder):
-    [repository] = plan(folder, f"{ORGANISATION}/{folder.name}", others=results_of(folder))
+def test_the_folder_holds_what_would_be_published_but_for_the_code(folder):
+    repository = planned(folder)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    assert set(files) == set(repository.files)
+    assert set(files) == set(repository.files) - set(CODE)
     # Pictures depend on the version of what draws them.
     for name in (name for name in files if not name.endswith(".png")):
         content = repository.files[name]
@@ -46,11 +57,55 @@ def test_the_folder_holds_what_would_be_published(folder):
     assert max(path.stat().st_size for path in files.values()) < 4_000_000
 
 
-@trained
-def test_the_code_beside_the_weights_is_the_packages(folder):
-    code = {path.name: path.read_text() for path in (PROJECT / "hf_hyla" / "model").glob("*_hyla.py")}
-    assert {path.name: path.read_text() for path in folder.glob("*_hyla.py")} == code, (
-        "make hub-cards brings it up to date"
+# Loads folders where the package cannot be imported, and prints the logits of the inputs that lie beside them.
+WITHOUT_PACKAGE = """
+import json, sys
+sys.modules["hf_hyla"] = None  # any import of the package fails
+import torch
+from transformers import AutoModelForSequenceClassification
+for folder in sys.argv[1:]:
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    except OSError as error:
+        print(json.dumps(str(error)))
+        continue
+    assert type(model).__module__.startswith("transformers_modules.")
+    inputs = {name: torch.tensor(values) for name, values in json.load(open(folder + "/inputs.json")).items()}
+    with torch.no_grad():
+        print(json.dumps(model(**inputs).logits.tolist()))
+"""
+
+
+def without_package(folders, home: Path) -> list:
+    words = [sys.executable, "-c", WITHOUT_PACKAGE, *map(str, folders)]
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    loaded = subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment, cwd=home)
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    return list(map(json.loads, loaded.stdout.splitlines()))
+
+
+def test_a_repository_that_is_built_of_each_folder_loads_without_the_package_and_computes_the_same(tmp_path):
+    expected = []
+    for folder in FOLDERS:
+        built = tmp_path / folder.name
+        planned(folder).write(built)
+        task = get_task(**RunRecord.load(folder).recipe["task"])
+        batch = task.collate(task.dataset("ood", 8).__getitems__(range(8)))
+        inputs = {name: column for name, column in batch.items() if name != "labels"}
+        (built / "inputs.json").write_text(json.dumps({name: values.tolist() for name, values in inputs.items()}))
+        # As the package computes it, by the weights in the checkout.
+        with torch.no_grad():
+            expected.append(
+                AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs).logits.tolist()
+            )
+    assert without_package([tmp_path / folder.name for folder in FOLDERS], tmp_path) == expected
+
+
+def test_a_folder_without_its_code_says_which_file_is_missing_where_the_package_is(tmp_path):
+    [said] = without_package([FOLDERS[0]], tmp_path)
+    assert f"{FOLDERS[0]} does not appear to have a file named configuration_hyla.py" in said
+    assert (
+        "does not appear to have a file named configuration_hyla.py" in (PROJECT / "hub_cards/README.md").read_text()
     )
 
 

@@ -8,10 +8,11 @@ import yaml
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 
-from hf_hyla import HylaForSequenceClassification
+from hf_hyla import HylaForSequenceClassification, model
 from hf_hyla.cli import main
-from hf_hyla.hub.card import card_files
-from hf_hyla.hub.publish import check_before_training, plan, publish
+from hf_hyla.hub.model_card import card_files
+from hf_hyla.hub.publish import check_before_training, plan, publish, publish_run
+from hf_hyla.runs import Run
 from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, HylaTrainingArguments, load_recipe
 
@@ -81,6 +82,16 @@ def test_everything_beside_the_model_is_linked_and_not_made_twice(hub_here, srav
     assert len(hub_here.collections) == 1 and len(collection["items"]) == 4
 
 
+def test_the_code_that_is_published_is_the_packages_whatever_lies_beside_the_weights(logic_run, planned, copied):
+    run = copied(logic_run)
+    (run / "layers_hyla.py").unlink()
+    (run / "modeling_hyla.py").write_text("raise SystemExit")
+    [repository] = plan(run, REPO)
+    package = {path.name: path.read_bytes() for path in Path(model.__file__).parent.glob("*_hyla.py")}
+    assert package.items() <= contents(repository).items() and len(package) > 5
+    assert contents(repository) == contents(planned[0])
+
+
 def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub_here, logic_run, capsys):
     assert main(["publish", str(logic_run), "--repo-id", REPO, "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -121,11 +132,11 @@ def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub
 
 def plan_metric(task, hub):
     """Publishes the metric of a task alone."""
-    from hf_hyla.hub.publish import _of_contents
+    from hf_hyla.hub.publish import Repository, _encoded
     from hf_hyla.hub.spaces import metric_files, metric_repo
 
     name = metric_repo(get_task(task), REPO)
-    publish([_of_contents(name, "space", metric_files(get_task(task), REPO))])
+    publish([Repository(name, "space", _encoded(metric_files(get_task(task), REPO)))])
     return hub.repo(name, "space")
 
 
@@ -245,12 +256,13 @@ def test_a_wrong_token_or_none_or_anothers_organisation_is_a_sentence(hub_here, 
     assert hub_here.repos == {}
 
 
-def test_push_to_hub_in_a_recipe_publishes_the_same_as_the_command(hub_here, trained):
+def test_push_to_hub_in_a_recipe_publishes_the_same_as_the_command(hub_here, trained, capsys):
     run = trained("logic", push_to_hub=True, hub_model_id=REPO, hub_private_repo=True)
+    assert f"model {REPO}: published, " in capsys.readouterr().out
     repo = hub_here.repo(REPO)
     assert len(repo.commits) == 2 and repo.private
     assert published(repo) == contents(plan(run, REPO)[0])
-    assert published(repo)["README.md"].decode() == card_files(run, REPO)["README.md"]
+    assert published(repo)["README.md"].decode() == card_files(Run.load(run), REPO)["README.md"]
     assert "--trainer.push_to_hub false" in published(repo)["README.md"].decode()
 
 
@@ -259,7 +271,7 @@ def test_a_push_that_fails_says_how_to_publish_the_finished_run(hub_here, logic_
     run = copied(logic_run)
     hub_here.fail(request_, with_=fault, times=20)
     with pytest.raises(OSError, match=f"finished; `hyla publish {run} --repo-id {REPO}` publishes it"):
-        trainer_in(run / "checkpoints", hub_model_id=REPO, eval_strategy="no").push_to_hub()
+        publish_run(run, REPO)
 
 
 def test_a_recipe_that_could_not_be_pushed_is_refused_before_training(logic_run, tmp_path, monkeypatch):
@@ -267,19 +279,23 @@ def test_a_recipe_that_could_not_be_pushed_is_refused_before_training(logic_run,
     sections["trainer"] |= {"push_to_hub": True, "hub_model_id": REPO}
     (tmp_path / "push.yaml").write_text(yaml.safe_dump(sections))
     recipe = load_recipe(tmp_path / "push.yaml")
+
+    def check():
+        check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
+
     monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40})
     monkeypatch.setattr("hf_hyla.hub.publish.get_token", lambda: None)
     with pytest.raises(ValueError, match="push_to_hub needs a token"):
-        check_before_training(recipe)
+        check()
     monkeypatch.setattr("hf_hyla.hub.publish.get_token", lambda: "hf_x")
-    check_before_training(recipe)
+    check()
     monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40 + "+changes"})
     with pytest.raises(ValueError, match="commit the changes"):
-        check_before_training(recipe)
+        check()
     monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40})
     recipe.settings["model"]["model_name_or_path"] = str(logic_run)
     with pytest.raises(ValueError, match="which nobody else has: publish that model first"):
-        check_before_training(recipe)
+        check()
 
 
 def trainer_in(folder, args_class=HylaTrainingArguments, **settings):
@@ -293,36 +309,35 @@ def trainer_in(folder, args_class=HylaTrainingArguments, **settings):
     )
 
 
-def test_the_trainers_own_push_publishes_the_run_with_its_card(hub_here, logic_run, planned, copied):
-    run = copied(logic_run)
-    trainer = trainer_in(run / "checkpoints", hub_model_id=REPO, eval_strategy="no")
-    trainer.create_model_card()
-    assert (run / "README.md").read_text() == card_files(run, REPO)["README.md"]
-    trainer.push_to_hub()
-    assert published(hub_here.repo(REPO)) == contents(planned[0])
-
-
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_a_strategy_that_publishes_pickles_is_refused(hub_here, logic_run, strategy):
-    with pytest.raises(ValueError, match="checkpoints, which hold pickles"):
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("arguments", [HylaTrainingArguments, TrainingArguments])
+def test_a_trainer_that_is_to_push_is_refused_before_it_trains(hub_here, logic_run, arguments, strategy):
+    with pytest.raises(ValueError, match=r"would upload pickles .* publish the finished run by `hyla publish`"):
         trainer_in(
-            logic_run / "checkpoints", TrainingArguments, push_to_hub=True, hub_model_id=REPO, hub_strategy=strategy
+            logic_run / "checkpoints",
+            arguments,
+            eval_strategy="no",
+            push_to_hub=True,
+            hub_model_id=REPO,
+            hub_strategy=strategy,
         )
     assert hub_here.requests == []
 
 
-def test_a_plain_trainer_sends_nothing_of_an_unfinished_run(hub_here, logic_run, copied):
+def test_a_trainer_sends_nothing_and_writes_no_card_of_its_own(hub_here, logic_run, copied):
     run = copied(logic_run)
-    (run / "run.json").unlink()
-    settings = {
-        "max_steps": 3,
-        "save_steps": 1,
-        "warmup_steps": 1,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-    }
-    trainer = trainer_in(run / "out", TrainingArguments, push_to_hub=True, hub_model_id=REPO, **settings)
-    trainer.train()
-    with pytest.raises(ValueError, match="belongs to no finished run"):
+    trainer = trainer_in(run / "out", hub_model_id=REPO, eval_strategy="no")
+    with pytest.raises(ValueError, match="publishes nothing"):
         trainer.push_to_hub()
+    with pytest.raises(ValueError, match="call `hyla card`"):
+        trainer.create_model_card()
     assert hub_here.requests == []
+    assert not list((run / "out").iterdir()) and not (run / "README.md").exists()
+
+
+def test_an_error_that_is_not_the_hubs_stays_what_it_is(hub_here, logic_run, copied):
+    run = copied(logic_run)
+    repositories = plan(run, REPO)
+    (run / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="not a file on the local file system"):
+        publish(repositories)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hf_hyla import HylaConfig
-from hf_hyla.paper import differing_settings, paper_result
+from hf_hyla.runs.paper import differing_settings, paper_result
 from hf_hyla.tasks import TASKS, get_task
 from hf_hyla.tasks.reference_split import reference_order
 
@@ -57,7 +56,7 @@ def test_the_setting_changes_the_held_out_combinations_alone_and_is_recorded_onl
 
 def test_the_papers_figure_stands_beside_runs_on_its_own_split():
     task = get_task("logic", num_examples=32, held_out=0.7, reference_split=True)
-    assert paper_result(task, HylaConfig(**task.model_defaults)).mean == 0.8113
+    assert paper_result({"task": {"name": task.name, **task.settings}, "model": {}}).mean == 0.8113
 
 
 @pytest.mark.parametrize("name", TASKS)

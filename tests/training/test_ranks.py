@@ -30,9 +30,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def write_recipe(folder):
+def write_recipe(folder, **trainer):
     # Batches of evaluation that divide neither the samples nor their share.
-    sections = {**SECTIONS, "trainer": {**SECTIONS["trainer"], "per_device_eval_batch_size": 7}}
+    sections = {**SECTIONS, "trainer": {**SECTIONS["trainer"], "per_device_eval_batch_size": 7, **trainer}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(sections))
 
 
@@ -81,6 +81,19 @@ def test_two_processes_give_the_result_of_one_and_see_every_sample_once(one, tmp
         shares.append([index for split, indices in lines if split == "train" for index in indices])
     assert Counter(shares[0] + shares[1]) == Counter(range(STEPS * BATCH))
     assert len(shares[0]) == len(shares[1])
+
+
+def test_two_processes_with_muon_give_the_result_of_one(tmp_path):
+    def in_single_precision(rank):
+        torch.Tensor.bfloat16 = torch.Tensor.clone  # to which torch's Muon rounds gradients
+
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        write_recipe(folder, optim="muon", muon_learning_rate=2e-2)
+        for code, errors in in_children(folder, COMMAND, processes=processes, prepare=in_single_precision):
+            assert code == 0, errors
+    assert_equal_to_rounding(tmp_path / "2" / "run", tmp_path / "1" / "run")
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_error_and_one_process_goes_on(one, tmp_path):

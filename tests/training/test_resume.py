@@ -56,8 +56,9 @@ def short_splits():
         yield
 
 
-def recipe_in(folder: Path):
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(SECTIONS))
+def recipe_in(folder: Path, **trainer):
+    sections = {**SECTIONS, "trainer": {**SECTIONS["trainer"], **trainer}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(sections))
     return load_recipe(folder / "recipe.yaml")
 
 
@@ -121,6 +122,22 @@ def test_a_killed_run_ends_as_if_it_had_not_been(uninterrupted, tmp_path, place,
     assert not (tmp_path / "run/run.json").exists()
     train(recipe, tmp_path / "run")
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_killed_run_with_muon_ends_as_if_it_had_not_been(uninterrupted, tmp_path):
+    muon = {"optim": "muon", "muon_learning_rate": 2e-2, "schedule_floor": 0.0}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    expected = train(recipe_in(tmp_path / "whole", **muon), tmp_path / "whole" / "run")
+    assert expected.metrics != RunRecord.load(uninterrupted).metrics
+    recipe = recipe_in(tmp_path / "killed", **muon)
+    # After a first checkpoint, and while the third is written.
+    for place, count, whole in (("step", 4, "checkpoint-2"), ("save", 8, "checkpoint-4")):
+        code, errors = in_child(tmp_path / "killed", signalling(place, count, signal.SIGKILL))
+        assert code == -signal.SIGKILL, errors
+        assert (tmp_path / "killed/run/checkpoints" / whole).is_dir()
+    train(recipe, tmp_path / "killed" / "run")
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("HYLA_SOAK", "1"))))

@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.tasks import get_task
+from hf_hyla.training import HylaTrainer, HylaTrainingArguments
 from hf_hyla.training.checkpoint import fault
-from hf_hyla.training.trainer import HylaTrainer, HylaTrainingArguments, reference_schedule
+from hf_hyla.training.trainer import reference_schedule
 
 
 def make_trainer(folder, task=None, model=None, **arguments):

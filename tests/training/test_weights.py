@@ -64,7 +64,7 @@ def test_a_run_starts_from_the_checkpoints_weights_and_keeps_its_shape(recipe, c
 def test_the_fine_tuning_script_takes_a_folder_and_compares(checkpoint, tmp_path, monkeypatch, capsys):
     sizes = property(lambda self: dict.fromkeys(self.splits, 16))
     monkeypatch.setattr(type(get_task("sraven")), "num_samples", sizes)
-    monkeypatch.setattr("hf_hyla.training.record._git_commit", lambda: "0" * 40)
+    monkeypatch.setattr("hf_hyla.runs.record._git_commit", lambda: "0" * 40)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("somebody was called"))
     changes = [f"trainer.{name}={value}" for name, value in (TRAINER | {"learning_rate": 0.1}).items()]
     script = PROJECT / "recipes" / "sraven" / "finetune.py"
@@ -76,10 +76,14 @@ def test_the_fine_tuning_script_takes_a_folder_and_compares(checkpoint, tmp_path
     assert HylaConfig.from_pretrained(tmp_path / "run").num_answers == 5
 
 
+def start(recipe):
+    return initial_model(recipe.settings["model"], recipe.config)
+
+
 def test_a_checkpoint_in_half_precision_is_trained_in_single_precision(recipe, checkpoint, tmp_path):
     half = HylaForSequenceClassification.from_pretrained(checkpoint).to(torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
-    model = initial_model(recipe(model_name_or_path=str(tmp_path / "half")))
+    model = start(recipe(model_name_or_path=str(tmp_path / "half")))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.classifier.weight, half.classifier.weight.float())
 
@@ -126,7 +130,7 @@ def test_other_models_weights_that_are_missing_and_a_revision_of_nothing_are_ref
         recipe(model_name_or_path=str(tmp_path / "bert"))
     HylaConfig.from_pretrained(checkpoint).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="holds no weights"):
-        initial_model(recipe(model_name_or_path=str(tmp_path / "bare")))
+        start(recipe(model_name_or_path=str(tmp_path / "bare")))
     path = tmp_path / "fresh.yaml"
     path.write_text(yaml.safe_dump({"task": PUZZLES, "model": {"revision": "main"}, "trainer": TRAINER}))
     with pytest.raises(ValueError, match="revision is of a model_name_or_path, which is missing"):

@@ -1,0 +1,63 @@
+"""What all cards have: templates, licence, citation, snippets that are run, and the names of repositories."""
+
+import contextlib
+import importlib.resources
+import io
+import re
+from typing import Any
+
+from ..runs.paper import differing_settings
+from ..tasks import Task
+
+
+LICENSE = "apache-2.0"
+CITATION = """\
+@inproceedings{schug2025attention,
+  title={Attention as a Hypernetwork},
+  author={Schug, Simon and Kobayashi, Seijin and Akram, Yassir and Sacramento, Jo{\\~a}o and Pascanu, Razvan},
+  booktitle={International Conference on Learning Representations},
+  year={2025},
+  url={https://arxiv.org/abs/2406.05816}
+}"""
+
+
+def template(name: str) -> str:
+    """The text of a file in `templates/`."""
+    return (importlib.resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
+
+
+def run_snippet(text: str, replacements: dict[str, str], names: dict[str, Any] | None = None) -> str:
+    """
+    What the first Python snippet of a card prints.
+
+    Args:
+        text: the card.
+        replacements: what stands for what while it runs, so that it needs no network.
+        names: that the snippet finds defined.
+
+    Raises:
+        ValueError: if it fails.
+    """
+    code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]  # type: ignore[index]
+    for shown, real in replacements.items():
+        code = code.replace(shown, real)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            exec(compile(code, "README.md", "exec"), dict(names or {}))
+    except Exception as error:
+        raise ValueError(
+            f"The snippet of the card fails ({type(error).__name__}: {error}): the model beside the record cannot be used."
+        ) from error
+    return printed.getvalue().rstrip()
+
+
+def sibling_repo(repo_id: str | None, name: str) -> str:
+    """`name` in the organisation of `repo_id`."""
+    return f"{repo_id.partition('/')[0]}/{name}" if repo_id else name
+
+
+def dataset_repo(task: Task, repo_id: str | None) -> str:
+    """The repository of a task's samples; settings other than the paper's are in its name, since samples differ by them."""
+    differing = [f"-{name}-{value}".lower() for name, value in differing_settings(task).items()]
+    return sibling_repo(repo_id, task.name + "".join(differing))

@@ -1,0 +1,78 @@
+"""The card of a dataset, from what its folder holds. The template is templates/dataset_card.md."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetInfo, SplitDict, SplitInfo
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from ..tasks import Task
+from ..tasks.data import Manifest
+from ..utils import recipes_folder, write_whole
+from .cards import CITATION, LICENSE, template
+
+
+_TITLES = {"sraven": "SRAVEN, symbolic Raven's progressive matrices", "logic": "Fuzzy logic functions in context"}
+_CATEGORIES = {"sraven": ["other"], "logic": ["tabular-regression"]}
+_SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
+
+
+def write_dataset_card(task: Task, folder: Path) -> None:
+    """Writes README.md into a folder of `write_data`."""
+    write_whole(folder / "README.md", str(dataset_card(task, Manifest.load(folder))))
+
+
+def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
+    """The card of a folder: how its splits differ, what is in them, examples, and the highest accuracy to expect."""
+    defaults = {field.name: field.default for field in dataclasses.fields(task)}
+    return DatasetCard.from_template(
+        _metadata(task, manifest),
+        template_str=template("dataset_card.md"),
+        task=task,
+        title=_TITLES[task.name],
+        fingerprint=manifest.data_fingerprint,
+        splits=manifest.splits,
+        combinations={split: len(task.combinations(split)) for split in manifest.splits},
+        changed={name: value for name, value in task.settings.items() if value != defaults[name]},
+        examples={split: task.show(task.dataset(split)[0]) for split in manifest.splits},
+        features=task.features(),
+        ceiling=_ceiling(task),
+        citation=CITATION,
+    )
+
+
+def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
+    total = sum(split["num_examples"] for split in manifest.splits.values())
+    data = DatasetCardData(
+        pretty_name=_TITLES[task.name],
+        license=LICENSE,
+        annotations_creators=["machine-generated"],
+        task_categories=_CATEGORIES[task.name],
+        size_categories=[next((name for name, limit in _SIZES if total < limit), "10M<n<100M")],
+        tags=["compositional-generalization", "abstract-reasoning", "synthetic", "hyla", "arxiv:2406.05816"],
+    )
+    info = DatasetInfo(
+        features=task.features(),
+        splits=SplitDict(
+            {
+                split: SplitInfo(split, held["num_bytes"], held["num_examples"])
+                for split, held in manifest.splits.items()
+            }
+        ),
+        download_size=sum(held["file_bytes"] for held in manifest.splits.values()),
+        dataset_size=sum(held["num_bytes"] for held in manifest.splits.values()),
+    )
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in manifest.splits]
+    MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(data)
+    return data
+
+
+def _ceiling(task: Task) -> dict[str, Any] | None:
+    """The committed record of the ideal observer, if it is about a task of these settings."""
+    record = json.loads((recipes_folder() / "results" / "sraven-ideal-observer.json").read_text())
+    return record if record["task"] == {"name": task.name, **task.settings} else None

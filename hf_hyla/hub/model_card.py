@@ -1,0 +1,311 @@
+"""A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import validate_repo_id
+
+from ..model import HylaConfig
+from ..runs import Run, RunRecord, plots
+from ..runs.folder import CURVE_NAME, PROBE_NAME
+from ..runs.record import mean_and_error, without_seeds
+from ..tasks import Task
+from .cards import CITATION, LICENSE, dataset_repo, run_snippet, template
+
+
+TASK_TITLES = {"logic": "fuzzy logic", "sraven": "SRAVEN, symbolic Raven's progressive matrices"}
+
+
+def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path] = ()) -> dict[str, str | bytes]:
+    """
+    The card of a finished run, as files by name: README.md, its pictures, `.eval_results/`, and what `hyla probe` has found.
+
+    Args:
+        run: whose model answers the question that the card shows; `probe/` in its folder is what `hyla probe` wrote, if it
+            was called.
+        repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from the run's folder.
+        others: records of the same recipe with other seeds (folders of runs, or JSON files), for the spread; the run's own
+            may be among them.
+
+    Raises:
+        ValueError: if `others` are runs of something else, or `probe/` is about other weights.
+        OSError: if something is missing.
+    """
+    seeds = [run.record]
+    for path in others:
+        other = RunRecord.load(path)
+        if without_seeds(other.recipe) != without_seeds(run.record.recipe):
+            raise ValueError(
+                f"{path} is a run of another recipe: the spread is over runs that differ in nothing but their seeds."
+            )
+        if other != run.record:
+            seeds.append(other)
+    if len({json.dumps(one.seeds) for one in seeds}) < len(seeds):
+        raise ValueError("Two of the records have the same seeds: name each run once.")
+
+    probe = _probe_of(run)
+    text = _render(run, repo_id, seeds, probe, printed="")
+    printed = run_snippet(text, {f'"{repo_id or run.folder}"': repr(str(run.folder))})
+    text = _render(run, repo_id, seeds, probe, printed)
+    check_card(text)
+    files: dict[str, str | bytes] = {
+        "README.md": text,
+        "results.png": plots.scores(run.record, run.task.metric_names[0], run.paper),
+        CURVE_NAME: plots.learning_curve(run.record),
+        f".eval_results/{run.task.name}.yaml": _eval_results(run, repo_id),
+    }
+    if probe:
+        folder = Path(PROBE_NAME).parent
+        found = [PROBE_NAME, *(str(folder / name) for name in probe["figures"])]
+        files |= {name: (run.folder / name).read_bytes() for name in found}
+    return files
+
+
+def write_card(
+    run: str | Path, output: str | Path, repo_id: str | None = None, others: Sequence[str | Path] = ()
+) -> list[Path]:
+    """Writes what `card_files` returns for the finished run in the folder `run` into `output`; the paths."""
+    written = []
+    for name, content in card_files(Run.load(run), repo_id, others).items():
+        path = Path(output) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        written.append(path)
+    return written
+
+
+def check_card_before_training(name: str, settings: dict[str, Any], task: Task, config: HylaConfig) -> None:
+    """
+    Renders and checks the card of a run that is yet to come, with zeros for results, so that no wrong field is found
+    after hours of training.
+
+    Raises:
+        ValueError: if the card would not be valid.
+    """
+    scored = {split: dict.fromkeys(task.metric_names, 0.0) for split in task.splits if split != "train"}
+    record = RunRecord(
+        name=name,
+        recipe=settings,
+        seeds={"task": task.seed, "trainer": 0},
+        num_parameters=0,
+        steps=1,
+        samples_seen=1,
+        seconds=0.0,
+        metrics={split: scores | {"num_samples": 1} for split, scores in scored.items()},
+        curve=[],
+        environment={},
+        hardware={},
+    )
+    run = Run(Path(name), record)
+    run.task, run.config = task, config  # there is no folder yet to read them from
+    check_card(_render(run, settings["trainer"].get("hub_model_id"), [record], probe=None, printed=""))
+
+
+def _probe_of(run: Run) -> dict[str, Any] | None:
+    """
+    The report of `hyla probe` in a run's folder, if there is one, with what the card shows of it.
+
+    Raises:
+        ValueError: if it is none, or about other weights than the run's.
+        OSError: if a figure of it is missing.
+    """
+    path = run.folder / PROBE_NAME
+    if not path.exists():
+        return None
+    again = f"call `hyla probe {run.folder}` again."
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        weights, figures = report["weights"], report["figures"]
+        shown = {
+            "table": _probe_table(report),
+            "layers": report["codes"]["layers"],
+            "fitted_on": report["num_samples"]["train"],
+            "scored_on": report["num_samples"][report["split"]],
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no report of a probe ({type(error).__name__}: {error}): {again}") from None
+    if weights != run.weights_digest:
+        raise ValueError(f"{path} is about other weights than those of {run.folder}: {again}")
+    if not figures:
+        raise ValueError(f"{path} has no figures, since drawing them was not finished: {again}")
+    for name in figures:
+        # A figure lies beside its report; any other path would publish a file of somewhere else.
+        if not (isinstance(name, str) and re.fullmatch(r"\w+\.png", name)):
+            raise ValueError(f"{path} names the figure {name!r}, expected a plain name that ends with .png: {again}")
+    last_map = next((name for name in reversed(figures) if name.startswith("map_layer_")), None)
+    return report | shown | {"last_map": last_map}
+
+
+def _probe_table(probe: dict[str, Any]) -> list[list[str]]:
+    """
+    Rows of a table: what is asked for, by which metric, and its score by each layer and by all, of the control and of the
+    answer alone. Of classes that may hold together not their accuracy, which is high for a probe that says no to all.
+    """
+
+    def cell(score: dict[str, float], chance: float) -> str:
+        return f"{score['value']:.3f} ± {score['standard_error']:.3f} ({chance:.3f})"
+
+    rows = []
+    for subject in dict.fromkeys(result["subject"] for result in probe["probes"]):
+        results = [result for result in probe["probes"] if result["subject"] == subject]
+        alone = probe["answer_alone"].get(subject)
+        for metric in ["f1"] if results[0]["kind"] == "labels" else results[0]["scores"]:
+            cells = [cell(result["scores"][metric], result["chance"][metric]) for result in results]
+            last = results[-1]
+            cells.append(cell(last["control"][metric], last["chance"][metric]))
+            cells.append("{value:.3f} ± {standard_error:.3f}".format(**alone[metric]) if alone else "–")
+            rows.append([subject, metric, *cells])
+    return rows
+
+
+def check_card(text: str) -> None:
+    """
+    Raises:
+        ValueError: if the card's metadata cannot be read back as what the Hub expects.
+    """
+    data = ModelCard(text).data
+    for field in ("license", "library_name", "tags", "datasets", "metrics", "eval_results"):
+        if not data.get(field):
+            raise ValueError(f"The card's metadata lack {field}: it needs the task's name and its metrics.")
+    for dataset in data["datasets"]:
+        validate_repo_id(dataset)
+
+
+def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[str, Any] | None, printed: str) -> str:
+    record, task, config, base_model = run.record, run.task, run.config, run.base_model
+    title = repo_id.partition("/")[2] if repo_id else record.name
+    data = ModelCardData(
+        license=LICENSE,
+        library_name="transformers",
+        tags=["hyla", f"{config.attention_type}-attention", "compositional-generalization", task.name],
+        datasets=[dataset_repo(task, repo_id)],
+        metrics=list(task.metric_names),
+        # A folder is no repository, which is what the Hub would take it for.
+        base_model=None if base_model and Path(base_model).exists() else base_model,
+        model_name=title,
+        eval_results=_model_index(run, repo_id),
+    )
+    return str(
+        ModelCard.from_template(
+            data,
+            template_str=template("model_card.md"),
+            title=title,
+            model_id=repo_id or str(run.folder),
+            record=record,
+            task=task,
+            task_title=TASK_TITLES.get(task.name, task.name),
+            config=config,
+            paper=run.paper,
+            base_model=base_model,
+            full_budget=task.num_samples["train"],
+            share=run.budget,
+            percent=_percent,
+            shown=_shown,
+            seeds=seeds,
+            spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
+            probe=probe,
+            example=_example(task),
+            printed=printed,
+            command=_command(record),
+            different=_different(task, config),
+            environment={**record.environment, **record.hardware},
+            citation=CITATION,
+        )
+    )
+
+
+def _shown(value: Any) -> str:
+    """A setting as a reader would write it: the types of a recipe make floats of some whole numbers."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _percent(share: float) -> str:
+    """A share in three digits; what is less than all does not read as all."""
+    return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.3g} %"
+
+
+def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
+    """Every score as the card's metadata have it."""
+    task = run.task
+    return [
+        EvalResult(
+            task_type="other",
+            task_name=TASK_TITLES.get(task.name, task.name),
+            dataset_type=dataset_repo(task, repo_id),
+            dataset_name=TASK_TITLES.get(task.name, task.name),
+            dataset_split=split,
+            metric_type=name,
+            metric_value=scores[name],
+        )
+        for split, scores in run.record.metrics.items()
+        for name in task.metric_names
+        if name in scores
+    ]
+
+
+def _eval_results(run: Run, repo_id: str | None) -> str:
+    """The headline metric of every split, each split being a task of the dataset, as .eval_results/ has it."""
+    if run.base_model:
+        budget = f"trained further on {run.record.samples_seen:,} samples"
+    else:
+        budget = f"{_percent(run.budget)} of the paper's training samples"
+    metric = run.task.metric_names[0]
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset_repo(run.task, repo_id),
+            task_id=split,
+            value=scores[metric],
+            notes=f"{metric}, one seed, {budget}",
+        )
+        for split, scores in run.record.metrics.items()
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
+def _example(task: Task) -> dict[str, Any]:
+    """What the usage snippet asks: an unseen combination of parts."""
+    if task.name == "logic":
+        terms = task.combinations("ood")[0]
+        return {"terms": [[int(bit) for bit in f"{term:0{task.settings['num_variables']}b}"] for term in terms]}
+    sample = task.dataset("ood")[0]
+    rows: list[list[Any]] = sample["input_ids"].reshape(3, 3, -1).tolist()
+    rows[-1][-1] = None
+    return {"rows": rows, "answer": sample["labels"].tolist()}
+
+
+def _different(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:
+    """Settings of task and model that are not the default: name, value, default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(task)}
+    papers = HylaConfig(**task.model_defaults)
+    of_task = [(f"task.{name}", value, defaults[name]) for name, value in task.settings.items()]
+    of_model = [
+        (f"model.{name}", getattr(config, name), getattr(papers, name)) for name in sorted(HylaConfig.__annotations__)
+    ]
+    return [(name, value, default) for name, value, default in of_task + of_model if value != default]
+
+
+def _command(record: RunRecord) -> str:
+    processes = record.hardware.get("num_processes", 1)
+    # On a CPU, accelerate starts several processes only by such a configuration.
+    config = f"recipes/accelerate/{'ddp' if record.hardware.get('accelerator') else 'ddp_cpu'}.yaml"
+    launch = f"accelerate launch --config_file {config} --num_processes {processes} -m hf_hyla"
+    launched = launch if processes > 1 else "hyla"
+    stays = " --trainer.push_to_hub false" if record.recipe["trainer"].get("push_to_hub") else ""
+    return f"{launched} train resolved_recipe.yaml --output run{stays}"
+
+
+def _spread(seeds: list[RunRecord], metric: str) -> dict[str, str]:
+    """Mean ± standard error over the records, per split."""
+    spread = {}
+    for split in seeds[0].metrics:
+        mean, error = mean_and_error([record.metrics[split][metric] for record in seeds])
+        spread[split] = f"{mean:.4f} ± {error:.4f}"
+    return spread

@@ -1,0 +1,211 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What a CPU computes faster than torch does by itself: float32 products of linear layers, and GELU in its tanh form.
+
+`cpu_functions` is a context in which `torch.nn.functional.linear` and `gelu` are served by faster implementations of the same
+numbers, exact to rounding. Modules stay what they are, so hooks, adapters, quantised layers and exporters see nothing of it;
+a call that does not fit goes to torch.
+"""
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .gelu_cpu_hyla import compiled_gelu, compiled_gelu_backward
+from .kernels_cpu_hyla import numba
+from .ops_cpu_hyla import run_jobs
+
+
+# Multiply-adds of a product, and elements of an activation, from which they are worth the calls from Python.
+_SMALLEST_PRODUCT = 2**21
+_SMALLEST_ACTIVATION = 2**15
+
+
+def cpu_functions(hidden_states: torch.Tensor) -> AbstractContextManager:
+    """The context for layers that compute with `hidden_states`. Compilers and exporters get torch's own functions."""
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return nullcontext()
+    return _CpuFunctions()
+
+
+class _CpuFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        served = _SERVED.get(func)
+        return (served or func)(*args, **(kwargs or {}))
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    fits = (
+        onednn_is_faster()
+        and _plain(input, weight, bias)
+        and weight.ndim == 2
+        and input.numel() * weight.shape[0] >= _SMALLEST_PRODUCT
+        and input.shape[-1] == weight.shape[1]
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
+    return _Linear.apply(input, weight, bias) if fits else nn.functional.linear(input, weight, bias)
+
+
+def _gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    fits = (
+        numba is not None
+        and approximate == "tanh"
+        and _plain(input)
+        and input.numel() >= _SMALLEST_ACTIVATION
+        and input.is_contiguous()
+    )
+    return _Gelu.apply(input) if fits else nn.functional.gelu(input, approximate=approximate)
+
+
+_SERVED = {nn.functional.linear: _linear, nn.functional.gelu: _gelu}
+
+
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are ordinary float32 tensors in memory: no quantised, sharded or fake ones."""
+    return all(
+        tensor is None
+        or (
+            type(tensor) in (torch.Tensor, nn.Parameter)
+            and tensor.dtype == torch.float32
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+        )
+        for tensor in tensors
+    )
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """
+    Whether oneDNN multiplies float32 matrices faster than MKL, which torch calls: MKL takes AVX-512 on Intel's processors
+    only, oneDNN on all that have it. By rule and not by a measurement, so that a run gives the same bits every time.
+    """
+    return (
+        hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "GenuineIntel" not in _vendor()
+    )
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("vendor_id"))
+    except (OSError, StopIteration):  # another system than Linux
+        return platform.processor()
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a · bᵀ + bias, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(input, weight, bias):
+        return _product(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        gradient = grad_output.reshape(-1, grad_output.shape[-1])
+        rows = input.reshape(-1, input.shape[-1])
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # this gradient will be differentiated, which oneDNN's operator is not
+            grad_input = gradient @ weight if of_input else None
+            grad_weight = gradient.mT @ rows if of_weight else None
+        else:
+            gradient = gradient.contiguous()
+            grad_input = _product(gradient, weight.mT) if of_input else None
+            grad_weight = _product_over_rows(gradient, rows) if of_weight else None
+        return (
+            None if grad_input is None else grad_input.reshape(input.shape),
+            grad_weight,
+            gradient.sum(0) if of_bias else None,
+        )
+
+    @staticmethod
+    def jvp(ctx, input_tangent, weight_tangent, bias_tangent):
+        input, weight = ctx.saved_tensors
+        parts = [
+            None if input_tangent is None else input_tangent @ weight.mT,
+            None if weight_tangent is None else input @ weight_tangent.mT,
+            bias_tangent,
+        ]
+        return sum(part for part in parts if part is not None)
+
+    @staticmethod
+    def vmap(info, in_dims, input, weight, bias):
+        return torch.vmap(nn.functional.linear, in_dims)(input, weight, bias), 0
+
+
+def _product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """aᵀ · b. The narrower of the two is transposed in memory, which is all that the order is for."""
+    if a.shape[1] <= b.shape[1]:
+        return _product(a.mT, b.mT)
+    return _product(b.mT, a.mT).mT
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(input):
+        output = torch.empty_like(input)
+        _elementwise(compiled_gelu(), input, output)
+        return output
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (input,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.ops.aten.gelu_backward(grad_output, input, approximate="tanh")
+        gradient = torch.empty_like(input)
+        _elementwise(compiled_gelu_backward(), input, grad_output.contiguous(), gradient)
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return torch.ops.aten.gelu_backward(tangent, *ctx.saved_tensors, approximate="tanh")
+
+    @staticmethod
+    def vmap(info, in_dims, input):
+        return nn.functional.gelu(input, approximate="tanh"), in_dims[0]
+
+
+def _elementwise(kernel, *tensors: torch.Tensor) -> None:
+    """Calls the kernel with equal shares of the flattened tensors, one for each thread."""
+    arrays = [tensor.detach().view(-1).numpy() for tensor in tensors]
+    bounds = np.linspace(0, arrays[0].size, torch.get_num_threads() + 1).astype(int)
+    run_jobs([partial(kernel, *(array[first:last] for array in arrays)) for first, last in pairwise(bounds)])

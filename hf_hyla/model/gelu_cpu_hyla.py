@@ -1,0 +1,87 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+GELU in its tanh form, `x · (1 + tanh(u / 2)) / 2`, and its gradient, compiled for the CPU by numba.
+
+It is computed as `x · σ(u)`, which takes one exponential, of a number that is never positive, and one division.
+"""
+
+import math
+from functools import cache
+
+import numpy as np
+
+from .kernels_cpu_hyla import compiled, jit_in_order, numba
+
+
+_LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # u = _LINEAR · (x + _CUBIC · x³)
+
+
+# exp(x) = 2^n · exp(r) with the integer n nearest to x / ln 2 and Taylor's polynomial for exp(r). ln 2 is the sum of two
+# numbers, of which n times the first is exact.
+_PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203094172e-06
+_TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7))
+
+
+@jit_in_order
+def _parts(x):
+    """u, exp(-|u|) and σ(|u|)"""
+    number = np.float32
+    u = number(_LINEAR) * x * (number(1) + number(_CUBIC) * x * x)
+    least = number(-87)  # below it, powers of two leave the normal numbers
+    exponent = max(-abs(u), least)
+    n = np.int32(exponent * number(_PER_LN2) - number(0.5))
+    r = exponent - number(n) * number(_LN2_HIGH) - number(n) * number(_LN2_LOW)
+    y = _TAYLOR[6]
+    y = y * r + _TAYLOR[5]
+    y = y * r + _TAYLOR[4]
+    y = y * r + _TAYLOR[3]
+    y = y * r + _TAYLOR[2]
+    y = y * r + _TAYLOR[1]
+    y = y * r + _TAYLOR[0]
+    # 2^n by its bits. Every integer has its type written out: a loop of two widths does not vectorise.
+    power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
+    small = number(0) if -abs(u) < least else y * power
+    return u, small, number(1) / (number(1) + small)
+
+
+def _gelu(x, y):
+    for i in range(x.shape[0]):
+        u, small, larger = _parts(x[i])
+        y[i] = x[i] * (larger if u >= 0 else small * larger)
+
+
+def _gelu_backward(x, grad_y, grad_x):
+    number = np.float32
+    for i in range(x.shape[0]):
+        u, small, larger = _parts(x[i])
+        slope = number(_LINEAR) * (number(1) + number(3 * _CUBIC) * x[i] * x[i])
+        bend = x[i] * slope * small * larger * larger if small > 0 else number(0)  # the slope may be infinite
+        grad_x[i] = grad_y[i] * ((larger if u >= 0 else small * larger) + bend)
+
+
+def _signature(arrays: int):
+    return numba.void(*[numba.types.float32[::1]] * arrays)
+
+
+@cache
+def compiled_gelu():
+    """`gelu(x, y)` for flat float32 arrays."""
+    return compiled(_signature(2), _gelu)
+
+
+@cache
+def compiled_gelu_backward():
+    """`gelu_backward(x, grad_y, grad_x)` for flat float32 arrays."""
+    return compiled(_signature(3), _gelu_backward)

@@ -1,0 +1,163 @@
+"""Run records → a table: what each recipe reached over its seeds, what was expected of it, and a verdict."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..tasks import get_task
+from .paper import paper_result
+from .record import RECORD_NAME, RunRecord, mean_and_error, without_seeds
+
+
+REACHED, EXCEEDED, MISSED, SHORT, NOT_JUDGED = "reached", "exceeded", "missed", "too few samples", "nothing expected"
+
+
+@dataclass
+class Comparison:
+    """
+    The runs of one recipe, which differ in their seeds.
+
+    Attributes:
+        name: of the recipe, and what its runs were overridden with where several share the name.
+        metric: `split/name`: what is expected, or the task's headline.
+        values: one per run, sorted by seed.
+        mean, standard_error: of the values; the latter needs two.
+        expected, tolerance: of the recipe.
+        paper, paper_standard_error: what the paper's Table A1 says of this model, if anything.
+        samples, budget: training samples of a run, and those that the expected or else the paper's value is about.
+        verdict: `reached` within the tolerance, `exceeded` above it, `missed` below it, `too few samples` where a run was
+            shorter than the budget, `nothing expected`.
+    """
+
+    name: str
+    metric: str
+    values: list[float]
+    mean: float
+    standard_error: float | None
+    expected: float | None
+    tolerance: float | None
+    paper: float | None
+    paper_standard_error: float | None
+    samples: int
+    budget: int | None
+    verdict: str
+
+
+def find_records(paths: Iterable[str | Path]) -> list[RunRecord]:
+    """
+    The records that these are, or lie in: JSON files, folders of runs, folders of either.
+
+    Raises:
+        OSError: if there is no such file or folder.
+        ValueError: if a folder holds no record, or a file is none.
+    """
+    found: dict[Path, RunRecord] = {}
+    for path in map(Path, paths):
+        files = [path] if path.is_file() else [path / RECORD_NAME] if (path / RECORD_NAME).exists() else []
+        if not files:
+            if not path.exists():
+                raise FileNotFoundError(f"There is no run {path}: expected a run's folder or a record file.")
+            # Committed records are named by their seed; other JSON may lie beside them.
+            files = sorted(path.rglob(RECORD_NAME)) or sorted(path.rglob("[0-9]*.json"))
+        if not files:
+            raise ValueError(f"{path} holds no run record: expected {RECORD_NAME} in it or in a folder inside it.")
+        for file in files:
+            found[file.resolve()] = RunRecord.load(file)
+    return list(found.values())
+
+
+def compare(records: Iterable[RunRecord]) -> list[Comparison]:
+    """
+    One `Comparison` for each recipe, in the order of their first runs.
+
+    Raises:
+        ValueError: for a record that lacks the score that is compared.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True), []).append(record)
+    return [_compared(group, [other[0] for other in groups.values()]) for group in groups.values()]
+
+
+def table(comparisons: list[Comparison]) -> str:
+    """The comparisons as lines of text."""
+    rows = [("recipe", "metric", "mean ± se (n)", "expected", "paper", "budget", "verdict")]
+    for one in comparisons:
+        rows.append(
+            (
+                one.name,
+                one.metric,
+                f"{_pair(one.mean, one.standard_error)} ({len(one.values)})",
+                _pair(one.expected, one.tolerance),
+                _pair(one.paper, one.paper_standard_error),
+                "-" if one.budget is None else f"{one.samples / one.budget:.1%}",
+                one.verdict,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def as_json(comparisons: list[Comparison]) -> str:
+    return json.dumps([asdict(one) for one in comparisons], indent=2)
+
+
+def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison:
+    runs = sorted(runs, key=lambda run: sorted(run.seeds.items()))
+    first = runs[0]
+    expect: dict[str, Any] = first.recipe.get("expect") or {}
+    paper = paper_result(first.recipe)
+    task = get_task(**first.recipe["task"])
+    metric = expect.get("metric") or (paper.metric if paper else f"ood/{task.metric_names[0]}")
+    split, _, score = metric.partition("/")
+    for run in runs:
+        if score not in run.metrics.get(split, {}):
+            raise ValueError(
+                f"The record of {run.name} with the seeds {run.seeds} lacks the score {metric}: train the run again, or "
+                "leave it out."
+            )
+    values = [run.metrics[split][score] for run in runs]
+    mean, standard_error = mean_and_error(values)
+    samples = min(run.samples_seen for run in runs)
+    budget = (expect.get("budget") or samples) if expect else paper.num_samples if paper else None
+    return Comparison(
+        name=_told_apart(first, [other for other in all_recipes if other.name == first.name]),
+        metric=metric,
+        values=values,
+        mean=mean,
+        standard_error=standard_error,
+        expected=expect.get("value"),
+        tolerance=expect.get("tolerance"),
+        paper=paper.mean if paper else None,
+        paper_standard_error=paper.standard_error if paper else None,
+        samples=samples,
+        budget=budget,
+        verdict=_verdict(mean, expect, samples, budget),
+    )
+
+
+def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | None) -> str:
+    if not expect:
+        return NOT_JUDGED
+    if budget and samples < budget:
+        return SHORT
+    distance = mean - expect["value"]
+    if abs(distance) <= expect["tolerance"]:
+        return REACHED
+    # Also where the mean is not a number: a failed run has reached nothing.
+    return EXCEEDED if distance > 0 else MISSED
+
+
+def _told_apart(record: RunRecord, namesakes: list[RunRecord]) -> str:
+    """The recipe's name, and those of its settings in which recipes of this name differ."""
+    settings, *others = (without_seeds(one.recipe) for one in (record, *namesakes))
+    differing = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
+    return " ".join([record.name, *(f"{key.partition('.')[2]}={settings[key]}" for key in differing)])
+
+
+def _pair(value: float | None, spread: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")

@@ -1,0 +1,117 @@
+"""The folder of a run: the names of its files, and what they say, read once."""
+
+import dataclasses
+import hashlib
+import math
+from functools import cached_property
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+
+from ..model import HylaConfig
+from ..tasks import Task, get_task
+from ..utils import one_line
+from .paper import PaperResult, paper_result
+from .record import RECORD_NAME, RunRecord
+
+
+RECIPE_NAME = "resolved_recipe.yaml"
+CURVE_NAME = "learning_curve.png"
+CHECKPOINTS = "checkpoints"
+# The report of `hyla probe`, which the card shows.
+PROBE_NAME = "probe/probe.json"
+
+
+@dataclasses.dataclass
+class Run:
+    """
+    A run's folder and its record. What else is asked of a run is read from the folder when it is first asked for, and kept.
+
+    Attributes:
+        folder: of the run.
+        record: of the run.
+    """
+
+    folder: Path
+    record: RunRecord
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """
+        The finished run in a folder.
+
+        Raises:
+            ValueError: if the run is not finished, or has no results.
+            OSError: if its record cannot be read.
+        """
+        folder = Path(folder)
+        if not (folder / RECORD_NAME).exists():
+            raise FileNotFoundError(
+                f"{folder} holds no finished run: expected {RECORD_NAME}; give the command that trains it (again)."
+            )
+        run = cls(folder, RunRecord.load(folder))
+        run._check_finished()
+        return run
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that the run was trained on."""
+        return get_task(**self.record.recipe["task"])
+
+    @cached_property
+    def config(self) -> HylaConfig:
+        """
+        The config of the run's model.
+
+        Raises:
+            ValueError: if config.json is no config.
+            OSError: if it is missing.
+        """
+        try:
+            return HylaConfig.from_pretrained(self.folder)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.folder / 'config.json'} is no config of a model: {one_line(error)}") from None
+
+    @cached_property
+    def paper(self) -> PaperResult | None:
+        """See `paper_result`."""
+        return paper_result(self.record.recipe)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """See `weights_digest`."""
+        return weights_digest(self.folder)
+
+    @property
+    def base_model(self) -> str | None:
+        """The folder or repository that training started from; `None` where it started from random weights."""
+        return self.record.recipe["model"].get("model_name_or_path")
+
+    @property
+    def budget(self) -> float:
+        """Training samples, as a share of the paper's."""
+        return self.record.samples_seen / self.task.num_samples["train"]
+
+    def _check_finished(self) -> None:
+        record, max_steps = self.record, self.record.recipe["trainer"]["max_steps"]
+        if record.steps < max_steps:
+            raise ValueError(
+                f"{self.folder} is not finished: it made {record.steps} of {max_steps} updates; train it to its end."
+            )
+        for split in (split for split in self.task.splits if split != "train"):
+            scores = record.metrics.get(split, {})
+            # Other scores are left out where no sample can be measured by them.
+            for name in dict.fromkeys((self.task.metric_names[0], "num_samples", *scores)):
+                if not math.isfinite(scores.get(name, math.nan)):
+                    raise ValueError(
+                        f"{self.folder / RECORD_NAME} has no result {split}/{name}, got {scores.get(name)}: train the run to "
+                        "its end."
+                    )
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model's weights, which says whether a report is about these weights or about others."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(path.read_bytes())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,89 @@
+"""HylaTrainingArguments: transformers' TrainingArguments with the reference's settings."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+
+# The name of the optimiser of optimizers.py, beside transformers' own.
+MUON = "muon"
+# The share of the learning rate that the reference's schedule ends with.
+REFERENCE_FLOOR = 0.1
+
+
+@dataclass
+class HylaTrainingArguments(TrainingArguments):
+    """
+    transformers' `TrainingArguments` with the reference's settings as defaults (AdamW 0.9 / 0.999 / 1e-8, batch 128, no
+    gradient clipping) and these besides.
+
+    Args:
+        optim (`str`, *optional*):
+            `"muon"`, or an optimiser of transformers. Muon (torch.optim.Muon, momentum 0.95) trains the matrices inside the
+            layers, see `muon_parameters`, and AdamW everything else, by `learning_rate` and the `adam_*` arguments. Logs
+            name AdamW's learning rate; Muon's is the same share of its own.
+        muon_learning_rate (`float`, *optional*):
+            Muon's learning rate. An update moves a matrix by about so much in its spectral norm, times the root of rows /
+            columns where there are more rows.
+        muon_learning_rate_qk (`float`, *optional*, defaults to `muon_learning_rate`):
+            Muon's learning rate for the projections of queries and keys.
+        schedule_floor (`float`, *optional*, defaults to 0.1):
+            The share of the learning rates that the schedule ends with, from 0 to 1; the reference's is 0.1.
+        eval_samples (`int`, *optional*, defaults to 2048):
+            Samples per split for the curve during training. The evaluation at the end uses the paper's number.
+
+    Raises:
+        ValueError: for settings that contradict each other.
+    """
+
+    muon_learning_rate: float | None = None
+    muon_learning_rate_qk: float | None = None
+    schedule_floor: float = REFERENCE_FLOOR
+    eval_samples: int = 2048
+
+    seed: int = 0
+    per_device_train_batch_size: int = 128
+    per_device_eval_batch_size: int = 1024
+    max_grad_norm: float = 0.0
+    # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
+    train_sampling_strategy: str = "sequential"
+    # Collators of tasks keep what the model reads, and need whole samples.
+    remove_unused_columns: bool = False
+    # All parameters have a part in every loss, and looking for others takes time in every step.
+    ddp_find_unused_parameters: bool | None = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()
+    # The metric of the fuzzy-logic task needs the values shown in the context.
+    include_for_metrics: list[str] = field(default_factory=lambda: ["inputs"])
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 1000
+    logging_strategy: str = "steps"
+    logging_steps: float = 200
+    save_strategy: str = "steps"
+    save_steps: float = 1000
+    save_total_limit: int | None = 2
+    logging_nan_inf_filter: bool = False
+    report_to: str | list[str] | None = "none"
+
+    def __post_init__(self) -> None:
+        takes_muon = self.optim == MUON
+        self._check_optimizer(takes_muon)
+        if takes_muon:
+            # transformers takes the names of its own optimisers only: AdamW is the part of ours that it knows.
+            self.optim = OptimizerNames.ADAMW_TORCH
+        super().__post_init__()
+        if takes_muon:
+            self.optim = MUON
+
+    def _check_optimizer(self, takes_muon: bool) -> None:
+        rates = {name: getattr(self, name) for name in ("muon_learning_rate", "muon_learning_rate_qk")}
+        given = [name for name, rate in rates.items() if rate is not None]
+        if given and not takes_muon:
+            raise ValueError(f"{given[0]} is of optim 'muon', but optim is {self.optim!s}: set optim, or remove it.")
+        if takes_muon and self.muon_learning_rate is None:
+            raise ValueError("optim 'muon' needs muon_learning_rate, such as 4e-3: learning_rate is AdamW's.")
+        if takes_muon and self.optim_args:
+            raise ValueError(f"optim_args has no effect with optim 'muon', got {self.optim_args!r}: remove it.")
+        if not 0 <= self.schedule_floor <= 1:
+            raise ValueError(f"schedule_floor must lie between 0 and 1, got {self.schedule_floor}.")

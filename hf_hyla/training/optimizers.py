@@ -1,0 +1,136 @@
+"""Muon on the matrices inside the layers and AdamW on everything else, as one optimiser."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Muon, Optimizer
+
+from ..model.layers_hyla import HylaLayer, HylaRouter
+from .arguments import HylaTrainingArguments
+
+
+class MuonAdamW(Optimizer):
+    """
+    `torch.optim.Muon` and `torch.optim.AdamW` as one optimiser: one list of groups, which one scheduler sees, and one
+    state, which is saved and loaded as that of any other. AdamW's groups come first. Each group names its `algorithm`,
+    `"muon"` or `"adamw"`.
+
+    Args:
+        muon (`Muon`), adamw (`AdamW`): of different parameters, and without a state so far.
+    """
+
+    def __init__(self, muon: Muon, adamw: AdamW):
+        self._parts: dict[str, Optimizer] = {"adamw": adamw, "muon": muon}
+        groups = [
+            {**group, "algorithm": algorithm} for algorithm, part in self._parts.items() for group in part.param_groups
+        ]
+        super().__init__(groups, defaults={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_parts": self._parts}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: if the group does not name its algorithm.
+        """
+        part = self._parts.get(param_group.get("algorithm", ""))
+        if part is None:
+            raise ValueError(
+                f"A group of parameters needs the key 'algorithm', which is 'muon' or 'adamw', got "
+                f"{param_group.get('algorithm')!r}: add it."
+            )
+        super().add_param_group({**part.defaults, **param_group})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for algorithm, part in self._parts.items():
+            # In every step, since loading a state replaces groups and state.
+            part.param_groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
+            part.state = self.state
+            part.step()
+        return loss
+
+
+def muon_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The parameters that Muon takes, by name: the trained weights of the linear maps inside the layers.
+
+    Muon makes the singular values of an update alike, which suits maps from hidden states to hidden states. Not among them:
+    - embeddings, input projections, heads and routers, since their rows belong to single symbols, answers or experts;
+    - biases, norms and tables of positions, which are no maps;
+    - `value_mixing` and the weights of experts, which are stacks of matrices, and torch's Muon takes only matrices.
+
+    The two matrices of a LoRA adapter are linear maps inside a layer, so Muon takes them. Their rate has to be found
+    anew.
+    """
+    parameters = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, HylaLayer):
+            continue
+        routers = {part for router in layer.modules() if isinstance(router, HylaRouter) for part in router.modules()}
+        for name, module in layer.named_modules(prefix=path):
+            if isinstance(module, nn.Linear) and module not in routers and module.weight.requires_grad:
+                parameters[f"{name}.weight"] = module.weight
+    return parameters
+
+
+def muon_adamw(model: nn.Module, args: HylaTrainingArguments, decayed: Collection[str]) -> MuonAdamW:
+    """
+    The optimiser of `optim="muon"`. Muon decays all of its parameters; of the rest, AdamW decays those that are named in
+    `decayed`.
+
+    Raises:
+        ValueError: if the model has no parameter for Muon, or parameters are sharded.
+    """
+    matrices = muon_parameters(model)
+    if not matrices:
+        raise ValueError(
+            "optim='muon' found no trained matrix inside a HylaLayer of this model: choose another optim, such as "
+            "'adamw_torch'."
+        )
+    taken = set(matrices.values())
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in taken}
+    refuse_shards(any(isinstance(p, DTensor) for p in (*taken, *rest.values())))
+
+    # By their projection's name, whatever wraps it.
+    of_qk = {name: bool({"q_proj", "k_proj"} & set(name.split("."))) for name in matrices}
+    rate_qk = args.muon_learning_rate if args.muon_learning_rate_qk is None else args.muon_learning_rate_qk
+    muon = Muon(
+        [
+            {"params": [p for name, p in matrices.items() if not of_qk[name]], "lr": args.muon_learning_rate},
+            {"params": [p for name, p in matrices.items() if of_qk[name]], "lr": rate_qk},
+        ],
+        weight_decay=args.weight_decay,
+        momentum=0.95,
+        adjust_lr_fn="original",
+    )
+    adamw = AdamW(
+        [
+            {"params": [p for name, p in rest.items() if name in decayed], "weight_decay": args.weight_decay},
+            {"params": [p for name, p in rest.items() if name not in decayed], "weight_decay": 0.0},
+        ],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    return MuonAdamW(muon, adamw)
+
+
+def refuse_shards(sharded: bool) -> None:
+    """
+    Raises:
+        ValueError: if parameters are sharded, since Muon needs whole matrices.
+    """
+    if sharded:
+        raise ValueError(
+            "optim='muon' needs whole matrices, but FSDP, DeepSpeed or a device mesh shards them: launch with "
+            "recipes/accelerate/ddp.yaml, or choose another optim."
+        )

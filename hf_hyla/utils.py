@@ -1,0 +1,50 @@
+"""Small things that several parts need: files that a crash cannot leave half written, recipes, words of error messages."""
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that after a crash holds either this text or what it held before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Writes the names of a folder's files to the disk."""
+    if os.name == "nt":  # which cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def recipes_folder() -> Path:
+    """The folder of the recipes that come with the package: inside it where it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"`, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line, without the name of the validator that huggingface_hub puts before it."""
+    if isinstance(error, StrictDataclassError) and error.__cause__:
+        error = error.__cause__
+    return " ".join(str(error).split())

@@ -1,0 +1,57 @@
+"""Run records are read back as they were written, and anything else is refused with a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_hyla.runs import RunRecord
+
+
+RECORD = json.loads((Path(__file__).parents[2] / "recipes" / "results" / "logic-demo" / "0.json").read_text())
+
+
+def without(section: str, key: str) -> dict:
+    held = {name: value for name, value in RECORD["recipe"][section].items() if name != key}
+    return RECORD | {"recipe": RECORD["recipe"] | {section: held}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (RECORD | {"schema_version": 99}, "its schema_version is 99"),
+        (RECORD | {"recipe": {"task": "logic"}}, "'recipe'"),
+        (RECORD | {"recipe": {}}, "its recipe lacks task.name"),
+        (without("task", "name"), "its recipe lacks task.name"),
+        (without("trainer", "max_steps"), "its recipe lacks trainer.max_steps"),
+        (
+            RECORD | {"recipe": {"task": RECORD["recipe"]["task"], "trainer": {"max_steps": 1}}},
+            "lacks the section model",
+        ),
+        (RECORD | {"metrics": {"ood": {"r2": None}}}, "'metrics'"),
+        (RECORD | {"curve": [1]}, "'curve'"),
+        (RECORD | {"steps": "many"}, "'steps'"),
+        (RECORD | {"environment": None}, "'environment'"),
+        (RECORD | {"extra": 1}, "'extra'"),
+        ({name: value for name, value in RECORD.items() if name != "seeds"}, "'seeds'"),
+        ([RECORD], "must be a mapping"),
+    ],
+)
+def test_what_is_no_record_is_refused_with_a_sentence(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"run\.json is not a run record of schema 1") as refused:
+        RunRecord.load(tmp_path)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_what_is_no_json_is_refused_with_a_sentence(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.json is not a run record of schema 1"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path):
+    record = RunRecord(**RECORD)
+    record.save(tmp_path)
+    assert RunRecord.load(tmp_path) == record
