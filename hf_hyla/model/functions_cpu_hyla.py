@@ -32,8 +32,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .gelu_cpu_hyla import compiled_gelu, compiled_gelu_backward
-from .kernels_cpu_hyla import numba
 from .ops_cpu_hyla import run_jobs
+from .vectors_cpu_hyla import numba
 
 
 # Multiply-adds of a product, and elements of an activation, from which they are worth the calls from Python.

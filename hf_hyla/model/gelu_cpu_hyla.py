@@ -22,7 +22,8 @@ from functools import cache
 
 import numpy as np
 
-from .kernels_cpu_hyla import compiled, jit_in_order, numba
+from .kernels_cpu_hyla import compiled
+from .vectors_cpu_hyla import jit_in_order, numba
 
 
 _LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # u = _LINEAR · (x + _CUBIC · x³)

@@ -22,7 +22,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from .kernels_cpu_hyla import NONE, RMS_HEAD, SOFTMAX, compiled_backward, compiled_forward, numba
+from .kernels_cpu_hyla import compiled_backward, compiled_forward
+from .tiles_cpu_hyla import NONE, RMS_HEAD, SOFTMAX
+from .vectors_cpu_hyla import VECTOR_BYTES, numba
 
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -37,18 +39,19 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _tile(key_length: int) -> int:
+def _tile(key_length: int, dtype: torch.dtype) -> int:
     """
     Keys per tile: of a few sizes, since each is compiled, the one by which least is computed beyond the keys. What every tile
     costs besides is worth some 32 keys.
     """
-    return min(_TILES, key=lambda tile: -(-key_length // tile) * (tile + 32))
+    whole = VECTOR_BYTES // _wide(dtype).itemsize
+    return min((tile for tile in _TILES if tile % whole == 0), key=lambda tile: -(-key_length // tile) * (tile + 32))
 
 
 def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int, str]:
     """What the kernels are compiled for."""
     heads, head_dim, value_dim = query.shape[1], _round_up(query.shape[-1], 4), _round_up(value.shape[-1], 4)
-    return heads, head_dim, value_dim, _tile(key.shape[2]), str(query.dtype).removeprefix("torch.")
+    return heads, head_dim, value_dim, _tile(key.shape[2], query.dtype), str(query.dtype).removeprefix("torch.")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +70,7 @@ def _prepare(
     """The arguments that forward and backward share, splits, and the first and last task of each worker."""
     batch, heads, query_length, _ = query.shape
     key_length = key.shape[2]
-    tile = _tile(key_length)
+    tile = _tile(key_length, query.dtype)
 
     number = _wide(query.dtype)
     bias = query.new_zeros(heads, query_length + key_length - 1 + tile, dtype=number)

@@ -11,7 +11,7 @@ from test_attention import ROWS, Layer
 from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.model import backends_hyla, kernels_cpu_hyla, ops_cpu_hyla
+from hf_hyla.model import backends_hyla, kernels_cpu_hyla, ops_cpu_hyla, tiles_cpu_hyla
 from hf_hyla.model.attention_hyla import by_pair, dropout_seed, eager_attention_forward, pair_dropout
 from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
 
@@ -147,7 +147,7 @@ def test_exponentials_of_the_cpu_kernel_over_their_whole_range(dtype, lowest):
     normal = np.linspace(lowest, 0.0, 10_001).astype(dtype)
     below = np.array([np.nextafter(normal[0], normal[0] - 1), -1e4, np.finfo(dtype).min, -np.inf], dtype)
     got = np.concatenate([normal, below, np.array([np.nan], dtype)])
-    kernels_cpu_hyla._exponentiate(got, np.dtype(dtype).type(0))
+    tiles_cpu_hyla._exponentiate(got, np.dtype(dtype).type(0))
     expected = np.exp(normal.astype(np.longdouble))
     assert np.max(np.abs(got[: normal.size] - expected) / expected) < 2 * np.finfo(dtype).eps
     assert np.all(got[normal.size : -1] == 0) and np.isnan(got[-1])

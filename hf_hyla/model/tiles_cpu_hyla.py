@@ -1,0 +1,408 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the CPU kernels do with one query and a tile of keys, in functions that numba compiles into them.
+
+A tile of keys is held transposed, (heads, width, key), so that vectors run over keys. Notation: `scores[h, k]`, which become
+probabilities under softmax; `factor[k]`, what RMSHead and dropout multiply the scores of a pair with; the code of a pair is
+`scores[h, k] * factor[k]`. Heads and widths are filled up to multiples of 4 with zeros, and tiles are whole vectors.
+"""
+
+import math
+
+import numpy as np
+
+from .vectors_cpu_hyla import (
+    VECTOR_BYTES,
+    add,
+    divide,
+    jit,
+    jit_in_order,
+    load,
+    multiply,
+    multiply_add,
+    rectify,
+    square_root,
+    store,
+    store_totals,
+    subtract,
+    where_positive,
+    widened,
+    zeros,
+)
+
+
+NONE, RMS_HEAD, SOFTMAX = 0, 1, 2
+_EPSILON = 1e-6  # of RMSHead
+
+
+@jit
+def load_tile(x, b, start, count, relu, tile):
+    """tile[h, d, k] = x[b, h, start + k, d], zero where x ends: zeros add nothing to any of the sums below."""
+    for h in range(x.shape[1]):
+        for d in range(x.shape[3]):
+            for k in range(count):
+                element = widened(x[b, h, start + k, d])
+                tile[h, d, k] = 0 if relu and element < 0 else element
+            for k in range(count, tile.shape[2]):
+                tile[h, d, k] = 0
+
+
+@jit
+def load_row(x, b, i, scale, row):
+    for h in range(x.shape[1]):
+        for d in range(x.shape[3]):
+            row[h, d] = widened(x[b, h, i, d]) * scale
+
+
+@jit
+def clear(a):
+    for d in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            a[d, k] = 0
+
+
+@jit
+def visible(mask, b, i, start, count, keep):
+    """keep[k] = 1 where query i sees the key; whether it sees any of the tile"""
+    if mask.shape[3] == 1:
+        seen = mask[b, 0, i, 0]
+        for k in range(keep.shape[0]):
+            keep[k] = 1 if k < count and seen else 0
+        return seen
+    seen = False
+    for k in range(keep.shape[0]):
+        keep[k] = 1 if k < count and mask[b, 0, i, start + min(k, count - 1)] else 0
+        seen |= keep[k] > 0
+    return seen
+
+
+@jit
+def mix(x):
+    """See `attention_hyla.pair_dropout`; below 2**32 in and out, and no product reaches 2**63."""
+    x ^= x >> 16
+    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
+    x ^= x >> 15
+    x = (x * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+@jit
+def drop(factor, threshold, survivor, row_word, column_words):
+    for k in range(factor.shape[0]):
+        factor[k] = factor[k] * survivor if mix(row_word ^ column_words[k]) >= threshold else 0
+
+
+@jit
+def score(scores, query, keys, bias, first, keep, masked):
+    """scores[h, k] = query[h] · keys[h, :, k] + bias, and the constant `masked` where the key is not seen"""
+    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+        kept = load(keep, (k,))
+        for h in range(bias.shape[0]):
+            s = load(bias, (h, first + k))
+            for d in range(keys.shape[1]):
+                s = multiply_add(query[h, d], load(keys, (h, d, k)), s)
+            store(scores, (h, k), where_positive(kept, s, masked))
+
+
+# The exponential of x is 2^n exp(r), with the integer n nearest to x / ln 2 and a polynomial, Taylor's, for exp(r): terms are
+# below the rounding where they end. ln 2 is the sum of two numbers, of which n times the first is exact.
+_PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203094172e-06
+_TAYLOR = tuple(1 / math.factorial(n) for n in range(14))
+
+
+@jit_in_order
+def _exponentiate(a, largest):
+    """
+    a[k] = exp(a[k] - largest), which is 0 below the normal numbers. As vector instructions, which a call of the C library in
+    the loop would prevent.
+    """
+    number = a.dtype.type
+    least = number(-87) if a.itemsize == 4 else number(-708)
+    for k in range(a.shape[0]):
+        x = a[k] - largest
+        inside = least if x < least else x  # NaN stays NaN
+        n = np.int32(inside * number(_PER_LN2) - number(0.5))  # towards 0, and x is not positive
+        r = inside - number(n) * number(_LN2_HIGH) - number(n) * number(_LN2_LOW)
+        y = number(_TAYLOR[7])
+        if a.itemsize == 8:
+            y = number(_TAYLOR[13])
+            y = y * r + number(_TAYLOR[12])
+            y = y * r + number(_TAYLOR[11])
+            y = y * r + number(_TAYLOR[10])
+            y = y * r + number(_TAYLOR[9])
+            y = y * r + number(_TAYLOR[8])
+            y = y * r + number(_TAYLOR[7])
+        y = y * r + number(_TAYLOR[6])
+        y = y * r + number(_TAYLOR[5])
+        y = y * r + number(_TAYLOR[4])
+        y = y * r + number(_TAYLOR[3])
+        y = y * r + number(_TAYLOR[2])
+        y = y * r + number(_TAYLOR[1])
+        y = y * r + number(_TAYLOR[0])
+        # 2^n by its bits. Every integer has its type written out: a loop of two widths is not vectorised.
+        if a.itemsize == 4:
+            power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
+        else:
+            power = np.int64(np.int64(np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)
+        a[k] = number(0) if x < least else y * power
+
+
+@jit
+def exponentiate_tile(scores, count, maximum):
+    """scores[h, k] = exp(scores[h, k] - maximum[h]), and 0 for what is no key"""
+    for h in range(maximum.shape[0]):
+        _exponentiate(scores[h], maximum[h])
+        for k in range(count, scores.shape[1]):
+            scores[h, k] = 0
+
+
+@jit
+def survey_tile(scores, count, maximum, total):
+    """
+    Brings each head's largest score so far, and the sum of exponentials relative to it, up to date; scores become these
+    exponentials.
+    """
+    for h in range(maximum.shape[0]):
+        before, largest = maximum[h], maximum[h]
+        for k in range(count):
+            largest = max(largest, scores[h, k])
+        total[h] *= np.exp(before - largest)
+        maximum[h] = largest
+    exponentiate_tile(scores, count, maximum)
+    for h in range(maximum.shape[0]):
+        tile_total = scores.dtype.type(0)
+        for k in range(scores.shape[1]):
+            tile_total += scores[h, k]
+        total[h] += tile_total
+
+
+@jit
+def divide_tile(scores, total):
+    """Exponentials become probabilities."""
+    for h in range(total.shape[0]):
+        inverse = scores.dtype.type(1) / total[h]
+        for k in range(scores.shape[1]):
+            scores[h, k] *= inverse
+
+
+@jit
+def find_factors(scores, norm, num_heads, square, factor):
+    """Factors of the pairs, with the inverse mean square of RMSHead in `square`."""
+    one = scores.dtype.type(1)
+    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+        total = zeros(scores)
+        if norm == RMS_HEAD:
+            for h in range(scores.shape[0]):
+                s = load(scores, (h, k))
+                total = multiply_add(s, s, total)
+            inverse = divide(
+                one, add(multiply(total, one / scores.dtype.type(num_heads)), scores.dtype.type(_EPSILON))
+            )
+            store(square, (k,), inverse)
+            store(factor, (k,), square_root(inverse))
+        else:
+            store(factor, (k,), add(total, one))
+
+
+@jit
+def rectify_tile(a, factor, relu):
+    """a[d, k] = φ(a[d, k] · factor[k])"""
+    for d in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            x = a[d, k] * factor[k]
+            a[d, k] = 0 if relu and x < 0 else x
+
+
+@jit
+def derive_tile(gradient, a, relu):
+    """gradient[d, k] *= φ'(·), which a = φ(·) shows"""
+    if relu:
+        for d in range(a.shape[0]):
+            for k in range(a.shape[1]):
+                gradient[d, k] = gradient[d, k] if a[d, k] > 0 else 0
+
+
+@jit
+def generate(hidden, scores, factor, values, relu):
+    """hidden[d, k] = φ(Σ_h code[h, k] · values[h, d, k]), equation 6 of the paper"""
+    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+        f = load(factor, (k,))
+        for d in range(0, values.shape[1], 4):
+            a0 = a1 = a2 = a3 = zeros(scores)
+            for h in range(scores.shape[0]):
+                s = load(scores, (h, k))
+                a0 = multiply_add(s, load(values, (h, d, k)), a0)
+                a1 = multiply_add(s, load(values, (h, d + 1, k)), a1)
+                a2 = multiply_add(s, load(values, (h, d + 2, k)), a2)
+                a3 = multiply_add(s, load(values, (h, d + 3, k)), a3)
+            a0, a1, a2, a3 = multiply(a0, f), multiply(a1, f), multiply(a2, f), multiply(a3, f)
+            if relu:
+                a0, a1, a2, a3 = rectify(a0), rectify(a1), rectify(a2), rectify(a3)
+            store(hidden, (d, k), a0)
+            store(hidden, (d + 1, k), a1)
+            store(hidden, (d + 2, k), a2)
+            store(hidden, (d + 3, k), a3)
+
+
+@jit
+def read_out(read, scores, factor, hidden):
+    """read[h, d] = Σ_k code[h, k] · hidden[d, k]; hidden becomes hidden · factor"""
+    rectify_tile(hidden, factor, False)
+    for h in range(read.shape[0]):
+        for d in range(0, hidden.shape[0], 4):
+            a0 = a1 = a2 = a3 = zeros(scores)
+            for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+                s = load(scores, (h, k))
+                a0 = multiply_add(s, load(hidden, (d, k)), a0)
+                a1 = multiply_add(s, load(hidden, (d + 1, k)), a1)
+                a2 = multiply_add(s, load(hidden, (d + 2, k)), a2)
+                a3 = multiply_add(s, load(hidden, (d + 3, k)), a3)
+            store_totals(read, (h, d), a0, a1, a2, a3)
+
+
+@jit
+def mix_values(read, scores, factor, values):
+    """read[h, d] = Σ_k code[h, k] · values[h, d, k]"""
+    for h in range(read.shape[0]):
+        for d in range(0, values.shape[1], 4):
+            a0 = a1 = a2 = a3 = zeros(scores)
+            for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+                s = multiply(load(scores, (h, k)), load(factor, (k,)))
+                a0 = multiply_add(s, load(values, (h, d, k)), a0)
+                a1 = multiply_add(s, load(values, (h, d + 1, k)), a1)
+                a2 = multiply_add(s, load(values, (h, d + 2, k)), a2)
+                a3 = multiply_add(s, load(values, (h, d + 3, k)), a3)
+            store_totals(read, (h, d), a0, a1, a2, a3)
+
+
+@jit
+def hidden_gradient(gradient, scores, factor, grad_read, hidden, relu):
+    """gradient[d, k] = φ'(·) · factor[k] · Σ_h grad_read[h, d] · scores[h, k], where hidden = φ(·)"""
+    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+        f = load(factor, (k,))
+        for d in range(0, hidden.shape[0], 4):
+            a0 = a1 = a2 = a3 = zeros(scores)
+            for h in range(scores.shape[0]):
+                s = load(scores, (h, k))
+                a0 = multiply_add(s, grad_read[h, d], a0)
+                a1 = multiply_add(s, grad_read[h, d + 1], a1)
+                a2 = multiply_add(s, grad_read[h, d + 2], a2)
+                a3 = multiply_add(s, grad_read[h, d + 3], a3)
+            store(gradient, (d, k), multiply(a0, f))
+            store(gradient, (d + 1, k), multiply(a1, f))
+            store(gradient, (d + 2, k), multiply(a2, f))
+            store(gradient, (d + 3, k), multiply(a3, f))
+    derive_tile(gradient, hidden, relu)
+
+
+@jit
+def generated_gradients(grad_codes, grad_values, scores, factor, grad_read, last, grad_hidden, values, onto):
+    """
+    grad_codes[h, k] = grad_read[h] · last[:, k] + grad_hidden[:, k] · values[h, :, k], added to what is there with `onto`;
+    grad_values[h, d, k] += code[h, k] · grad_hidden[d, k]
+    """
+    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+        f = load(factor, (k,))
+        for d in range(0, last.shape[0], 4):
+            l0, l1, l2, l3 = load(last, (d, k)), load(last, (d + 1, k)), load(last, (d + 2, k)), load(last, (d + 3, k))
+            g0, g1 = load(grad_hidden, (d, k)), load(grad_hidden, (d + 1, k))
+            g2, g3 = load(grad_hidden, (d + 2, k)), load(grad_hidden, (d + 3, k))
+            for h in range(scores.shape[0]):
+                a = load(grad_codes, (h, k)) if onto or d > 0 else zeros(scores)
+                a = multiply_add(grad_read[h, d], l0, a)
+                a = multiply_add(grad_read[h, d + 1], l1, a)
+                a = multiply_add(grad_read[h, d + 2], l2, a)
+                a = multiply_add(grad_read[h, d + 3], l3, a)
+                e = multiply(g0, load(values, (h, d, k)))
+                e = multiply_add(g1, load(values, (h, d + 1, k)), e)
+                e = multiply_add(g2, load(values, (h, d + 2, k)), e)
+                e = multiply_add(g3, load(values, (h, d + 3, k)), e)
+                store(grad_codes, (h, k), add(a, e))
+                s = multiply(load(scores, (h, k)), f)
+                store(grad_values, (h, d, k), multiply_add(s, g0, load(grad_values, (h, d, k))))
+                store(grad_values, (h, d + 1, k), multiply_add(s, g1, load(grad_values, (h, d + 1, k))))
+                store(grad_values, (h, d + 2, k), multiply_add(s, g2, load(grad_values, (h, d + 2, k))))
+                store(grad_values, (h, d + 3, k), multiply_add(s, g3, load(grad_values, (h, d + 3, k))))
+
+
+@jit
+def mixed_gradients(grad_codes, grad_values, scores, factor, grad_read, values):
+    """grad_codes[h, k] = grad_read[h] · values[h, :, k]; grad_values[h, d, k] += code[h, k] · grad_read[h, d]"""
+    for h in range(scores.shape[0]):
+        for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+            a = zeros(scores)
+            s = multiply(load(scores, (h, k)), load(factor, (k,)))
+            for d in range(values.shape[1]):
+                a = multiply_add(grad_read[h, d], load(values, (h, d, k)), a)
+                store(grad_values, (h, d, k), multiply_add(grad_read[h, d], s, load(grad_values, (h, d, k))))
+            store(grad_codes, (h, k), a)
+
+
+@jit
+def score_gradients(grad_codes, scores, norm, num_heads, square, factor, keep):
+    """Without softmax: gradients of the scores, in the place of the codes'."""
+    number = scores.dtype.type
+    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
+        f, kept, along = load(factor, (k,)), load(keep, (k,)), zeros(scores)
+        if norm == RMS_HEAD and num_heads == 1:
+            # The difference below, of numbers that are equal but for epsilon.
+            f = multiply(multiply(f, load(square, (k,))), number(_EPSILON))
+        elif norm == RMS_HEAD:
+            for h in range(scores.shape[0]):
+                along = multiply_add(load(grad_codes, (h, k)), load(scores, (h, k)), along)
+            along = multiply(multiply(along, load(square, (k,))), multiply(f, number(1) / number(num_heads)))
+        for h in range(scores.shape[0]):
+            a = subtract(multiply(f, load(grad_codes, (h, k))), multiply(load(scores, (h, k)), along))
+            store(grad_codes, (h, k), where_positive(kept, a, number(0)))
+
+
+@jit
+def softmax_gradients(grad_codes, scores, factor, keep, sums, add_up):
+    """Under softmax; `sums[h]` is the sum over keys of probability times its gradient, or with `add_up` becomes it."""
+    for h in range(sums.shape[0]):
+        if add_up:
+            total = scores.dtype.type(0)
+            for k in range(scores.shape[1]):
+                total += factor[k] * grad_codes[h, k] * scores[h, k]
+            sums[h] += total
+        mean = sums[h]
+        for k in range(scores.shape[1]):
+            gradient = scores[h, k] * (factor[k] * grad_codes[h, k] - mean)
+            grad_codes[h, k] = gradient if keep[k] > 0 else 0
+
+
+@jit
+def add_score_gradients(grad_bias, grad_keys, grad_row, grad_scores, first, row, keys):
+    """
+    grad_bias[h, first + k] += grad_scores[h, k]; grad_keys[h, d, k] += row[h, d] · grad_scores[h, k];
+    grad_row[h, d] = Σ_k grad_scores[h, k] · keys[h, d, k]
+    """
+    for h in range(grad_bias.shape[0]):
+        for k in range(0, grad_scores.shape[1], VECTOR_BYTES // grad_scores.itemsize):
+            store(grad_bias, (h, first + k), add(load(grad_bias, (h, first + k)), load(grad_scores, (h, k))))
+        for d in range(0, keys.shape[1], 4):
+            r0, r1, r2, r3 = row[h, d], row[h, d + 1], row[h, d + 2], row[h, d + 3]
+            a0 = a1 = a2 = a3 = zeros(keys)
+            for k in range(0, grad_scores.shape[1], VECTOR_BYTES // grad_scores.itemsize):
+                s = load(grad_scores, (h, k))
+                store(grad_keys, (h, d, k), multiply_add(r0, s, load(grad_keys, (h, d, k))))
+                store(grad_keys, (h, d + 1, k), multiply_add(r1, s, load(grad_keys, (h, d + 1, k))))
+                store(grad_keys, (h, d + 2, k), multiply_add(r2, s, load(grad_keys, (h, d + 2, k))))
+                store(grad_keys, (h, d + 3, k), multiply_add(r3, s, load(grad_keys, (h, d + 3, k))))
+                a0 = multiply_add(s, load(keys, (h, d, k)), a0)
+                a1 = multiply_add(s, load(keys, (h, d + 1, k)), a1)
+                a2 = multiply_add(s, load(keys, (h, d + 2, k)), a2)
+                a3 = multiply_add(s, load(keys, (h, d + 3, k)), a3)
+            store_totals(grad_row, (h, d), a0, a1, a2, a3)

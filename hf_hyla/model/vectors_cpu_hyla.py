@@ -1,0 +1,272 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Vectors of the processor as values that numba compiles, and the formats of half precision, which numba does not know.
+
+numba leaves it to LLVM to find vector instructions in a loop. Where a loop keeps a dozen of running sums, LLVM keeps them in
+memory. With vectors as values the sums are local variables, and stay in registers. A function here takes arrays by element:
+`load(a, (h, d, k))` is the vector whose first element is `a[h, d, k]`; a number beside vectors stands for a vector of it.
+
+Half precision is only a way to store numbers. bfloat16 comes as int16 and float16 as uint16, and both are computed in float32.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+try:
+    import numba
+    from llvmlite import binding, ir
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic, models, overload, register_model
+except ImportError:  # another implementation takes over, see `cpu_problem`
+    numba = None
+
+# Sums may be reordered, which vector instructions need; infinities and NaN keep their meaning.
+OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
+_FLAGS = ("contract", "nsz", "arcp")
+
+
+def jit(function):
+    return numba.njit(forceinline=True, **OPTIONS)(function) if numba else function
+
+
+def jit_in_order(function):
+    """Sums stay in the order they are written in, for what depends on how it rounds."""
+    options = OPTIONS | {"fastmath": {"contract"}}
+    return numba.njit(forceinline=True, **options)(function) if numba else function
+
+
+def compiled_by_type(function):
+    """Of the decorated function, which takes types, the result for the types of the arguments is compiled."""
+    if numba is None:
+        return lambda choose: choose
+    return overload(function, jit_options={"forceinline": True, **OPTIONS})
+
+
+def _vector_bytes() -> int:
+    """Of the processor's widest vectors; half of that width serves the others well enough."""
+    return 64 if numba and binding.get_host_cpu_features().get("avx512f") else 32
+
+
+VECTOR_BYTES = _vector_bytes()
+
+
+if numba:
+
+    class _Vector(types.Type):
+        """As many elements as `VECTOR_BYTES` holds."""
+
+        def __init__(self, element):
+            self.element = element
+            super().__init__(f"Vector({element}, {VECTOR_BYTES})")
+
+    @register_model(_Vector)
+    class _VectorModel(models.PrimitiveModel):
+        def __init__(self, manager, vector):
+            super().__init__(manager, vector, _ir_type(manager.lookup(vector.element).get_value_type()))
+
+
+def _ir_type(element):
+    return ir.VectorType(element, VECTOR_BYTES * 8 // (32 if element == ir.FloatType() else 64))
+
+
+def _spread(builder, x):
+    """`x` as a vector: itself, or the number in every place."""
+    if isinstance(x.type, ir.VectorType):
+        return x
+    vector = _ir_type(x.type)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, x, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None))
+
+
+def _pointer(context, builder, array_type, array, index_type, index):
+    fields = context.make_array(array_type)(context, builder, array)
+    indices = [
+        context.cast(builder, position, position_type, types.intp)
+        for position, position_type in zip(cgutils.unpack_tuple(builder, index), index_type, strict=True)
+    ]
+    pointer = cgutils.get_item_pointer2(
+        context, builder, fields.data, cgutils.unpack_tuple(builder, fields.shape),
+        cgutils.unpack_tuple(builder, fields.strides), array_type.layout, indices, wraparound=False, boundscheck=False,
+    )  # fmt: skip
+    return builder.bitcast(pointer, _ir_type(context.get_data_type(array_type.dtype)).as_pointer())
+
+
+def _operation(build: Callable, arguments: int):
+    """A function of so many vectors or numbers, of which one at least is a vector; `build(builder, *vectors)` computes it."""
+    if numba is None:
+        return build
+
+    def typed(*operands):
+        vector = next(operand for operand in operands if isinstance(operand, _Vector))
+
+        def generate(context, builder, signature, values):
+            return build(builder, *(_spread(builder, value) for value in values))
+
+        return vector(*operands), generate
+
+    # numba reads the names of the arguments.
+    by_count = {
+        1: lambda typing, x: typed(x),
+        2: lambda typing, x, y: typed(x, y),
+        3: lambda typing, x, y, z: typed(x, y, z),
+    }
+    return intrinsic(by_count[arguments])
+
+
+def _call(builder, name: str, vector):
+    suffix = f"v{vector.type.count}f{32 if vector.type.element == ir.FloatType() else 64}"
+    function = ir.FunctionType(vector.type, [vector.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.{suffix}"), [vector])
+
+
+def _zero(vector):
+    return ir.Constant(vector.type, None)
+
+
+add = _operation(lambda b, x, y: b.fadd(x, y, flags=_FLAGS), 2)
+subtract = _operation(lambda b, x, y: b.fsub(x, y, flags=_FLAGS), 2)
+multiply = _operation(lambda b, x, y: b.fmul(x, y, flags=_FLAGS), 2)
+divide = _operation(lambda b, x, y: b.fdiv(x, y, flags=_FLAGS), 2)
+# x · y + z
+multiply_add = _operation(lambda b, x, y, z: b.fadd(b.fmul(x, y, flags=_FLAGS), z, flags=_FLAGS), 3)
+square_root = _operation(lambda b, x: _call(b, "sqrt", x), 1)
+# 0 where x < 0, else x: NaN stays NaN
+rectify = _operation(lambda b, x: b.select(b.fcmp_ordered("<", x, _zero(x)), _zero(x), x), 1)
+# y where x > 0, else z
+where_positive = _operation(lambda b, x, y, z: b.select(b.fcmp_ordered(">", x, _zero(x)), y, z), 3)
+
+
+if numba:
+
+    @intrinsic
+    def load(typing, array, index):
+        def generate(context, builder, signature, values):
+            loaded = builder.load(_pointer(context, builder, array, values[0], index, values[1]))
+            loaded.align = array.dtype.bitwidth // 8
+            return loaded
+
+        return _Vector(array.dtype)(array, index), generate
+
+    @intrinsic
+    def store(typing, array, index, vector):
+        def generate(context, builder, signature, values):
+            pointer = _pointer(context, builder, array, values[0], index, values[1])
+            builder.store(values[2], pointer).align = array.dtype.bitwidth // 8
+            return context.get_dummy_value()
+
+        return types.void(array, index, vector), generate
+
+    @intrinsic
+    def zeros(typing, array):
+        """A vector of zeros of the array's dtype."""
+        vector = _Vector(array.dtype)
+        return vector(array), lambda context, builder, *_: ir.Constant(context.get_data_type(vector), None)
+
+    @intrinsic
+    def store_totals(typing, array, index, w, x, y, z):
+        """Stores the sums of the elements of four vectors in a row."""
+
+        def generate(context, builder, signature, values):
+            parts = _totals(builder, values[2:])
+            pointer = _pointer(context, builder, array, values[0], index, values[1])
+            builder.store(parts, builder.bitcast(pointer, parts.type.as_pointer())).align = array.dtype.bitwidth // 8
+            return context.get_dummy_value()
+
+        return types.void(array, index, w, x, y, z), generate
+else:
+    load = store = zeros = store_totals = None
+
+
+def _totals(builder, vectors):
+    """The sums of the elements of four vectors, as a vector of four: halves of two are added as one vector."""
+    count = vectors[0].type.count
+
+    def pick(x, y, places):
+        return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places)))
+
+    def folded(x, y, size):
+        """Of vectors made of runs of `size`, each of which is to be summed: the halves of all runs, added."""
+        runs = range(0, 2 * count, size)
+        low = [first + k for first in runs for k in range(size // 2)]
+        return builder.fadd(pick(x, y, low), pick(x, y, [k + size // 2 for k in low]), flags=_FLAGS)
+
+    first, second = folded(vectors[0], vectors[1], count), folded(vectors[2], vectors[3], count)
+    total, size = folded(first, second, count // 2), count // 4
+    while size > 1:
+        runs = range(0, total.type.count, size)
+        low = [first + k for first in runs for k in range(size // 2)]
+        total = builder.fadd(pick(total, total, low), pick(total, total, [k + size // 2 for k in low]), flags=_FLAGS)
+        size //= 2
+    return total
+
+
+def widened(x):
+    """A stored element as a number to compute with."""
+    raise NotImplementedError("compiled only")
+
+
+def rounded(x, stored):
+    """The nearest number of the format that the array `stored` has, of two the even one: its bits."""
+    raise NotImplementedError("compiled only")
+
+
+# Every integer below has its type written out: in loops of one width the compiler finds vector instructions.
+@compiled_by_type(widened)
+def _choose_widened(x):
+    if x == types.int16:  # bfloat16: the upper half of a float32
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    if x == types.uint16:
+
+        def widened(x):
+            bits = np.int32(x)
+            magnitude = np.int32(np.int32(bits & np.int32(0x7FFF)) << np.int32(13))
+            # Exponents differ by 112, but the largest stands for infinity and NaN in both. Exact below the normal numbers, too.
+            wide = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.int32)
+            special = np.int32(0x7F800000) if magnitude >= np.int32(0x7C00 << 13) else np.int32(0)
+            sign = np.int32(np.int32(bits & np.int32(0x8000)) << np.int32(16))
+            return np.int32(wide | special | sign).view(np.float32)
+
+        return widened
+    return lambda x: x
+
+
+@compiled_by_type(rounded)
+def _choose_rounded(x, stored):
+    if stored.dtype == types.int16:
+
+        def rounded(x, stored):
+            bits = np.float32(x).view(np.int32)
+            odd = np.int32(bits >> np.int32(16)) & np.int32(1)
+            nearest = np.int32(np.int32(bits + np.int32(0x7FFF) + odd) >> np.int32(16))
+            return np.int16(nearest if x == x else np.int32(0x7FC0))
+
+        return rounded
+
+    def rounded(x, stored):
+        bits = np.float32(x).view(np.int32)
+        size = bits & np.int32(0x7FFFFFFF)
+        odd = np.int32(bits >> np.int32(13)) & np.int32(1)
+        nearest = np.int32(np.int32(size + np.int32(0xFFF) + odd) >> np.int32(13)) - np.int32(112 << 10)
+        nearest = min(nearest, np.int32(0x7C00))  # infinity
+        # From 1/2 to 1, float32 has steps of 2**-24, those of float16 below its normal numbers.
+        small = np.float32(abs(x) + np.float32(0.5)).view(np.int32) - np.int32(0x3F000000)
+        nearest = small if size < np.int32(113 << 23) else nearest
+        nearest = nearest if x == x else np.int32(0x7E00)
+        return np.uint16(nearest | np.int32(np.int32(bits >> np.int32(16)) & np.int32(0x8000)))
+
+    return rounded
