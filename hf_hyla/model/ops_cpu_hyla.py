@@ -29,7 +29,8 @@ from .vectors_cpu_hyla import VECTOR_BYTES, numba
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # Whole vectors of the machines there are, and small enough for a query's scores to stay in the first-level cache.
-_TILES = (16, 24, 32, 40, 48, 64, 96, 128)
+_TILES = (16, 24, 32, 40, 48)
+_TILE_OF_MANY = 32
 _NORMS = {"none": NONE, "rms_head": RMS_HEAD, "softmax": SOFTMAX}
 # By dtype: the integers of equal size as which numba sees the elements, or `None` where it knows them.
 _BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float32: None, torch.float64: None}
@@ -40,12 +41,9 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _tile(key_length: int, dtype: torch.dtype) -> int:
-    """
-    Keys per tile: of a few sizes, since each is compiled, the one by which least is computed beyond the keys. What every tile
-    costs besides is worth some 32 keys.
-    """
+    """Keys per tile: all where they fit into one, otherwise so few that the tile and its gradients stay in the nearest cache."""
     whole = VECTOR_BYTES // _wide(dtype).itemsize
-    return min((tile for tile in _TILES if tile % whole == 0), key=lambda tile: -(-key_length // tile) * (tile + 32))
+    return next((tile for tile in _TILES if tile >= key_length and tile % whole == 0), _TILE_OF_MANY)
 
 
 def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int, str]:

@@ -107,13 +107,12 @@ def drop(factor, threshold, survivor, row_word, column_words):
 @jit
 def score(scores, query, keys, bias, first, keep, masked):
     """scores[h, k] = query[h] · keys[h, :, k] + bias, and the constant `masked` where the key is not seen"""
-    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-        kept = load(keep, (k,))
-        for h in range(bias.shape[0]):
+    for h in range(bias.shape[0]):
+        for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
             s = load(bias, (h, first + k))
             for d in range(keys.shape[1]):
                 s = multiply_add(query[h, d], load(keys, (h, d, k)), s)
-            store(scores, (h, k), where_positive(kept, s, masked))
+            store(scores, (h, k), where_positive(load(keep, (k,)), s, masked))
 
 
 # The exponential of x is 2^n exp(r), with the integer n nearest to x / ln 2 and a polynomial, Taylor's, for exp(r): terms are
