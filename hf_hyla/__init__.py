@@ -1,18 +1,54 @@
-"""HYLA, hypernetwork linear attention, for Hugging Face transformers. Importing it registers the Auto classes and the pipeline."""
+"""
+HYLA, hypernetwork linear attention, for Hugging Face transformers. Importing it registers the Auto classes and the pipeline.
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-from transformers.pipelines import PIPELINE_REGISTRY
+transformers and torch take seconds to import, and `hyla --help` needs neither. So the classes are loaded when they are first
+used, and registered at the latest when transformers is imported, without which no model can be loaded:
 
-from .model import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
+- If transformers has been imported before, `hf_hyla.model` is imported here and now, and registers its classes.
+- Otherwise Python is asked to import `hf_hyla.model` right after transformers, whoever imports it.
+"""
 
+import importlib
+import importlib.abc
+import sys
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .model import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
 
 __version__ = "0.1.0"
-
-AutoConfig.register(HylaConfig.model_type, HylaConfig, exist_ok=True)
-AutoModel.register(HylaConfig, HylaModel, exist_ok=True)
-AutoModelForSequenceClassification.register(HylaConfig, HylaForSequenceClassification, exist_ok=True)
-PIPELINE_REGISTRY.register_pipeline(
-    "symbolic-reasoning", SymbolicReasoningPipeline, pt_model=AutoModelForSequenceClassification
-)
-
 __all__ = ["HylaConfig", "HylaForSequenceClassification", "HylaModel", "SymbolicReasoningPipeline", "__version__"]
+
+
+class _AfterTransformers(importlib.abc.MetaPathFinder):
+    """Finds transformers as the other finders do, and has `hf_hyla.model` imported once transformers is."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "transformers":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module) -> None:
+                execute(module)
+                # Unless it is what imports transformers, perhaps in another thread, which must not be waited for.
+                if "hf_hyla.model" not in sys.modules:
+                    importlib.import_module("hf_hyla.model")
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "transformers" in sys.modules:
+    importlib.import_module("hf_hyla.model")
+else:
+    sys.meta_path.insert(0, _AfterTransformers())
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("hf_hyla.model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -275,7 +275,7 @@ def convert_files(params: Path, config: Path, output: Path, num_answers: int | N
     try:
         description = json.loads(config.read_text())
         tensors = load_file(params)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{config} is not JSON: {error}.") from None
     except SafetensorError as error:
         raise ValueError(f"{params} is not a safetensors file: {error}.") from None

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from .paths import find_recipe
 from .runs.record import RECORD_NAME, RunRecord, first_difference
-from .training.recipe import Recipe, find_recipe, load_recipe
+from .training.recipe import Recipe, load_recipe
 from .training.typed_yaml import read_mapping
 from .utils import one_line
 

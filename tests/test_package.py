@@ -45,11 +45,12 @@ STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
     "model": (set(), {"torch", "transformers", "huggingface_hub", "numpy", "numba", "triton"}),
     "utils": (set(), {"huggingface_hub"}),
+    "paths": ({"utils"}, {"huggingface_hub"}),
     "metrics": (set(), {"numpy", "evaluate", "datasets"}),
     "tasks": ({"metrics", "utils"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
     "runs": ({"tasks", "metrics", "model", "utils"}, {"torch", "huggingface_hub", "matplotlib"}),
     "training": (
-        {"model", "tasks", "metrics", "runs", "utils"},
+        {"model", "tasks", "metrics", "runs", "utils", "paths"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
     ),
     "analysis": ({"model", "tasks", "metrics", "utils"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
@@ -58,8 +59,8 @@ ALLOWED = {
         {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
     ),
     "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
-    "sweep": ({"training", "model", "tasks", "metrics", "runs", "utils"}, {"torch"}),
-    "benchmark": ({"training", "model", "tasks", "metrics", "runs", "utils"}, {"torch", "transformers"}),
+    "sweep": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch"}),
+    "benchmark": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch", "transformers"}),
 }
 # Imports the modules of each part in a process of its own, forked from one that has imported hf_hyla, and prints which parts
 # of the package were loaded with them.

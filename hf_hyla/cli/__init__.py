@@ -1,10 +1,22 @@
-"""The `hyla` command. Each command imports what it needs; bad input ends with one sentence and exit code 2."""
+"""
+The `hyla` command. Bad input ends with one sentence and exit code 2.
+
+A command is a file with two functions: `add` declares its arguments, and `run` imports what the command needs and does it. So
+help and wrong arguments are answered before torch and transformers are imported.
+"""
 
 import argparse
+import os
 import re
 import sys
 
-from . import runs, tools
+from .. import __version__
+from . import bench, card, ceiling, compare, convert, data, env, evaluate, probe, publish, recipes, sweep, train
+from .parser import Parser, nearest
+from .settings import check_settings, unknown_argument
+
+
+COMMANDS = (train, evaluate, probe, compare, sweep, recipes, data, ceiling, bench, card, publish, convert, env)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -12,34 +24,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     The arguments of a command; `run` is its function, and `overrides` its `--section.key value` by key.
 
     Raises:
-        ValueError: for an unknown argument. argparse exits by itself for a missing one.
+        ValueError: for a command or an argument that is missing, unknown or wrong.
     """
-    parser = argparse.ArgumentParser(prog="hyla", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        runs.add_train,
-        runs.add_evaluate,
-        tools.add_probe,
-        runs.add_compare,
-        runs.add_sweep,
-        tools.add_data,
-        tools.add_ceiling,
-        tools.add_bench,
-        tools.add_card,
-        tools.add_publish,
-        tools.add_convert,
-        tools.add_env,
-    ):
-        add(commands)
+    parser = Parser(prog="hyla", description="HYLA: train, evaluate, analyse and publish.")
+    parser.add_argument("--version", action="version", version=f"hyla {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    parser.set_defaults(run=lambda arguments: parser.print_help(), sections=())
     rest, overrides = _split_overrides(argv)
+    word = next((word for word in rest if not word.startswith("-")), None)
+    if word is not None and word not in commands.choices:
+        known = ", ".join(commands.choices)
+        raise ValueError(f"There is no command {word!r}{nearest(word, commands.choices)}: expected one of {known}.")
     arguments, unknown = parser.parse_known_args(rest)
-    accepted = getattr(arguments, "sections", ())
-    unknown += [f"--{key}" for key in overrides if key.partition(".")[0] not in accepted]
+    unknown += [f"--{key}" for key in overrides if key.partition(".")[0] not in arguments.sections]
     if unknown:
-        expected = " or ".join(f"--{section}.key value" for section in accepted)
-        raise ValueError(
-            f"Unknown argument {unknown[0]!r}" + (f": expected {expected}." if expected else "; see --help.")
-        )
+        chosen = commands.choices[word] if word else parser
+        raise ValueError(unknown_argument(unknown[0], chosen.options, arguments.sections))
+    check_settings(overrides)
     arguments.overrides = overrides
     return arguments
 
@@ -47,7 +50,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Who reads the output has enough of it, as `head` does. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"hyla: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,10 +1,14 @@
 """What all cards have: templates, licence, citation, snippets that are run, and the names of repositories."""
 
 import contextlib
+import hashlib
 import importlib.resources
 import io
 import re
 from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..runs.paper import differing_settings
 from ..tasks import Task
@@ -58,6 +62,13 @@ def sibling_repo(repo_id: str | None, name: str) -> str:
 
 
 def dataset_repo(task: Task, repo_id: str | None) -> str:
-    """The repository of a task's samples; settings other than the paper's are in its name, since samples differ by them."""
-    differing = [f"-{name}-{value}".lower() for name, value in differing_settings(task).items()]
-    return sibling_repo(repo_id, task.name + "".join(differing))
+    """
+    The repository of a task's samples. Settings other than the paper's are in its name, since samples differ by them, or a
+    digest of them where that is no name of a repository.
+    """
+    settings = "".join(f"-{name}-{value}".lower() for name, value in differing_settings(task).items())
+    try:
+        validate_repo_id(task.name + settings)
+    except HFValidationError:  # too long, or of a negative number
+        settings = f"-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    return sibling_repo(repo_id, task.name + settings)

@@ -1,9 +1,23 @@
-"""What is uploaded beside the weights: flat files that import torch, transformers (with its huggingface_hub) and each other."""
+"""
+What is uploaded beside the weights: flat files that import torch, transformers (with its huggingface_hub) and each other.
+
+This file stays here. It registers the Auto classes and the pipeline, see `hf_hyla/__init__.py`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hyla import HylaConfig
 from .modeling_hyla import HylaForSequenceClassification, HylaModel, HylaPreTrainedModel
 from .pipeline_hyla import SymbolicReasoningPipeline
 
+
+AutoConfig.register(HylaConfig.model_type, HylaConfig, exist_ok=True)
+AutoModel.register(HylaConfig, HylaModel, exist_ok=True)
+AutoModelForSequenceClassification.register(HylaConfig, HylaForSequenceClassification, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    "symbolic-reasoning", SymbolicReasoningPipeline, pt_model=AutoModelForSequenceClassification
+)
 
 __all__ = [
     "HylaConfig",

@@ -8,9 +8,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
+from ..paths import find_recipe
 from ..runs.record import HUB_KEYS, tells_recipes_apart
 from ..tasks import TASKS, Task, get_task
-from ..utils import nearest, one_line, recipes_folder
+from ..utils import nearest, one_line
 from .arguments import MUON, HylaTrainingArguments
 from .trainer import check_schedule
 from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
@@ -150,13 +151,6 @@ class Recipe:
     def training_arguments(self) -> dict[str, Any]:
         """What `HylaTrainingArguments` takes of `trainer`; the rest is for `hyla train`, which publishes the finished run."""
         return {key: value for key, value in self.trainer.items() if key not in HUB_KEYS}
-
-
-def find_recipe(path: str | Path) -> Path:
-    """`path`, or else that file among the recipes that come with the package, in a checkout or installed."""
-    path = Path(path)
-    inside = recipes_folder() / (Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path)
-    return inside if inside.is_file() and not path.exists() else path
 
 
 def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:

@@ -35,7 +35,13 @@ from .weights import initial_model
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: float | None = None) -> RunRecord:
+def train(
+    recipe: Recipe,
+    output: Path,
+    overwrite: bool = False,
+    max_minutes: float | None = None,
+    num_samples: int | None = None,
+) -> RunRecord:
     """
     Trains the recipe's model, evaluates every split but the one it trained on, and writes weights, code, recipe,
     run.json and learning_curve.png into `output`. Several processes share the recipe's batch. The recipe's `push_to_hub` is
@@ -45,6 +51,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
 
     Args:
         max_minutes: stop, with a checkpoint saved, before training has taken so long.
+        num_samples: samples per split of the evaluation at the end; the paper's number where it is `None`.
 
     Raises:
         FileExistsError: if `output` holds a finished run, or one of another recipe, and `overwrite` is not set.
@@ -57,8 +64,8 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
     task = recipe.task
     args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **_tracking(output) | recipe.training_arguments)
     check_before_start(recipe)
-    num_samples = training_samples(args)
-    train_dataset = training_data(recipe, num_samples)
+    samples_seen = training_samples(args)
+    train_dataset = training_data(recipe, samples_seen)
     args.per_device_train_batch_size = share_of_batch(args.per_device_train_batch_size, args.world_size, args.n_gpu)
     with contextlib.ExitStack() as until_the_end:
         resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, until_the_end))
@@ -82,7 +89,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             stop.check(trainer.state)
-            metrics = {split: _evaluate_split(trainer, task, split) for split in evaluated}
+            metrics = {split: _evaluate_split(trainer, task, split, num_samples) for split in evaluated}
         curve = _curve(trainer.state.log_history, evaluated)
         record = RunRecord(
             name=recipe.name,
@@ -90,7 +97,7 @@ def train(recipe: Recipe, output: Path, overwrite: bool = False, max_minutes: fl
             seeds={"task": task.seed, "trainer": args.seed},
             num_parameters=model.num_parameters(),
             steps=trainer.state.global_step,
-            samples_seen=num_samples,
+            samples_seen=samples_seen,
             seconds=max((entry["seconds"] for entry in curve), default=0.0),
             metrics=metrics,
             curve=curve,

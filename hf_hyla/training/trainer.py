@@ -41,8 +41,9 @@ def check_schedule(warmup_steps: float, max_steps: int) -> None:
     """
     if max_steps <= 2 * warmup_steps:
         raise ValueError(
-            f"max_steps must be larger than twice warmup_steps, got {max_steps} and {warmup_steps}: the rate rises for "
-            "warmup_steps, and reaches its floor that long before the end."
+            f"max_steps must be larger than twice warmup_steps, got {max_steps} and {warmup_steps:g}: the learning rate rises "
+            f"for warmup_steps, and reaches its floor that long before the end. Set warmup_steps to {max(0, max_steps - 1) // 2} "
+            f"or less, or max_steps to {2 * warmup_steps + 1:g} or more; `hyla train RECIPE --quick` fits both."
         )
 
 

@@ -19,7 +19,7 @@ from jinja2 import meta
 from hf_hyla import HylaForSequenceClassification, metrics
 from hf_hyla.cli import main
 from hf_hyla.hub import cards, model_card, spaces
-from hf_hyla.hub.cards import template
+from hf_hyla.hub.cards import dataset_repo, template
 from hf_hyla.hub.publish import check_before_training
 from hf_hyla.metrics import modules
 from hf_hyla.runs import Run, RunRecord, plots
@@ -403,3 +403,13 @@ def test_all_cite_the_paper_alike():
     # The metrics travel alone and cannot import it.
     assert modules._CITATION == cards.CITATION
     assert "@inproceedings" not in "".join(path.read_text() for path in TEMPLATES.iterdir())
+
+
+def test_a_dataset_is_named_by_its_settings_or_by_a_digest_where_that_is_no_name_of_a_repository():
+    assert dataset_repo(get_task("sraven", num_features=3), "org/model") == "org/sraven-num_features-3"
+    settings = {"num_features": 3, "num_values": 7, "held_out": 0.125, "permute": False, "unambiguous": True}
+    names = {
+        dataset_repo(get_task("sraven", **task), "org/model")
+        for task in ({"seed": -1}, {"seed": -2}, {**settings, "seed": 10**40}, {**settings, "seed": 10**40 + 1})
+    }
+    assert len(names) == 4 and all(re.fullmatch(r"org/sraven-[0-9a-f]{8}", name) for name in names)

@@ -1,7 +1,9 @@
 """The command line as a user meets it: results on standard output, one sentence and exit code 2 for bad input."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
 
 
+PROJECT = Path(__file__).parents[2]
 TINY = {
     "task": {"name": "logic", "num_examples": 4},
     "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
@@ -119,7 +122,7 @@ def test_env_is_json(capsys):
     ("arguments", "message"),
     [
         (["train", "no-such.yaml"], "no-such.yaml"),
-        (["train", "{recipe}", "--model.atention_type", "hyla"], "did you mean 'attention_type'"),
+        (["train", "{recipe}", "--model.atention_type", "hyla"], "did you mean --model.attention_type?"),
         (["train", "{recipe}", "--model.attention_type"], "lacks a value"),
         (["train", "{recipe}", "--modle.x", "1"], "Unknown argument '--modle.x'"),
         (["train", "{recipe}", "--overwrit"], "Unknown argument '--overwrit'"),
@@ -132,26 +135,32 @@ def test_env_is_json(capsys):
         ),
         (["train", "{recipe}", "--dry-run", "--task.data", "{run}-2"], "holds no data of a task"),
         (["train", "{recipe}", "--dry-run", "--trainer.report_to", "clearml"], "clearml, which is not installed"),
-        (["evaluate", "{run}-2", "--task", "logic", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["evaluate", "{run}-2", "--task", "logic"], "There is no run or model {run}-2"),
         (["evaluate", "{run}", "--split", "odd"], "has no split 'odd'"),
         (["evaluate", "{run}", "--task", "sraven"], "does not fit the task sraven"),
         (["evaluate", "{recipe.parent}", "--task", "logic"], "holds no model"),
         (["evaluate", "{run}", "--task.num_examples", "["], "is not valid YAML"),
         (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
-        (["evaluate", "{run}", "--num-samples", "0"], "num_samples must be at least 1"),
-        (["data", "ravens", "--output", "{run}"], "did you mean 'sraven'"),
+        (["evaluate", "{run}", "--num-samples", "0"], "--num-samples must be an integer of at least 1, got 0"),
+        (["data", "ravens", "--output", "{run}"], "did you mean sraven?"),
         (["data", "sraven", "--split", "odd", "--output", "{run}"], "has no split 'odd'"),
-        (["data", "sraven", "--num-examples", "0", "--output", "{run}"], "num_samples must be at least 1"),
+        (
+            ["data", "sraven", "--num-examples", "0", "--output", "{run}"],
+            "--num-examples must be an integer of at least 1",
+        ),
         (["data", "sraven", "--num-examples", "1", "--output", "{run}"], "is not empty and holds no data"),
-        (["ceiling", "--num-samples", "0"], "num_samples must be at least 1"),
+        (["ceiling", "--num-samples", "0"], "--num-samples must be an integer of at least 1"),
         (["train", "{recipe}", "--task.data", "{run}", "--output", "{run}-2"], "holds no data of a task"),
-        (["convert", "--params", "a", "--config", "b", "--output", "c"], "b"),
+        (
+            ["convert", "--params", "{recipe}", "--config", "b", "--output", "c"],
+            "There is no file with the official config b",
+        ),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, arguments, message):
     assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("hyla: ") and message in error
+    assert error.startswith("hyla: ") and message.format(run=run) in error
 
 
 def test_weights_that_miss_a_layer_are_refused(run, tmp_path, capsys):
@@ -183,6 +192,95 @@ def test_a_folder_without_weights_is_refused(run, tmp_path, capsys):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
     assert main(["evaluate", str(tmp_path), "--task", "logic"]) == 2
     assert "holds no weights" in capsys.readouterr().err
+
+
+def test_a_recipe_may_be_named_without_its_ending_and_without_its_folder(recipe, monkeypatch, tmp_path, capsys):
+    assert main(["train", str(recipe.with_suffix("")), "--dry-run"]) == 0
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.num_hidden_layers=1", "--model.hidden_size=16", "--task.num_examples=4"]
+    assert main(["train", "logic/demo", "--dry-run", *small]) == 0
+    assert "training samples     512,000" in capsys.readouterr().out
+
+
+def test_records_that_come_with_the_package_are_compared_from_anywhere(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "recipes/results"]) == 0
+    assert "logic-hyla" in capsys.readouterr().out
+
+
+def test_a_quick_run_fits_the_schedule_and_scores_few_samples(recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    warm = tmp_path / "warm.yaml"
+    warm.write_text(yaml.safe_dump({**TINY, "trainer": {**TINY["trainer"], "max_steps": 5000, "warmup_steps": 1000}}))
+    assert main(["train", str(warm), "--trainer.max_steps", "10"]) == 2
+    said = capsys.readouterr().err
+    assert "got 10 and 1000" in said and "warmup_steps to 4 or less" in said and "--quick" in said
+    assert main(["train", str(warm), "--quick", "--trainer.max_steps", "20", "--trainer.seed", "3"]) == 0
+    [run] = (tmp_path / "runs").iterdir()
+    record = json.loads((run / "run.json").read_text())
+    assert "-quick" in run.name and record["steps"] == 20 and record["samples_seen"] == 20 * 128
+    assert record["recipe"]["trainer"]["warmup_steps"] == 2 and record["recipe"]["trainer"]["seed"] == 3
+    assert {scores["num_samples"] for scores in record["metrics"].values()} == {1024}
+    assert main(["train", str(warm), "--quick", "--dry-run"]) == 0
+    assert "steps                100 of 128 samples" in capsys.readouterr().out
+
+
+def test_a_run_needs_no_name_for_a_repository(recipe, run, monkeypatch, tmp_path, capsys):
+    assert main(["train", str(recipe), "--dry-run", "--task.seed", "-1"]) == 0
+    monkeypatch.chdir(tmp_path)
+    changed = {"num_variables": 3, "num_terms": 2, "num_examples": 5, "held_out": 0.25, "seed": -1}
+    words = [f"--task.{name}={value}" for name, value in changed.items()]
+    words += ["--trainer.learning_rate=0.00123456789", "--trainer.weight_decay=0.0123456789", "--model.norm_eps=1e-6"]
+    assert (
+        main(["train", str(recipe), *words, "--trainer.adam_epsilon=0.0000000123", "--trainer.adam_beta2=0.98"]) == 0
+    )
+    [folder] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r".*-tiny-[0-9a-f]{8}", folder.name)
+    assert main(["card", str(folder), "--repo-id", "org/name"]) == 0
+    assert re.search(r"\borg/logic-[0-9a-f]{8}\b", (folder / "README.md").read_text())
+
+
+def test_recipes_are_listed_and_copied_and_nothing_is_overwritten(monkeypatch, tmp_path, capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert re.search(r"^logic/demo.yaml +Two CPU cores", listed, re.MULTILINE) and "accelerate/ddp_cpu.yaml" in listed
+    assert main(["recipes", "recipes/logic"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) < len(listed.splitlines())
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "--output", "recipes"]) == 0
+    assert Path("recipes/accelerate/ddp_cpu.yaml").exists() and list(Path("recipes/results").rglob("0.json"))
+    assert main(["recipes", "logic/demo", "--output", "recipes"]) == 0
+    Path("recipes/logic/demo.yaml").write_text("mine")
+    assert main(["recipes", "logic/demo", "--output", "recipes"]) == 2
+    assert "has been changed" in capsys.readouterr().err and Path("recipes/logic/demo.yaml").read_text() == "mine"
+    assert main(["recipes", str(tmp_path / "recipes" / "logic")]) == 2
+    assert "does not come with the package" in capsys.readouterr().err
+
+
+def test_an_installed_package_finds_what_comes_with_it(tmp_path):
+    # As the wheel has it, recipes inside.
+    package = tmp_path / "site" / "hf_hyla"
+    shutil.copytree(PROJECT / "hf_hyla", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PROJECT / "recipes", package / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
+    (here := tmp_path / "here").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    for words, shown in (
+        (["recipes"], "accelerate/ddp_cpu.yaml"),
+        (["compare", "recipes/results"], "logic-hyla"),
+        (["sweep", "recipes/figures/logic-held-out.yaml", "--dry-run"], "runs of logic/hyla.yaml"),
+        (["recipes", "accelerate", "--output", "recipes"], "Copied"),
+    ):
+        command = [sys.executable, "-m", "hf_hyla", *words]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=here, env=environment)
+        assert result.returncode == 0 and shown in result.stdout, result.stderr
+    assert (here / "recipes" / "accelerate" / "ddp_cpu.yaml").exists()
+
+
+def test_a_reader_that_has_enough_ends_the_command_without_a_word():
+    command = [sys.executable, "-m", "hf_hyla", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 141
 
 
 def test_the_installed_command_and_the_module_answer():

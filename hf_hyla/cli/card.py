@@ -1,0 +1,45 @@
+"""`hyla card`: the card of a finished run."""
+
+import argparse
+from pathlib import Path
+
+from ..paths import find_existing
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "card",
+        help="write the card of a finished run",
+        description="Writes the card of a finished run: README.md, its pictures and .eval_results/. Needs no network.",
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--repo-id", help="ORG/NAME that the card is for (default: it loads the model from RUN)")
+    parser.add_argument("--output", type=Path, help="folder to write into (default: RUN)")
+    parser.set_defaults(run=run)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        metavar="RUN",
+        nargs="+",
+        default=(),
+        help="runs of the same recipe with other seeds (folders, or records as JSON), for the spread",
+    )
+
+
+def find_runs(arguments: argparse.Namespace) -> tuple[Path, list[Path]]:
+    """The run and those beside it, as `add_run_arguments` declares them."""
+    return find_existing(arguments.folder, "run"), [find_existing(word, "run") for word in arguments.others]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder, others = find_runs(arguments)
+
+    from ..hub.model_card import write_card
+
+    output = arguments.output or folder
+    for path in write_card(folder, output, arguments.repo_id, others):
+        print(f"Wrote {path}")

@@ -1,0 +1,67 @@
+"""What the commands' arguments have in common."""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are sentences, with the nearest name where a name is wrong."""
+
+    def __init__(self, **kwargs: Any):
+        self.options: list[str] = []  # the names of its `--options`
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        self.options += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """
+        Raises:
+            ValueError: always.
+        """
+        message = re.sub(r"^argument (\S+): must", r"\1 must", message)
+        raise ValueError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+
+
+def whole(at_least: int) -> Callable[[str], int]:
+    """A type of arguments: integers from `at_least` on."""
+
+    def read(text: str) -> int:
+        if re.fullmatch(r"[+-]?\d+", text) and int(text) >= at_least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {at_least}, got {text}")
+
+    return read
+
+
+def positive(text: str) -> float:
+    """A type of arguments: finite numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be larger than 0, got {text}")
+    return value
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """A type of arguments: one of these names."""
+
+    def read(text: str) -> str:
+        if text in names:
+            return text
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {text!r}{nearest(text, names)}")
+
+    return read
+
+
+def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
+    """`" (did you mean x?)"`, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,49 @@
+"""`hyla publish`: a finished run on the Hub."""
+
+import argparse
+from pathlib import Path
+
+from .card import add_run_arguments, find_runs
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "publish",
+        help="publish a finished run on the Hub, with its card",
+        description="Publishes a finished run on the Hub: weights, code, card, pictures, record and recipe, in one commit. "
+        "Repeating the command changes nothing that is there already. With --output everything is written into a folder "
+        "instead, from where it can be published too.",
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--repo-id", required=True, help="ORG/NAME of the model's repository")
+    parser.add_argument("--dataset", metavar="DIR", type=Path, help="publish this folder of `hyla data` too")
+    parser.add_argument("--metric", action="store_true", help="publish the task's metric too")
+    parser.add_argument("--space", action="store_true", help="publish a page that asks the model too")
+    parser.add_argument("--collection", metavar="TITLE", help="put all of them into this collection")
+    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
+    parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
+    parser.add_argument(
+        "--output", type=Path, help="folder to write repositories into, each by its name; send nothing"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder, others = find_runs(arguments)
+
+    from ..hub.publish import plan, publish
+
+    repositories = plan(
+        folder,
+        arguments.repo_id,
+        dataset=arguments.dataset,
+        metric=arguments.metric,
+        space=arguments.space,
+        others=others,
+    )
+    print("\n".join(repository.listing() for repository in repositories), flush=True)
+    if arguments.output:
+        for repository in repositories:
+            repository.write(arguments.output / repository.repo_id.partition("/")[2])
+    elif not arguments.dry_run:
+        print("\n".join(publish(repositories, private=arguments.private, collection=arguments.collection)))

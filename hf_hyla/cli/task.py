@@ -1,0 +1,40 @@
+"""The task that a command is about."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .parser import one_of
+from .settings import TASKS
+
+
+def task_name(text: str) -> str:
+    """A type of arguments: the name of a task."""
+    return one_of(TASKS)(text)
+
+
+def task_of(name: str, overrides: dict[str, str]):
+    """The task of that name, with the settings among the overrides."""
+    from ..training.recipe import checked_task
+
+    return checked_task("--task", {"name": name}, _by_key(overrides))
+
+
+def task_of_model(arguments: argparse.Namespace):
+    """The task of the run that `arguments.model` is, or that `--task` names, with the settings among the overrides."""
+    from ..runs import RunRecord
+    from ..training.recipe import checked_task
+
+    settings: dict[str, Any] = {}
+    folder = Path(arguments.model)
+    if (folder / "run.json").exists():
+        settings = dict(RunRecord.load(folder).recipe.get("task", {}))
+    if arguments.task and arguments.task != settings.get("name"):
+        settings = {"name": arguments.task}
+    if not settings:
+        raise ValueError(f"{arguments.model} has no run.json that names a task: pass --task logic or --task sraven.")
+    return checked_task("--task", settings, _by_key(arguments.overrides))
+
+
+def _by_key(overrides: dict[str, str]) -> dict[str, str]:
+    return {key.partition(".")[2]: value for key, value in overrides.items()}

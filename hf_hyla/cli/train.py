@@ -1,0 +1,130 @@
+"""`hyla train`: from a recipe to a run."""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+from ..paths import find_recipe
+from .parser import positive
+
+
+_QUICK_STEPS, _QUICK_SAMPLES = 100, 1024
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a recipe's model and evaluate it on every split",
+        description="Trains a recipe's model, evaluates it on every split, and writes weights and run.json. Any value of the "
+        "recipe can be overridden: --model.attention_type softmax. The same command resumes a run that was "
+        "interrupted. SIGTERM and the end of the terminal save, stop and end with exit code 143 and 129; --max-minutes saves, "
+        "stops and ends with 0.",
+    )
+    parser.add_argument("recipe", help="YAML file, or a name that `hyla recipes` lists")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/ and the recipe's name)")
+    parser.add_argument("--overwrite", action="store_true", help="remove a run that the folder already holds")
+    parser.add_argument("--max-minutes", type=positive, help="save and stop before training has taken so long")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print recipe, parameters, steps, time and memory; write nothing"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a whole run in about a minute: {_QUICK_STEPS} steps with the schedule fitted, and few samples to score",
+    )
+    parser.set_defaults(run=run, sections=("task", "model", "trainer", "expect"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = find_recipe(arguments.recipe)
+
+    from accelerate import PartialState
+
+    from ..hub.publish import check_before_training, publish_run
+    from ..training import Stopped, load_recipe, train
+    from ..training.dry_run import dry_run
+    from ..training.processes import check_launch
+
+    check_launch()
+    overrides = (_quick(arguments.overrides) if arguments.quick else {}) | arguments.overrides
+    recipe = load_recipe(path, overrides)
+    check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
+    if arguments.dry_run:
+        PartialState().print(dry_run(recipe))
+        return 0
+    output = arguments.output or Path("runs") / _run_name(recipe.name, arguments.quick, arguments.overrides)
+    # Of several processes one prints.
+    PartialState().print(
+        f"{recipe.name}: {recipe.config.attention_type} attention on {recipe.task.name}, into {output}", flush=True
+    )
+    code = 0
+    try:
+        record = train(
+            recipe,
+            output,
+            overwrite=arguments.overwrite,
+            max_minutes=arguments.max_minutes,
+            num_samples=_QUICK_SAMPLES if arguments.quick else None,
+        )
+        PartialState().print(f"{_report(recipe, record)}\nWeights, code and run.json are in {output}")
+        if recipe.trainer.get("push_to_hub") and PartialState().is_main_process:
+            print(publish_run(output, recipe.trainer["hub_model_id"], recipe.trainer.get("hub_private_repo")))
+    except Stopped as stopped:
+        PartialState().print(stopped, file=sys.stderr)
+        code = stopped.exit_code
+    # Its threads may abort a process that ends before them.
+    PartialState().destroy_process_group()
+    return code
+
+
+def _quick(overrides: dict[str, str]) -> dict[str, str]:
+    """The settings of a quick run of any recipe, of as many steps as the overrides name, if they do."""
+    text = overrides.get("trainer.max_steps", str(_QUICK_STEPS))
+    steps = int(text) if text.isdecimal() else _QUICK_STEPS  # what is no number is refused with the recipe
+    tenth = str(max(1, steps // 10))
+    return {
+        "trainer.max_steps": str(steps),
+        "trainer.warmup_steps": str(steps // 10),
+        "trainer.logging_steps": tenth,
+        "trainer.eval_steps": str(max(1, steps // 2)),
+        "trainer.save_steps": str(max(1, steps // 2)),
+        "trainer.eval_samples": str(_QUICK_SAMPLES),
+    }
+
+
+def _run_name(recipe: str, quick: bool, overrides: dict[str, str]) -> str:
+    """The folder of a run: its recipe and what was overridden, which a digest stands for where it is long."""
+    changed = "".join(f"-{key}={value}" for key, value in overrides.items()).replace("/", "_")
+    if len(changed.encode()) > 150:  # file systems take 255 bytes
+        changed = f"-{hashlib.sha256(changed.encode()).hexdigest()[:8]}"
+    return recipe + "-quick" * quick + changed
+
+
+def _report(recipe, record) -> str:
+    """Scores per split beside the paper's, and what share of the paper's budget they took."""
+    from ..runs.paper import paper_result
+
+    paper = paper_result(recipe.settings)
+    metric_names = recipe.task.metric_names
+    lines = [f"{'split':<15}" + "".join(f"{name:>18}" for name in metric_names) + f"{'paper, full budget':>22}"]
+    for split, scores in record.metrics.items():
+        theirs = "-"
+        if paper and paper.metric.startswith(f"{split}/"):
+            theirs = f"{paper.metric.partition('/')[2]} {paper.mean:.4f} ± {paper.standard_error:.4f}"
+        # A score that has no sample to be measured on is left out.
+        ours = [f"{scores[name]:.4f}" if name in scores else "-" for name in metric_names]
+        lines.append(f"{split:<15}" + "".join(f"{score:>18}" for score in ours) + f"{theirs:>22}")
+    minutes = f"{record.seconds / 60:.1f} minutes of training"
+    if paper:
+        share = record.samples_seen / paper.num_samples
+        lines.append(f"{record.samples_seen:,} training samples, {share:.1%} of the paper's budget, in {minutes}")
+    else:
+        lines.append(f"{record.samples_seen:,} training samples in {minutes}; the paper has no such run")
+    if recipe.expect:
+        split, _, name = recipe.expect.metric.partition("/")
+        lines.append(
+            f"Expected: {recipe.expect.metric} = {recipe.expect.value} ± {recipe.expect.tolerance} ({recipe.expect.source}); "
+            f"reached {record.metrics[split][name]:.4f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""
+What a word names: a recipe, a run, a model or a file. One rule for all of them: the path itself, or else the file or folder of
+that name among the recipes that come with the package. What is not there is refused with the nearest name, before anything
+slow is imported.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .utils import recipes_folder
+
+
+def find_recipe(word: str | Path) -> Path:
+    """
+    The file of a recipe or a sweep. `.yaml` may be left out, and `recipes/` before one that comes with the package.
+
+    Raises:
+        OSError: if there is none.
+    """
+    path = Path(word)
+    candidates = [found for one in (path, path.with_name(f"{path.name}.yaml")) for found in (one, _among_recipes(one))]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    is_there = next((candidate for candidate in candidates if candidate.exists()), None)
+    known = {
+        str(file.relative_to(recipes_folder())): file.stem for file in sorted(recipes_folder().rglob("*.yaml"))
+    } | {str(file): file.stem for file in sorted(path.parent.glob("*.yaml"))}
+    wanted = path.with_suffix("") if path.suffix == ".yaml" else path
+    # demo stands for logic/demo.yaml, and hyla for two recipes: named, not guessed.
+    near = [name for name, stem in known.items() if stem == wanted.name][:3]
+    near = near or _near(str(path).removeprefix("recipes/"), known)
+    near = near or [name for name, stem in known.items() if stem in _near(wanted.name, known.values())][:1]
+    if is_there is None:
+        raise FileNotFoundError(
+            f"There is no recipe {word}{_did_you_mean(near)}: expected a YAML file, or a name that `hyla recipes` lists."
+        )
+    kind = "a folder" if is_there.is_dir() else "not a regular file"
+    raise FileNotFoundError(f"{word} is {kind}{_did_you_mean(near)}: expected the YAML file of a recipe.")
+
+
+def find_existing(word: str | Path, what: str) -> Path:
+    """
+    The file or folder of this name, here or among the recipes that come with the package; `what` is what errors call it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(word)
+    for candidate in (path, _among_recipes(path)):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"There is no {what} {word}{_did_you_mean(_near_paths(path))}.")
+
+
+def find_file(word: str | Path, what: str) -> Path:
+    """
+    The regular file of this name; see `find_existing`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = find_existing(word, what)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{word} is {'a folder' if path.is_dir() else 'not a regular file'}, expected a {what}."
+        )
+    return path
+
+
+def find_model(word: str) -> str:
+    """
+    The folder of a run or a model, or else a repository on the Hub, which is asked once.
+
+    Raises:
+        OSError: if there is neither.
+    """
+    path = Path(word)
+    if path.exists():
+        return word
+    missing = f"There is no run or model {word}{_did_you_mean(_near_paths(path))}"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", word):
+        raise FileNotFoundError(
+            f"{missing}: expected the folder of a run or a model, or a repository on the Hub as ORG/NAME."
+        )
+    if reason := _missing_on_hub(word):
+        raise FileNotFoundError(f"{missing} here, and {reason}.")
+    return word
+
+
+def _missing_on_hub(repo_id: str) -> str | None:
+    """Why a model cannot be loaded from the Hub or its cache; `None` if it can. Asks without trying again."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        if isinstance(try_to_load_from_cache(repo_id, "config.json"), str):
+            return None
+        if HfApi().file_exists(repo_id, "config.json"):
+            return None
+        return f"the Hub has no model {repo_id} that you can read: check the name, or log in by `hf auth login`"
+    except OfflineModeIsEnabled:
+        return "the Hub may not be asked, since HF_HUB_OFFLINE is set"
+    except HFValidationError:
+        return f"{repo_id} is no name of a repository"
+    except (HTTPError, OSError) as error:
+        return f"the Hub cannot be asked ({' '.join(str(error).split())})"
+
+
+def _among_recipes(path: Path) -> Path:
+    return recipes_folder() / (Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path)
+
+
+def _near_paths(path: Path) -> list[str]:
+    """The nearest of what lies beside the path, and of the runs in `runs/`."""
+    beside = [str(other) for folder in (path.parent, Path("runs")) if folder.is_dir() for other in folder.iterdir()]
+    names = _near(path.name, [Path(one).name for one in beside])
+    return _near(str(path), beside) or [one for one in beside if Path(one).name in names][:1]
+
+
+def _near(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -1,0 +1,82 @@
+"""One rule for what a word names, and the nearest name for what is not there."""
+
+import os
+
+import pytest
+
+from hf_hyla.paths import find_existing, find_file, find_model, find_recipe
+from hf_hyla.utils import recipes_folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("word", ["logic/hyla", "logic/hyla.yaml", "recipes/logic/hyla", "recipes/logic/hyla.yaml"])
+def test_a_recipe_of_the_package_is_found_by_each_of_its_names(here, word):
+    assert find_recipe(word) == recipes_folder() / "logic" / "hyla.yaml"
+
+
+def test_a_file_that_is_here_comes_before_one_of_the_package(here):
+    (here / "recipes" / "logic").mkdir(parents=True)
+    (here / "recipes" / "logic" / "hyla.yaml").touch()
+    assert find_recipe("recipes/logic/hyla").resolve() == here / "recipes" / "logic" / "hyla.yaml"
+    assert find_existing("recipes/results", "run") == recipes_folder() / "results"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("demo", r"There is no recipe demo \(did you mean logic/demo.yaml\?\)"),
+        ("hyla.yaml", r"did you mean logic/hyla.yaml or sraven/hyla.yaml\?"),
+        ("logic/hylla", r"did you mean logic/hyla.yaml\?"),
+        ("sofmax", r"did you mean logic/softmax.yaml\?"),
+        ("mine/fine", r"did you mean mine/fines.yaml\?"),
+        ("recipes/logic", "is a folder: expected the YAML file of a recipe"),
+        ("/dev/zero", "is not a regular file"),
+        ("pipe", "pipe is not a regular file"),
+        ("xyzzy", "There is no recipe xyzzy: expected a YAML file, or a name that `hyla recipes` lists"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_nearest(here, word, message):
+    (here / "mine").mkdir()
+    (here / "mine" / "fines.yaml").touch()
+    os.mkfifo(here / "pipe")
+    with pytest.raises(FileNotFoundError, match=message):
+        find_recipe(word)
+
+
+def test_a_wrong_path_is_refused_with_the_nearest_beside_it_or_among_the_runs(here):
+    (here / "runs" / "logic-demo").mkdir(parents=True)
+    for word in ("runs/logic-deno", "logic-deno"):
+        with pytest.raises(FileNotFoundError, match=rf"There is no run {word} \(did you mean runs/logic-demo\?\)"):
+            find_existing(word, "run")
+    with pytest.raises(FileNotFoundError, match="runs is a folder, expected a file of parameters"):
+        find_file("runs", "file of parameters")
+
+
+def test_a_model_that_is_not_here_is_asked_of_the_hub_once(here, hub_here):
+    with pytest.raises(
+        FileNotFoundError, match=r"no run or model nosuch: expected .* a repository on the Hub as ORG/NAME"
+    ):
+        find_model("nosuch")
+    with pytest.raises(FileNotFoundError, match="no model org/nosuch that you can read"):
+        find_model("org/nosuch")
+    assert [asked for asked in hub_here.requests if "nosuch" in asked] == ["HEAD /org/nosuch/resolve/main/config.json"]
+    (here / "runs" / "demo").mkdir(parents=True)
+    assert find_model("runs/demo") == "runs/demo"
+    with pytest.raises(FileNotFoundError, match=r"did you mean runs/demo\?\) here, and the Hub has no model"):
+        find_model("runs/demoo")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_without_trying_again(here, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
+    )
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for another try"))
+    with pytest.raises(FileNotFoundError, match="the Hub cannot be asked"):
+        find_model("org/nosuch")
