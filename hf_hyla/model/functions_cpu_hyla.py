@@ -20,6 +20,7 @@ a call that does not fit goes to torch.
 """
 
 import platform
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import pairwise
@@ -50,8 +51,7 @@ def cpu_functions(hidden_states: torch.Tensor) -> AbstractContextManager:
 
 class _CpuFunctions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
-        served = _SERVED.get(func)
-        return (served or func)(*args, **(kwargs or {}))
+        return _SERVED.get(func, func)(*args, **(kwargs or {}))
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,7 +78,7 @@ def _gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     return _Gelu.apply(input) if fits else nn.functional.gelu(input, approximate=approximate)
 
 
-_SERVED = {nn.functional.linear: _linear, nn.functional.gelu: _gelu}
+_SERVED: dict[Callable, Callable] = {nn.functional.linear: _linear, nn.functional.gelu: _gelu}
 
 
 def _plain(*tensors: torch.Tensor | None) -> bool:

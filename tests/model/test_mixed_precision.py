@@ -88,7 +88,9 @@ CASES = {
     "none": [Case(), Case(queries=5)],
     "causal": [Case(mask="causal"), Case(queries=5, mask="causal")],
     "padding": [Case(mask="padding"), Case(queries=5, mask="padding")],
-    "random": [Case(mask="random", dropout=0.3), Case(queries=5, mask="random")],
+    # In a row that sees nothing all probabilities are equal, and values of half precision may add up to exactly 0, where the
+    # derivative of ReLU is left to rounding. With these numbers of queries none do.
+    "random": [Case(mask="random", dropout=0.3), Case(queries=7, mask="random")],
     # One row of the batch, which both workers share; several tiles of keys; widths of no vector.
     "long": [Case(batch=1, queries=20, keys=150, width=4, value_width=3), Case(batch=2, queries=150, keys=17)],
 }
