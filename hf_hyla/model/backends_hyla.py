@@ -12,18 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The ways to compute what `eager_attention_forward` defines, and the choice among them.
+The implementations of what `eager_attention_forward` defines, one row of `IMPLEMENTATIONS` each, and the choice among them.
 
-Every function here has the signature of transformers' attention functions and is registered with transformers under its
-name in `BACKENDS`, for `attn_implementation`. `"hyla"` is the default: the fastest exact one for the device, the attention
-type and the size. None but the eager form returns codes.
+Every function in `BACKENDS` has the signature of transformers' attention functions and is registered with transformers under
+its name, for `attn_implementation`. `"hyla"` is the default: the fastest exact implementation for the device, the attention
+type and the size. Only the eager implementation returns codes.
+
+Under `torch.autocast` queries, keys and values come in half precision or, out of a normalisation, in float32; they are
+multiplied in autocast's dtype, as torch's own products would be. Position biases and `value_mixing` stay in float32, and so do
+their gradients.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,36 +50,58 @@ from .ops_triton_hyla import triton_attention, triton_problem
 
 logger = logging.get_logger(__name__)
 
-# Numbers of its largest intermediate result up to which the eager form is as fast: the others cost some calls from Python
-# more, the compiled kernel also seconds of compilation for every new size of heads.
+# Elements of its largest intermediate result up to which the eager implementation is as fast: the others cost some calls from
+# Python more, the compiled kernel also seconds of compilation for every new size of heads.
 _SMALL = 2**18
-# Numbers that the lean form computes at a time, and above which the default avoids the eager form's memory.
-_BLOCK = 2**22
+# Elements that the chunked implementation computes at a time, and above which the default avoids the memory of the eager one.
+_CHUNK = 2**22
 
 
-@torch.compiler.disable(reason="its gradients are taken block by block, between the graphs of the rest")
-def lean_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+class Call(NamedTuple):
+    """One call of an attention function: the layer, and the arguments as `eager_attention_forward` describes them."""
+
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: torch.Tensor | None
+    scaling: float
+    dropout: float = 0.0
+    position_bias: torch.Tensor | None = None
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention."""
+
+    problem: Callable[[Call], str | None]  # why it cannot compute this call here, or `None` where it can
+    compute: Callable[
+        [Call], torch.Tensor
+    ]  # the output (batch, query, heads, value_head_dim), where there is no problem
+
+
+def _no_problem(call: Call) -> None:
+    return None
+
+
+def _eager(call: Call) -> torch.Tensor:
+    output, _ = eager_attention_forward(*call)
+    return output
+
+
+@torch.compiler.disable(reason="its gradients are taken chunk by chunk, between the graphs of the rest")
+def _chunked(call: Call) -> torch.Tensor:
     """
-    The eager form for a block of queries at a time, computed again in the backward: on any device, of any type, with
+    The eager implementation for a chunk of queries at a time, computed again in the backward: on any device, of any type, with
     memory that grows with the length and not with its square.
     """
+    module, query, key, value, mask, scaling, dropout, bias = call
     seed = dropout_seed(query.device) if dropout > 0.0 else None
     position = position_of_first(query, key)
-    # Blocks of queries are taken of the third of four axes.
-    if attention_mask is not None:
-        attention_mask = attention_mask[(None,) * (4 - attention_mask.ndim)]
-    if position_bias is not None and position_bias.ndim == 3:
-        position_bias = position_bias[None]
+    # Chunks of queries are taken of the third of four axes.
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]
+    if bias is not None and bias.ndim == 3:
+        bias = bias[None]
 
     def attend(first: int, query, key, value, mask, bias, mixing) -> torch.Tensor:
         layer = SimpleNamespace(
@@ -84,23 +110,30 @@ def lean_attention_forward(
             value_activation=module.value_activation,
             value_mixing=mixing,
         )
-        return eager_attention_forward(layer, query, key, value, mask, scaling, dropout, bias, seed, position + first)[
-            0
-        ]
+        output, _ = eager_attention_forward(
+            layer,
+            query,
+            key,
+            value,
+            mask,
+            scaling,
+            dropout=dropout,
+            position_bias=bias,
+            seed=seed,
+            first_query=position + first,
+        )
+        return output
 
-    rows = max(_BLOCK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
+    rows = max(_CHUNK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
     of_activation = [] if module.value_activation is None else module.value_activation.parameters()
-    output = _InBlocks.apply(
-        attend, rows, query, key, value, attention_mask, position_bias, module.value_mixing, *of_activation
-    )
-    return output, None
+    return _InChunks.apply(attend, rows, query, key, value, mask, bias, module.value_mixing, *of_activation)
 
 
-class _InBlocks(torch.autograd.Function):
+class _InChunks(torch.autograd.Function):
     """
     `attend` for so many rows of the queries at a time, and again in the backward.
 
-    All that outlives a block is there before the first: between the large temporaries of two blocks a small tensor would
+    All that outlives a chunk is there before the first: between the large temporaries of two chunks a small tensor would
     keep the C library from using their memory again, and it would grow with the square of the length after all.
     """
 
@@ -111,7 +144,7 @@ class _InBlocks(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         batch, heads, query_length, _ = query.shape
         output = query.new_empty(batch, query_length, heads, value.shape[-1])
-        for first, parts, _ in _blocks(rows, *inputs):
+        for first, parts, _ in _chunks(rows, *inputs):
             output[:, first : first + rows] = attend(first, *parts)
         return output
 
@@ -120,11 +153,11 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx, grad_output):
         inputs = ctx.saved_tensors
         needed = [n for n, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
-        # Half precision would round after every block.
+        # Half precision would round after every chunk.
         sums = {
             n: torch.zeros_like(inputs[n], dtype=torch.promote_types(inputs[n].dtype, torch.float32)) for n in needed
         }
-        for first, parts, where in _blocks(ctx.rows, *inputs):
+        for first, parts, where in _chunks(ctx.rows, *inputs):
             with torch.enable_grad(), ctx.autocast():
                 parts = [part if part is None else part.detach() for part in parts]
                 leaves = [parts[n].requires_grad_() if n < len(parts) else inputs[n] for n in needed]
@@ -135,8 +168,8 @@ class _InBlocks(torch.autograd.Function):
         return None, None, *(sums[n].to(tensor.dtype) if n in sums else None for n, tensor in enumerate(inputs))
 
 
-def _blocks(rows: int, query, key, value, mask, bias, mixing, *_) -> Iterator[tuple[int, list, dict[int, tuple]]]:
-    """Of every block its first query, the arguments of `attend`, and which part of those that are divided, by number."""
+def _chunks(rows: int, query, key, value, mask, bias, mixing, *_) -> Iterator[tuple[int, list, dict[int, tuple]]]:
+    """Of every chunk its first query, the arguments of `attend`, and which part of those that are divided, by number."""
     everything, length = slice(None), query.shape[2]
     for first in range(0, length, rows):
         last = min(first + rows, length)
@@ -158,39 +191,108 @@ def _autocast_as_here(device: str) -> Callable[[], AbstractContextManager]:
     return partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
-def sdpa_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """
-    torch's scaled_dot_product_attention, with the position bias. It knows softmax attention and no dropout of whole pairs.
-
-    Raises:
-        ValueError: for another attention type, a value activation, or dropout.
-    """
-    if problem := _sdpa_problem(module, dropout):
-        raise ValueError(f"scaled_dot_product_attention cannot compute this layer: {problem}.")
-    bias = position_bias
-    if bias is not None and bias.ndim == 2:
-        bias = by_pair(bias, query.shape[2], key.shape[2])[None]
-    if attention_mask is not None:
+def _sdpa(call: Call) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, which takes the position bias as a mask, in the dtype of the queries."""
+    query, bias = call.query, call.position_bias
+    if bias is not None:
+        bias = by_pair(bias, query.shape[2], call.key.shape[2])[None] if bias.ndim == 2 else bias
+        bias = bias.to(query.dtype)
+    if call.attention_mask is not None:
         # Of numbers, not booleans: with those a row that sees nothing would be 0 instead of the uniform mean.
-        seen = attended(attention_mask)
+        seen = attended(call.attention_mask)
         bias = torch.where(seen, query.new_zeros(()) if bias is None else bias, torch.finfo(query.dtype).min)
         # Nor does such a row give a gradient to queries and keys.
         query = query * seen.any(dim=-1, keepdim=True)
-    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-    return output.transpose(1, 2), None
+    output = nn.functional.scaled_dot_product_attention(
+        query, call.key, call.value, attn_mask=bias, scale=call.scaling
+    )
+    return output.transpose(1, 2)
 
 
-def kernel_attention_forward(
+def _sdpa_problem(call: Call) -> str | None:
+    if call.module.attention_type != "softmax" or call.module.value_activation is not None:
+        return "it mixes plain values by softmax scores only"
+    if call.dropout > 0.0:
+        return "it cannot drop the same pairs for the whole batch and all heads"
+    return None
+
+
+def _kernel(attention: Callable[..., torch.Tensor], call: Call) -> torch.Tensor:
+    """A fused kernel: `cpu_attention` or `triton_attention`."""
+    module = call.module
+    return attention(
+        call.query,
+        call.key,
+        call.value,
+        mask=None if call.attention_mask is None else attended(call.attention_mask),
+        position_bias=call.position_bias,
+        value_mixing=module.value_mixing,
+        seed=dropout_seed(call.query.device) if call.dropout > 0.0 else None,
+        scaling=call.scaling,
+        score_norm=module.score_norm,
+        activation="none" if module.value_activation is None else "relu",
+        generated=module.attention_type == "hyla",
+        dropout=call.dropout,
+    )
+
+
+def _kernel_problem(own_problem: Callable[..., str | None], call: Call) -> str | None:
+    """
+    What a kernel, which takes sizes from the first tensor that has them, would compute wrongly: kernels broadcast nothing. Then
+    what `cpu_problem` or `triton_problem` says.
+    """
+    module, query, key, value, mask, _, _, bias = call
+    if module.value_activation is not None and not isinstance(module.value_activation, nn.ReLU):
+        return f"its value activation is relu or none, not {type(module.value_activation).__name__}"
+    batch, heads, queries, width = query.shape
+    keys, value_width = value.shape[2:]
+    # Parameters may be in float32 beside queries in half precision, as they are under autocast.
+    of_queries, of_parameters = {query.dtype}, {query.dtype, torch.promote_types(query.dtype, torch.float32)}
+    for name, tensor, shape, dtypes in (
+        ("keys", key, (batch, heads, keys, width), of_queries),
+        ("values", value, (batch, heads, keys, value_width), of_queries),
+        ("position biases", bias, (heads, queries + keys - 1), of_parameters),
+        ("value_mixing", module.value_mixing, (heads, value_width, value_width), of_parameters),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            return f"it takes {name} of shape {shape}, not {tuple(tensor.shape)}"
+        if tensor.dtype not in dtypes:
+            wide = " or torch.float32" if len(dtypes) > 1 else ""
+            return f"it takes {name} in the dtype of the queries, {query.dtype}{wide}, not {tensor.dtype}"
+    if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
+        return "it takes one mask for all heads"
+    differentiated = (query, key, value, bias, module.value_mixing)
+    if not torch.compiler.is_compiling() and any(
+        x is not None and unpack_dual(x).tangent is not None for x in differentiated
+    ):
+        return "it has no forward-mode gradient"
+    return own_problem(query, key, value, module.value_mixing)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "eager": Implementation(_no_problem, _eager),
+    "hyla_chunked": Implementation(_no_problem, _chunked),
+    "hyla_cpu": Implementation(partial(_kernel_problem, cpu_problem), partial(_kernel, cpu_attention)),
+    "hyla_triton": Implementation(partial(_kernel_problem, triton_problem), partial(_kernel, triton_attention)),
+    "hyla_sdpa": Implementation(_sdpa_problem, _sdpa),
+}
+
+
+def _as_multiplied(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors as autocast, where it is on, would hand them to a product: in its dtype, but for float64."""
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    return query, key, value
+
+
+def named_attention_forward(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -200,51 +302,23 @@ def kernel_attention_forward(
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
     *,
-    kernel: str,
+    implementation: str,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    A fused kernel, of the name in `BACKENDS`.
+    Attention by the implementation of this name and by no other.
 
     Raises:
         ValueError: if it cannot compute this layer here, saying why.
     """
-    if problem := kernel_problem(kernel, module, query, key, value, attention_mask, position_bias):
-        raise ValueError(f"{kernel} cannot compute this layer: {problem}.")
-    output = {"hyla_cpu": cpu_attention, "hyla_triton": triton_attention}[kernel](
-        query,
-        key,
-        value,
-        None if attention_mask is None else attended(attention_mask),
-        position_bias,
-        module.value_mixing,
-        dropout_seed(query.device) if dropout > 0.0 else None,
-        scaling=scaling,
-        score_norm=module.score_norm,
-        activation="none" if module.value_activation is None else "relu",
-        generated=module.attention_type == "hyla",
-        dropout=dropout,
-    )
-    return output, None
+    call = Call(module, *_as_multiplied(query, key, value), attention_mask, scaling, dropout, position_bias)
+    problem, compute = IMPLEMENTATIONS[implementation]
+    if reason := problem(call):
+        raise ValueError(f"{implementation} cannot compute this layer: {reason}.")
+    return compute(call), None
 
 
-def hyla_attention_forward(module: Any, query: torch.Tensor, key: torch.Tensor, *args, **kwargs):
-    """The fastest exact form for the device, the attention type and the size; see `fastest_backend`."""
-    backend = fastest_backend(module, query, key, *args, **kwargs)
-    return BACKENDS[backend](module, query, key, *args, **kwargs)
-
-
-BACKENDS: dict[str, Callable] = {
-    "eager": eager_attention_forward,
-    "hyla": hyla_attention_forward,
-    "hyla_lean": lean_attention_forward,
-    "hyla_cpu": partial(kernel_attention_forward, kernel="hyla_cpu"),
-    "hyla_triton": partial(kernel_attention_forward, kernel="hyla_triton"),
-    "hyla_sdpa": sdpa_attention_forward,
-}
-
-
-def fastest_backend(
+def hyla_attention_forward(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -254,28 +328,36 @@ def fastest_backend(
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
     **kwargs,
-) -> str:
-    """The name in `BACKENDS` of the form that the default takes."""
+) -> tuple[torch.Tensor, None]:
+    """Attention by the fastest exact implementation for the device, the attention type and the size."""
+    call = Call(module, *_as_multiplied(query, key, value), attention_mask, scaling, dropout, position_bias)
+    return IMPLEMENTATIONS[fastest_implementation(call)].compute(call), None
+
+
+def fastest_implementation(call: Call) -> str:
+    """The name in `IMPLEMENTATIONS` of the one that the default takes; asks each that comes into question once."""
     if torch.compiler.is_exporting():
         return "eager"  # operators that every runtime has
-    numbers = largest_intermediate(module, query, key, value)
-    if numbers <= _SMALL:
+    elements = largest_intermediate(call.module, call.query, call.key, call.value)
+    if elements <= _SMALL:
         return "eager"
-    if not module.training and _sdpa_problem(module, dropout) is None:
-        return "hyla_sdpa"  # the gradient of the position bias makes it slow in training
-    kernel = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}.get(query.device.type)
-    problem: str | None = f"there is none for {query.device.type}"
-    if kernel:
-        problem = kernel_problem(kernel, module, query, key, value, attention_mask, position_bias)
+    # In training the gradient of the position bias makes it slow.
+    if not call.module.training and IMPLEMENTATIONS["hyla_sdpa"].problem(call) is None:
+        return "hyla_sdpa"
+    device = call.query.device.type
+    kernel = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}.get(device)
+    problem = IMPLEMENTATIONS[kernel].problem(call) if kernel else f"there is none for {device}"
     if kernel and problem is None:
         return kernel
     if not torch.compiler.is_compiling():
         logger.warning_once(f"Attention is computed without a fused kernel: {problem}.")
-    return "hyla_lean" if numbers > _BLOCK else "eager"
+    return "hyla_chunked" if elements > _CHUNK else "eager"
 
 
 def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """Numbers of the largest intermediate result of the eager form: codes, hidden layers, or HYLA+'s for every head."""
+    """
+    Elements of the largest intermediate result of the eager implementation: codes, hidden layers, or HYLA+'s for every head.
+    """
     pairs = query.shape[0] * query.shape[2] * key.shape[2]
     heads, width = query.shape[1], value.shape[3]
     if module.attention_type != "hyla":
@@ -283,51 +365,18 @@ def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, va
     return pairs * (max(heads, width) if module.value_mixing is None else heads * width)
 
 
-def _sdpa_problem(module: Any, dropout: float) -> str | None:
-    if module.attention_type != "softmax" or module.value_activation is not None:
-        return "it mixes plain values by softmax scores only"
-    if dropout > 0.0:
-        return "it cannot drop the same pairs for the whole batch and all heads"
-    return None
-
-
 def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, position_bias) -> str | None:
     """Why the kernel cannot compute this layer here, or `None` where it can."""
-    if module.value_activation is not None and not isinstance(module.value_activation, nn.ReLU):
-        return f"its value activation is relu or none, not {type(module.value_activation).__name__}"
-    if problem := _misfit(query, key, value, attention_mask, position_bias, module.value_mixing):
-        return problem
-    if kernel == "hyla_cpu":
-        return cpu_problem(query, key, value)
-    return triton_problem(query, module.value_mixing)
+    call = Call(module, query, key, value, attention_mask, module.scaling, position_bias=position_bias)
+    return IMPLEMENTATIONS[kernel].problem(call)
 
 
-def _misfit(query, key, value, mask, bias, mixing) -> str | None:
-    """What the kernels, which take sizes from the first tensor that has them, would compute wrongly; they broadcast nothing."""
-    batch, heads, queries, width = query.shape
-    keys, value_width = value.shape[2:]
-    tensors = {"keys": key, "values": value, "position biases": bias, "value_mixing": mixing}
-    fitting = {
-        "keys": (batch, heads, keys, width),
-        "values": (batch, heads, keys, value_width),
-        "position biases": (heads, queries + keys - 1),
-        "value_mixing": (heads, value_width, value_width),
-    }
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.shape != fitting[name]:
-            return f"it takes {name} of shape {fitting[name]}, not {tuple(tensor.shape)}"
-        if tensor.dtype != query.dtype:
-            return f"it takes {name} in the dtype of the queries, {query.dtype}, not {tensor.dtype}"
-    if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
-        return "it takes one mask for all heads"
-    differentiated = (query, key, value, bias, mixing)
-    if not torch.compiler.is_compiling() and any(
-        x is not None and unpack_dual(x).tangent is not None for x in differentiated
-    ):
-        return "it has no forward-mode gradient"
-    return None
+BACKENDS: dict[str, Callable] = {
+    "eager": eager_attention_forward,
+    "hyla": hyla_attention_forward,
+    **{name: partial(named_attention_forward, implementation=name) for name in IMPLEMENTATIONS if name != "eager"},
+}
+BACKENDS["hyla_lean"] = BACKENDS["hyla_chunked"]  # its name up to version 0.1
 
 
 def _pair_mask(**kwargs) -> torch.Tensor | None:

@@ -21,6 +21,10 @@ never leave the first-level cache. The backward computes scores and network agai
 Notation, for one query and a tile of keys: `scores[h, k]`, which become probabilities under softmax; `factor[k]`, what
 RMSHead and dropout multiply a pair's scores with; the code of a pair is `scores[h, k] * factor[k]`.
 
+Half precision is only how tensors are stored: tiles are widened to float32 as they are loaded, all sums are of float32, and a
+row of the batch is rounded once, when it is complete. numba knows neither format, so bfloat16 comes as int16 and float16 as
+uint16.
+
 All of it lies in one file: numba takes what it has compiled for up to date as long as the file of the outermost function is.
 """
 
@@ -32,11 +36,18 @@ import numpy as np
 
 try:
     import numba
-except ImportError:  # the lean form takes over, see `cpu_problem`
+except ImportError:  # another implementation takes over, see `cpu_problem`
     numba = None
 
 NONE, RMS_HEAD, SOFTMAX = 0, 1, 2
 _EPSILON = 1e-6  # of RMSHead
+# By torch's name of a dtype: the type in which elements are stored, and the one they are computed in.
+_TYPES = {
+    "float64": ("float64", "float64"),
+    "float32": ("float32", "float32"),
+    "bfloat16": ("int16", "float32"),
+    "float16": ("uint16", "float32"),
+}
 # Sums may be reordered, which vector instructions need; infinities and NaN keep their meaning.
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
 
@@ -51,13 +62,97 @@ def jit_in_order(function):
     return numba.njit(forceinline=True, **options)(function) if numba else function
 
 
+def _overload(function):
+    """Of the decorated function, which takes types, the result for the types of the arguments is compiled."""
+    if numba is None:
+        return lambda choose: choose
+    return numba.extending.overload(function, jit_options={"forceinline": True, **OPTIONS})
+
+
+def _widened(x):
+    """A stored element as a number to compute with."""
+    raise NotImplementedError("compiled only")
+
+
+def _rounded(x, stored):
+    """The nearest number of the format that the array `stored` has, of two the even one: its bits."""
+    raise NotImplementedError("compiled only")
+
+
+def _finish_row(sums, rows, first, step):
+    """Rounds the sums of every `step`-th token into `rows`, and sets them to zero; nothing where both are one array."""
+    raise NotImplementedError("compiled only")
+
+
+# Every integer below has its type written out: in loops of one width the compiler finds vector instructions.
+@_overload(_widened)
+def _choose_widened(x):
+    if x == numba.types.int16:  # bfloat16: the upper half of a float32
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    if x == numba.types.uint16:
+
+        def widened(x):
+            bits = np.int32(x)
+            magnitude = np.int32(np.int32(bits & np.int32(0x7FFF)) << np.int32(13))
+            # Exponents differ by 112, but the largest stands for infinity and NaN in both. Exact below the normal numbers, too.
+            wide = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.int32)
+            special = np.int32(0x7F800000) if magnitude >= np.int32(0x7C00 << 13) else np.int32(0)
+            sign = np.int32(np.int32(bits & np.int32(0x8000)) << np.int32(16))
+            return np.int32(wide | special | sign).view(np.float32)
+
+        return widened
+    return lambda x: x
+
+
+@_overload(_rounded)
+def _choose_rounded(x, stored):
+    if stored.dtype == numba.types.int16:
+
+        def rounded(x, stored):
+            bits = np.float32(x).view(np.int32)
+            odd = np.int32(bits >> np.int32(16)) & np.int32(1)
+            nearest = np.int32(np.int32(bits + np.int32(0x7FFF) + odd) >> np.int32(16))
+            return np.int16(nearest if x == x else np.int32(0x7FC0))
+
+        return rounded
+
+    def rounded(x, stored):
+        bits = np.float32(x).view(np.int32)
+        size = bits & np.int32(0x7FFFFFFF)
+        odd = np.int32(bits >> np.int32(13)) & np.int32(1)
+        nearest = np.int32(np.int32(size + np.int32(0xFFF) + odd) >> np.int32(13)) - np.int32(112 << 10)
+        nearest = min(nearest, np.int32(0x7C00))  # infinity
+        # From 1/2 to 1, float32 has steps of 2**-24, those of float16 below its normal numbers.
+        small = np.float32(abs(x) + np.float32(0.5)).view(np.int32) - np.int32(0x3F000000)
+        nearest = small if size < np.int32(113 << 23) else nearest
+        nearest = nearest if x == x else np.int32(0x7E00)
+        return np.uint16(nearest | np.int32(np.int32(bits >> np.int32(16)) & np.int32(0x8000)))
+
+    return rounded
+
+
+@_overload(_finish_row)
+def _choose_finish_row(sums, rows, first, step):
+    if sums.dtype == rows.dtype:
+        return lambda sums, rows, first, step: None
+
+    def finish_row(sums, rows, first, step):
+        for i in range(first, rows.shape[0], step):
+            for h in range(rows.shape[1]):
+                for d in range(rows.shape[2]):
+                    rows[i, h, d] = _rounded(sums[i, h, d], rows)
+                    sums[i, h, d] = 0
+
+    return finish_row
+
+
 @_jit
 def _load(x, b, start, count, relu, tile):
     """tile[h, d, k] = x[b, h, start + k, d], zero where x ends: zeros add nothing to any of the sums below."""
     for h in range(x.shape[1]):
         for d in range(x.shape[3]):
             for k in range(count):
-                element = x[b, h, start + k, d]
+                element = _widened(x[b, h, start + k, d])
                 tile[h, d, k] = 0 if relu and element < 0 else element
             for k in range(count, tile.shape[2]):
                 tile[h, d, k] = 0
@@ -67,7 +162,7 @@ def _load(x, b, start, count, relu, tile):
 def _load_row(x, b, i, scale, row):
     for h in range(x.shape[1]):
         for d in range(x.shape[3]):
-            row[h, d] = x[b, h, i, d] * scale
+            row[h, d] = _widened(x[b, h, i, d]) * scale
 
 
 @_jit
@@ -364,17 +459,20 @@ def compiled(signature, function):
 
 def _signature(dtype_name: str, gradients: bool):
     """Types of the arguments; with them given, arrays of any strides share one compilation."""
-    number, boolean, integer = getattr(numba.types, dtype_name), numba.types.boolean, numba.types.int64
+    stored, number = (getattr(numba.types, name) for name in _TYPES[dtype_name])
+    boolean, integer = numba.types.boolean, numba.types.int64
 
-    def strided(ndim):
-        return numba.types.Array(number, ndim, "A")
+    def strided(ndim, element=number):
+        return numba.types.Array(element, ndim, "A")
 
-    whole = numba.types.Array(number, 2, "C")
+    whole, rows = numba.types.Array(number, 2, "C"), strided(4, stored)
     mask, seed = numba.types.Array(boolean, 4, "A"), numba.types.Array(integer, 1, "C")
-    inputs = [strided(4), strided(4), strided(4), mask, whole, strided(3), seed]
+    inputs = [rows, rows, rows, mask, whole, strided(3), seed]
     settings = [integer, boolean, boolean, boolean, boolean, integer, number, number]
     tasks = [strided(4), integer, integer, integer]
-    outputs = [strided(4), strided(4), strided(5), strided(5), whole, strided(3)] if gradients else [strided(4)]
+    outputs = [strided(4), rows]
+    if gradients:
+        outputs = [rows, strided(4), strided(5), strided(5), whole, strided(3), rows, rows, rows]
     return numba.void(*inputs, *settings, *tasks, *outputs)
 
 
@@ -383,12 +481,15 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
     """
     The forward for these sizes, which are constants to the compiler: loops over them vanish, and pointers are known to be
     apart. Widths are multiples of 4, `tile` of 8; heads of zeros fill up to a multiple of 4.
+
+    The output is added up in `sums`, (batch, query, heads, width) of zeros. In half precision all rows of the batch share the
+    memory of one, which is rounded into `output`; otherwise both are one array.
     """
     padded = -(-heads // 4) * 4
 
     def forward(query, key, value, mask, bias, mixing, seed, norm, relu, generated, deep, masked, threshold, survivor,
-                scaling, statistics, splits, first_task, last_task, output):  # fmt: skip
-        dtype = query.dtype
+                scaling, statistics, splits, first_task, last_task, sums, output):  # fmt: skip
+        dtype = bias.dtype
         query_length, key_length = query.shape[2], key.shape[2]
         keys = np.zeros((padded, head_dim, tile), dtype)
         values = np.zeros((padded, value_dim, tile), dtype)
@@ -452,21 +553,25 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                                     scores[h, k] *= factor[k]
                                 _add_sums(read[h], scores[h], values[h])
                         for h in range(heads):
-                            for d in range(output.shape[3]):
-                                output[b, i, h, d] += read[h, d]
+                            for d in range(sums.shape[3]):
+                                sums[b, i, h, d] += read[h, d]
+            _finish_row(sums[b], output[b], split, splits)
 
     return compiled(_signature(dtype_name, gradients=False), forward)
 
 
 @cache
 def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtype_name: str):
-    """The backward for these sizes, see `compiled_forward`."""
+    """
+    The backward for these sizes, see `compiled_forward`. Gradients of keys and values are added up apart for every split,
+    (split, batch, key, heads, width), and rounded here where there is one.
+    """
     padded = -(-heads // 4) * 4
 
     def backward(query, key, value, mask, bias, mixing, seed, norm, relu, generated, deep, masked, threshold, survivor,
                  scaling, statistics, splits, first_task, last_task, grad_output, grad_query, grad_key, grad_value,
-                 grad_bias, grad_mixing):  # fmt: skip
-        dtype = query.dtype
+                 grad_bias, grad_mixing, query_out, key_out, value_out):  # fmt: skip
+        dtype = bias.dtype
         query_length, key_length = query.shape[2], key.shape[2]
         keys = np.zeros((padded, head_dim, tile), dtype)
         values = np.zeros((padded, value_dim, tile), dtype)
@@ -614,6 +719,10 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                             for d in range(value.shape[3]):
                                 passes = generated or not relu or values[h, d, k] > 0
                                 grad_value[split, b, start + k, h, d] = grad_values[h, d, k] if passes else 0
+            _finish_row(grad_query[b], query_out[b], split, splits)
+            if splits == 1:
+                _finish_row(grad_key[0, b], key_out[b], 0, 1)
+                _finish_row(grad_value[0, b], value_out[b], 0, 1)
         _copy(grad_matrices, grad_mixing)
 
     return compiled(_signature(dtype_name, gradients=True), backward)

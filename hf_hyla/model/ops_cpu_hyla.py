@@ -29,6 +29,8 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # Whole vectors of the machines there are, and small enough for a query's scores to stay in the first-level cache.
 _TILES = (16, 24, 32, 40, 48, 64, 96, 128)
 _NORMS = {"none": NONE, "rms_head": RMS_HEAD, "softmax": SOFTMAX}
+# By dtype: the integers of equal size as which numba sees the elements, or `None` where it knows them.
+_BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float32: None, torch.float64: None}
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -44,27 +46,37 @@ def _tile(key_length: int) -> int:
 
 
 def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int, str]:
-    """What a compilation is for."""
+    """What the kernels are compiled for."""
     heads, head_dim, value_dim = query.shape[1], _round_up(query.shape[-1], 4), _round_up(value.shape[-1], 4)
     return heads, head_dim, value_dim, _tile(key.shape[2]), str(query.dtype).removeprefix("torch.")
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of this one are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    bits, tensor = _BITS[tensor.dtype], tensor.detach()
+    return tensor.numpy() if bits is None else tensor.view(bits).numpy()
+
+
 def _prepare(
-    query, key, value, mask, position_bias, value_mixing, seed, scaling, score_norm, activation, generated, dropout
+    query, key, value, *, mask, position_bias, value_mixing, seed, scaling, score_norm, activation, generated, dropout
 ):
     """The arguments that forward and backward share, splits, and the first and last task of each worker."""
     batch, heads, query_length, _ = query.shape
     key_length = key.shape[2]
     tile = _tile(key_length)
 
-    bias = query.new_zeros(heads, query_length + key_length - 1 + tile)
+    number = _wide(query.dtype)
+    bias = query.new_zeros(heads, query_length + key_length - 1 + tile, dtype=number)
     if position_bias is not None:
         bias[:, :-tile] = position_bias
     shape = (batch, 1, query_length, key_length)
     seen = torch.ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
     seed = torch.zeros(2, dtype=torch.int64) if seed is None else seed
-    mixing = query.new_zeros(heads, 0, 0) if value_mixing is None else value_mixing
-    tensors = (query, key, value, seen.expand(shape), bias, mixing, seed)
+    mixing = bias.new_zeros(heads, 0, 0) if value_mixing is None else value_mixing.detach().to(number)
     settings = (
         _NORMS[score_norm],
         activation == "relu",
@@ -72,10 +84,11 @@ def _prepare(
         value_mixing is not None,
         mask is not None,
         int(dropout * 2**32),
-        query.numpy().dtype.type(1 / (1 - dropout)),
-        query.numpy().dtype.type(scaling),
+        bias.numpy().dtype.type(1 / (1 - dropout)),
+        bias.numpy().dtype.type(scaling),
     )
-    arguments = tuple(tensor.detach().numpy() for tensor in tensors) + settings
+    tensors = (seen.expand(shape), bias, mixing, seed)
+    arguments = (*map(_array, (query, key, value)), *(tensor.numpy() for tensor in tensors), *settings)
     # A row of the batch is one task; where rows are few, several tasks share a row, each with its own queries.
     threads = torch.get_num_threads()
     splits = 1 if batch >= 4 * threads else min(threads, query_length)
@@ -129,10 +142,21 @@ def _statistics(query: torch.Tensor, score_norm: str) -> torch.Tensor:
     """Per query and head under softmax: maximum, sum of exponentials, and room for a sum of the backward."""
     batch, heads, query_length, _ = query.shape
     if score_norm != "softmax":
-        return query.new_zeros(1, 1, 3, 1)
-    statistics = query.new_zeros(batch, query_length, 3, heads)
+        return query.new_zeros(1, 1, 3, 1, dtype=_wide(query.dtype))
+    statistics = query.new_zeros(batch, query_length, 3, heads, dtype=_wide(query.dtype))
     statistics[:, :, 0] = -torch.inf
     return statistics
+
+
+def _sums(result: torch.Tensor, workers: int) -> list[np.ndarray]:
+    """
+    For every worker, where it adds up what becomes `result`, (batch, ...): that itself or, where this would round every time,
+    one row for all of the batch.
+    """
+    if result.dtype == _wide(result.dtype):
+        return [result.numpy()] * workers
+    rows = result.new_zeros(workers, 1, *result.shape[1:], dtype=_wide(result.dtype))
+    return [row.expand(result.shape).numpy() for row in rows]
 
 
 def _forward(
@@ -145,10 +169,14 @@ def _forward(
     statistics = _statistics(query, score_norm)
     forward = compiled_forward(*_sizes(query, key, value))
     arguments, splits, workers = _prepare(
-        query, key, value, mask, position_bias, value_mixing, seed, scaling, score_norm, activation, generated, dropout
-    )
+        query, key, value, mask=mask, position_bias=position_bias, value_mixing=value_mixing, seed=seed, scaling=scaling,
+        score_norm=score_norm, activation=activation, generated=generated, dropout=dropout,
+    )  # fmt: skip
     rows = statistics.expand(batch, query_length, 3, heads).numpy()
-    run_jobs([partial(forward, *arguments, rows, splits, *worker, output.numpy()) for worker in workers])
+    sums = _sums(output, len(workers))
+    run_jobs([
+        partial(forward, *arguments, rows, splits, *worker, sums[n], _array(output)) for n, worker in enumerate(workers)
+    ])  # fmt: skip
     return output, statistics
 
 
@@ -161,34 +189,51 @@ def _backward(
     key_length, value_dim = value.shape[2:]
     backward = compiled_backward(*_sizes(query, key, value))
     arguments, splits, workers = _prepare(
-        query, key, value, mask, position_bias, value_mixing, seed, scaling, score_norm, activation, generated, dropout
-    )
+        query, key, value, mask=mask, position_bias=position_bias, value_mixing=value_mixing, seed=seed, scaling=scaling,
+        score_norm=score_norm, activation=activation, generated=generated, dropout=dropout,
+    )  # fmt: skip
     bias, mixing = arguments[4], arguments[5]
     grad_query = query.new_zeros(batch, query_length, heads, head_dim)
-    grad_key = query.new_empty(splits, batch, key_length, heads, head_dim)
-    grad_value = query.new_empty(splits, batch, key_length, heads, value_dim)
-    grad_bias = query.new_zeros(len(workers), *bias.shape)
-    grad_mixing = query.new_zeros(len(workers), *mixing.shape)
+    grad_key = query.new_empty(batch, key_length, heads, head_dim)
+    grad_value = query.new_empty(batch, key_length, heads, value_dim)
+    grad_bias = statistics.new_zeros(len(workers), *bias.shape)
+    grad_mixing = statistics.new_zeros(len(workers), *mixing.shape)
+    results = (grad_query, grad_key, grad_value)
+    # Where tasks share a row of the batch, each has its own part of the gradients of keys and values.
+    parts = [statistics.new_empty(splits, *x.shape) if splits > 1 else None for x in (grad_key, grad_value)]
+    sums = [_sums(grad_query, len(workers))] + [
+        [x[None] for x in _sums(result, len(workers))] if part is None else [part.numpy()] * len(workers)
+        for result, part in zip(results[1:], parts, strict=True)
+    ]
     rows = statistics.clone().expand(batch, query_length, 3, heads).numpy()
-    gradients = [x.numpy() for x in (grad_output.transpose(1, 2), grad_query, grad_key, grad_value)]
+    grad_rows = _array(grad_output.transpose(1, 2))
+    of_workers = zip(workers, *sums, grad_bias.numpy(), grad_mixing.numpy(), strict=True)
     run_jobs([
-        partial(backward, *arguments, rows, splits, *worker, *gradients, grad_bias[n].numpy(), grad_mixing[n].numpy())
-        for n, worker in enumerate(workers)
+        partial(backward, *arguments, rows, splits, *worker, grad_rows, *of_worker, *map(_array, results))
+        for worker, *of_worker in of_workers
     ])  # fmt: skip
     # Sums in a fixed order: the same numbers for the same count of threads.
+    for result, part in zip(results[1:], parts, strict=True):
+        if part is not None:
+            result.copy_(part.sum(0))
     return (
         grad_query.transpose(1, 2),
-        (grad_key[0] if splits == 1 else grad_key.sum(0)).transpose(1, 2),
-        (grad_value[0] if splits == 1 else grad_value.sum(0)).transpose(1, 2),
-        grad_bias.sum(0)[:, : query_length + key_length - 1].contiguous(),
-        grad_mixing.sum(0),
+        grad_key.transpose(1, 2),
+        grad_value.transpose(1, 2),
+        grad_bias.sum(0)[:, : query_length + key_length - 1].to(_dtype_of(position_bias, statistics)).contiguous(),
+        grad_mixing.sum(0).to(_dtype_of(value_mixing, statistics)),
     )
+
+
+def _dtype_of(parameter: torch.Tensor | None, otherwise: torch.Tensor) -> torch.dtype:
+    return otherwise.dtype if parameter is None else parameter.dtype
 
 
 def _fake_forward(query, key, value, mask, position_bias, value_mixing, seed, scaling, score_norm, *settings):
     batch, heads, query_length, _ = query.shape
     rows = (batch, query_length, 3, heads) if score_norm == "softmax" else (1, 1, 3, 1)
-    return query.new_empty(batch, query_length, heads, value.shape[-1]), query.new_empty(rows)
+    output = query.new_empty(batch, query_length, heads, value.shape[-1])
+    return output, query.new_empty(rows, dtype=_wide(query.dtype))
 
 
 def _fake_backward(grad_output, statistics, query, key, value, mask, position_bias, value_mixing, *settings):
@@ -197,8 +242,9 @@ def _fake_backward(grad_output, statistics, query, key, value, mask, position_bi
     def like(tensor):
         return tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
 
-    mixing = query.new_empty(heads, 0, 0) if value_mixing is None else torch.empty_like(value_mixing)
-    return like(query), like(key), like(value), query.new_empty(heads, pairs), mixing
+    bias = query.new_empty(heads, pairs, dtype=_dtype_of(position_bias, statistics))
+    mixing = statistics.new_empty(heads, 0, 0) if value_mixing is None else torch.empty_like(value_mixing)
+    return like(query), like(key), like(value), bias, mixing
 
 
 def _setup_context(ctx, inputs, output):
@@ -229,11 +275,11 @@ def cpu_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    value_mixing: torch.Tensor | None,
-    seed: torch.Tensor | None,
     *,
+    mask: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    value_mixing: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
     scaling: float,
     score_norm: str,
     activation: str,
@@ -244,34 +290,39 @@ def cpu_attention(
     Attention of one layer. Deterministic for a given number of threads (`torch.set_num_threads`).
 
     Args:
-        query, key, value: (batch, heads, query or key, head_dim or value_head_dim), of any strides.
+        query, key, value: (batch, heads, query or key, head_dim or value_head_dim), of any strides and of one dtype.
         mask: booleans broadcastable to (batch, 1, query, key), True where a query attends.
-        position_bias: (heads, query + key - 1), by diagonal, see `attention_hyla.by_pair`.
-        value_mixing: (heads, value_head_dim, value_head_dim), of HYLA+.
+        position_bias: (heads, query + key - 1), by diagonal, see `attention_hyla.by_pair`; beside queries in half precision
+            also in float32, and so is its gradient.
+        value_mixing: (heads, value_head_dim, value_head_dim), of HYLA+; likewise.
         seed: of `attention_hyla.pair_dropout`, needed where `dropout` is above 0.
         score_norm: "rms_head", "softmax" or "none".
         activation: of the value network, "relu" or "none".
         generated: whether codes generate the value network (HYLA) or mix values.
 
     Returns:
-        (batch, query, heads, value_head_dim).
+        (batch, query, heads, value_head_dim), in the dtype of the queries.
     """
     return torch.ops.hyla.cpu_forward(
         query, key, value, mask, position_bias, value_mixing, seed, scaling, score_norm, activation, generated, dropout
     )[0]
 
 
-def cpu_problem(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Why the kernel cannot serve these queries, keys and values here, or `None` where it can."""
+def cpu_problem(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, value_mixing: torch.Tensor | None = None
+) -> str | None:
+    """Why `cpu_attention` cannot take these tensors here, or `None` where it can."""
     if numba is None:
         return "numba is not installed (pip install hf-hyla[cpu])"
     if query.device.type != "cpu":
         return f"the kernel runs on the CPU, not on {query.device.type}"
-    if query.dtype not in (torch.float32, torch.float64):
-        return f"the kernel computes in float32 and float64, not in {query.dtype}"
+    if query.dtype not in _BITS:
+        return f"the kernel computes in {', '.join(map(str, _BITS))}, not in {query.dtype}"
     if torch.compiler.is_compiling():
         return None
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    differentiated = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, value_mixing)
+    )
     return _compile_problem(differentiated, *_sizes(query, key, value))
 
 

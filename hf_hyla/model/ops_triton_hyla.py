@@ -113,7 +113,7 @@ def _form(query, key, value, mask, scaling, score_norm, activation, generated, d
     )
 
 
-def _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum) -> Inputs:
+def _inputs(query, key, value, *, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum) -> Inputs:
     if mask is not None:
         mask = _for_pairs(mask, query, key).view(torch.uint8)
     return Inputs(
@@ -157,7 +157,10 @@ def _forward(query, key, value, mask, position_bias, value_mixing, dropout_seed,
     form = _form(query, key, value, mask, *options)
     programs = query.shape[0] * -(-query.shape[2] // BLOCK)
     output, maximum, inverse_sum = _empty_outputs(query, value, form.score_norm)
-    x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
+    x = _inputs(
+        query, key, value, mask=mask, position_bias=position_bias, value_mixing=value_mixing, dropout_seed=dropout_seed,
+        maximum=maximum, inverse_sum=inverse_sum,
+    )  # fmt: skip
     with torch.cuda.device_of(query):
         if form.score_norm == "softmax":
             _launch(softmax_statistics_kernel, programs, 1, form, x)
@@ -189,7 +192,10 @@ def _backward(
 ):
     """Gradients of query, key, value, position_bias and value_mixing; empty where not wanted."""
     form = _form(query, key, value, mask, *options)
-    x = _inputs(query, key, value, mask, position_bias, value_mixing, dropout_seed, maximum, inverse_sum)
+    x = _inputs(
+        query, key, value, mask=mask, position_bias=position_bias, value_mixing=value_mixing, dropout_seed=dropout_seed,
+        maximum=maximum, inverse_sum=inverse_sum,
+    )  # fmt: skip
     x = x._replace(gradient=_view(gradient.contiguous().transpose(1, 2)), delta=torch.empty_like(maximum))
     batch, heads, length, _ = query.shape
     row_blocks, column_blocks = -(-length // BLOCK), -(-key.shape[2] // BLOCK)
@@ -275,7 +281,9 @@ if triton is not None and not hasattr(torch.ops.hyla, "triton_forward"):
     _register()
 
 
-def triton_problem(query: Tensor, value_mixing: Tensor | None = None) -> str | None:
+def triton_problem(
+    query: Tensor, key: Tensor | None = None, value: Tensor | None = None, value_mixing: Tensor | None = None
+) -> str | None:
     """Why `triton_attention` cannot take these tensors here, or `None` where it can."""
     if triton is None:
         return "triton is not installed (pip install hf-hyla[triton], or torch for CUDA, which brings it)"
@@ -308,11 +316,11 @@ def triton_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    position_bias: Tensor | None,
-    value_mixing: Tensor | None,
-    dropout_seed: Tensor | None,
     *,
+    mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    value_mixing: Tensor | None = None,
+    seed: Tensor | None = None,
     scaling: float,
     score_norm: str,
     activation: str,
@@ -328,9 +336,11 @@ def triton_attention(
         value (`torch.Tensor`): (batch, heads, key, value_head_dim).
         mask (`torch.Tensor`, *optional*): bool, broadcastable to (batch, 1, query, key); True attends.
         position_bias (`torch.Tensor`, *optional*): (heads, query + key - 1), by diagonal: entry m is added to the score
-            of every pair with `key_index - query_index = m - (query - 1)`.
-        value_mixing (`torch.Tensor`, *optional*): (heads, value_head_dim, value_head_dim), the second layer of HYLA+.
-        dropout_seed (`torch.Tensor`, *optional*): two int64 numbers in [0, 2³¹); `None` if `dropout` is 0.
+            of every pair with `key_index - query_index = m - (query - 1)`. Beside queries in half precision it may be in
+            float32, and so is its gradient.
+        value_mixing (`torch.Tensor`, *optional*): (heads, value_head_dim, value_head_dim), the second layer of HYLA+; of
+            dtypes likewise.
+        seed (`torch.Tensor`, *optional*): two int64 numbers in [0, 2³¹); `None` if `dropout` is 0.
         scaling (`float`): multiplies query · key.
         score_norm (`str`): `"rms_head"`, `"softmax"` or `"none"`.
         activation (`str`): `"relu"` or `"none"`.
@@ -343,6 +353,6 @@ def triton_attention(
     The caller has asked `triton_problem`.
     """
     options = (scaling, score_norm, activation, generated, dropout)
-    tensors = (query, key, value, mask, position_bias, value_mixing, dropout_seed)
+    tensors = (query, key, value, mask, position_bias, value_mixing, seed)
     output, _, _ = torch.ops.hyla.triton_forward(*tensors, *options)
     return output

@@ -1,4 +1,4 @@
-"""Every way to compute attention against the eager form in float64: output and gradients, by name."""
+"""Every way to compute attention against the eager implementation in float64: output and gradients, by name."""
 
 import dataclasses
 import subprocess
@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import backends_hyla, kernels_cpu_hyla, ops_cpu_hyla
 from hf_hyla.model.attention_hyla import by_pair, dropout_seed, eager_attention_forward, pair_dropout
-from hf_hyla.model.backends_hyla import BACKENDS, fastest_backend
+from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
 
 
 pytest.importorskip("numba", reason="the fused CPU kernel is compiled by numba")
@@ -104,16 +104,16 @@ def compare(backend, row, case, dtype=torch.float64):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of the lean form of three queries or so, the last of them shorter."""
-    monkeypatch.setattr(backends_hyla, "_BLOCK", 1200)
+def small_chunks(monkeypatch):
+    """Chunks of the chunked implementation of three queries or so, the last of them shorter."""
+    monkeypatch.setattr(backends_hyla, "_CHUNK", 1200)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
 @pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
-def test_lean_form_equals_the_definition(row, mask, small_blocks):
-    compare("hyla_lean", row, Case(mask=mask, dropout=0.3 if mask == "random" else 0.0))
-    compare("hyla_lean", row, Case(queries=5, keys=19, mask=mask))
+def test_chunked_implementation_equals_the_definition(row, mask, small_chunks):
+    compare("hyla_chunked", row, Case(mask=mask, dropout=0.3 if mask == "random" else 0.0))
+    compare("hyla_chunked", row, Case(queries=5, keys=19, mask=mask))
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
@@ -211,9 +211,9 @@ def test_what_a_backend_cannot_compute_it_refuses_with_the_reason():
             0.5,
             position_bias=torch.zeros(1, 2, 3, 3),
         )
-    with pytest.raises(ValueError, match="computes in float32 and float64"):
-        half = query.bfloat16()
-        BACKENDS["hyla_cpu"](Layer("hyla", "rms_head", "relu", None), half, half, half, None, 0.5)
+    with pytest.raises(ValueError, match=r"computes in torch.float16, .*, torch.float64, not in torch.int64"):
+        whole = query.long()
+        BACKENDS["hyla_cpu"](Layer("hyla", "rms_head", "relu", None), whole, whole, whole, None, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,14 @@ def test_what_a_backend_cannot_compute_it_refuses_with_the_reason():
         (("hyla", "rms_head", "relu"), (8, 5, 129, 4), 0.1, "hyla_cpu"),
         (("linear", "none", "none"), (8, 5, 129, 4), 0.1, "hyla_cpu"),
         (("hyla", "rms_head", "gelu"), (8, 5, 129, 4), 0.1, "eager"),
-        (("hyla", "rms_head", "gelu"), (8, 5, 900, 4), 0.1, "hyla_lean"),
+        (("hyla", "rms_head", "gelu"), (8, 5, 900, 4), 0.1, "hyla_chunked"),
         (("softmax", "softmax", "none"), (8, 5, 129, 4), 0.0, "hyla_sdpa"),
         (("softmax", "softmax", "none"), (8, 5, 129, 4), 0.1, "hyla_cpu"),
     ],
 )
-def test_the_default_takes_the_fastest_form_that_can_serve(row, shape, dropout, expected):
+def test_the_default_takes_the_fastest_implementation_that_can_serve(row, shape, dropout, expected):
     query = torch.randn(shape)
-    assert fastest_backend(Layer(*row, None), query, query, query, None, 0.5, dropout=dropout) == expected
+    assert fastest_implementation(Call(Layer(*row, None), query, query, query, None, 0.5, dropout=dropout)) == expected
 
 
 @pytest.mark.parametrize(
@@ -243,11 +243,11 @@ def test_where_no_kernel_serves_wide_values_do_not_fill_the_memory(kind, heads, 
     tensor = torch.empty(1, heads, length, width, device="meta")
     largest = length**2 * (heads * width if kind == "hyla+" else max(heads, width))
     assert backends_hyla.largest_intermediate(layer, tensor, tensor, tensor) == largest
-    assert fastest_backend(layer, tensor, tensor, tensor, None, 0.5) == "hyla_lean"
+    assert fastest_implementation(Call(layer, tensor, tensor, tensor, None, 0.5)) == "hyla_chunked"
 
 
-def test_blocks_of_the_lean_form_hold_the_hidden_layers_of_every_head(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_BLOCK", 1200)
+def test_chunks_of_the_chunked_implementation_hold_the_hidden_layers_of_every_head(monkeypatch):
+    monkeypatch.setattr(backends_hyla, "_CHUNK", 1200)
     lengths = []
 
     def noted(module, query, *args, **kwargs):
@@ -256,43 +256,45 @@ def test_blocks_of_the_lean_form_hold_the_hidden_layers_of_every_head(monkeypatc
 
     monkeypatch.setattr(backends_hyla, "eager_attention_forward", noted)
     tensors = torch.randn(3, 1, 3, 20, 5).unbind()
-    BACKENDS["hyla_lean"](Layer("hyla", "rms_head", "relu", torch.randn(3, 5, 5)), *tensors, None, 0.5)
-    assert lengths == [4] * 5  # of 20 keys x 3 heads x 5 numbers each
+    BACKENDS["hyla_chunked"](Layer("hyla", "rms_head", "relu", torch.randn(3, 5, 5)), *tensors, None, 0.5)
+    assert lengths == [4] * 5  # of 20 keys x 3 heads x 5 elements each
 
 
 @pytest.mark.parametrize("row", [LINEAR, HYLA_PLUS], ids=["linear", "hyla+"])
-def test_lean_form_in_half_precision_adds_its_blocks_up_without_rounding(row, monkeypatch):
+def test_chunked_implementation_in_half_precision_adds_its_chunks_up_without_rounding(row, monkeypatch):
     case = Case(batch=1, heads=4, queries=256, keys=32, width=8, value_width=8)
     expected = differentiate(eager_attention_forward, row, case, torch.float64)
-    monkeypatch.setattr(backends_hyla, "_BLOCK", 1)  # a block for every query
+    monkeypatch.setattr(backends_hyla, "_CHUNK", 1)  # a chunk for every query
 
     def errors(backend):
         found = differentiate(backend, row, case, torch.bfloat16)
         return {name: (found[name] - tensor).norm() / tensor.norm() for name, tensor in expected.items()}
 
-    lean, eager = errors(BACKENDS["hyla_lean"]), errors(eager_attention_forward)
+    chunked, eager = errors(BACKENDS["hyla_chunked"]), errors(eager_attention_forward)
     for name in expected:
-        assert lean[name] <= 1.2 * eager[name], f"{name}: {lean[name]:.2e}, where the eager form has {eager[name]:.2e}"
+        assert chunked[name] <= 1.2 * eager[name], (
+            f"{name}: {chunked[name]:.2e}, where the eager implementation has {eager[name]:.2e}"
+        )
 
 
 @pytest.mark.parametrize("shape", [(3, 19 + 19 - 1), (1, 3, 19, 19), (3, 1, 1, 19), (3, 3, 19, 1)])
-def test_lean_form_takes_biases_of_every_shape(shape, small_blocks):
+def test_chunked_implementation_takes_biases_of_every_shape(shape, small_chunks):
     tensors = Case().tensors(HYLA, torch.float64)
     tensors["position_bias"] = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     layer = Layer(*HYLA[:3], None)
     found = []
-    for backend in (BACKENDS["hyla_lean"], eager_attention_forward):
+    for backend in (BACKENDS["hyla_chunked"], eager_attention_forward):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         output, _ = backend(layer, attention_mask=None, scaling=0.5, **leaves)
         found.append([output, *torch.autograd.grad(output.square().sum(), list(leaves.values()))])
-    for lean, eager in zip(*found, strict=True):
-        torch.testing.assert_close(lean, eager, rtol=1e-10, atol=1e-10)
+    for chunked, eager in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, eager, rtol=1e-10, atol=1e-10)
 
 
-def test_lean_form_trains_an_activation_that_has_parameters(small_blocks):
+def test_chunked_implementation_trains_an_activation_that_has_parameters(small_chunks):
     tensors = Case().tensors(HYLA, torch.float64)
     slopes = []
-    for backend in (BACKENDS["hyla_lean"], eager_attention_forward):
+    for backend in (BACKENDS["hyla_chunked"], eager_attention_forward):
         layer = Layer("hyla", "rms_head", "prelu", None)
         layer.value_activation.double()
         backend(layer, attention_mask=None, scaling=0.5, **tensors)[0].square().sum().backward()
@@ -300,10 +302,10 @@ def test_lean_form_trains_an_activation_that_has_parameters(small_blocks):
     torch.testing.assert_close(*slopes)
 
 
-def test_lean_form_computes_again_in_the_precision_it_was_computed_in(small_blocks):
+def test_chunked_implementation_computes_again_in_the_precision_that_it_was_computed_in(small_chunks):
     tensors = Case().tensors(HYLA_PLUS, torch.float32)
     found = []
-    for backend in (BACKENDS["hyla_lean"], eager_attention_forward):
+    for backend in (BACKENDS["hyla_chunked"], eager_attention_forward):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         with torch.autocast("cpu", torch.bfloat16):
             halves = {name: leaves[name].bfloat16() for name in ("query", "key", "value")}
@@ -313,24 +315,24 @@ def test_lean_form_computes_again_in_the_precision_it_was_computed_in(small_bloc
             )
         assert output.dtype == torch.bfloat16
         found.append([output, *torch.autograd.grad(output.float().square().sum(), list(leaves.values()))])
-    for lean, eager in zip(*found, strict=True):
-        assert (lean - eager).norm() < 0.02 * eager.norm()
+    for chunked, eager in zip(*found, strict=True):
+        assert (chunked - eager).norm() < 0.02 * eager.norm()
 
 
-def test_lean_form_takes_memory_that_grows_with_the_length_and_not_with_its_square():
+def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_with_its_square():
     # In a process of its own, where no memory has been used and kept before.
     script = (
         "import torch\n"
         "from types import SimpleNamespace\n"
         "from hf_hyla.benchmark.meter import Meter\n"
         "from hf_hyla.model import backends_hyla\n"
-        "backends_hyla._BLOCK = 2**21\n"
+        "backends_hyla._CHUNK = 2**21\n"
         "torch.set_num_threads(1)\n"
         "layer = SimpleNamespace(attention_type='hyla', score_norm='rms_head', value_activation=torch.nn.ReLU(),\n"
         "                        value_mixing=None)\n"
         "def work(length):\n"
         "    tensors = [torch.randn(1, 8, length, 16, requires_grad=True) for _ in range(3)]\n"
-        "    backends_hyla.BACKENDS['hyla_lean'](layer, *tensors, None, 0.25)[0].sum().backward()\n"
+        "    backends_hyla.BACKENDS['hyla_chunked'](layer, *tensors, None, 0.25)[0].sum().backward()\n"
         "meter = Meter(torch.device('cpu'), 1, print)\n"
         "print(*(meter._peak_bytes(lambda: work(length)) for length in (768, 2304)))\n"
     )
@@ -339,10 +341,10 @@ def test_lean_form_takes_memory_that_grows_with_the_length_and_not_with_its_squa
     assert long < 2 * short
 
 
-def test_lean_form_is_computed_between_the_graphs_of_a_compiled_model(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_BLOCK", 20_000)
+def test_chunked_implementation_is_computed_between_the_graphs_of_a_compiled_model(monkeypatch):
+    monkeypatch.setattr(backends_hyla, "_CHUNK", 20_000)
     torch.manual_seed(0)
-    model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attn_implementation="hyla_lean")).train()
+    model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attn_implementation="hyla_chunked")).train()
     ids = torch.randint(0, 8, (3, 36))
     found = []
     for run in (torch.compile(model, backend="eager"), model):
@@ -354,19 +356,19 @@ def test_lean_form_is_computed_between_the_graphs_of_a_compiled_model(monkeypatc
     torch.compiler.reset()
 
 
-def test_lean_form_has_shapes_where_there_are_no_numbers():
+def test_chunked_implementation_has_shapes_where_there_are_no_elements():
     tensor = torch.empty(2, 3, 3000, 5, device="meta", requires_grad=True)
-    output, _ = BACKENDS["hyla_lean"](Layer(*HYLA[:3], None), tensor, tensor, tensor, None, 0.5)
+    output, _ = BACKENDS["hyla_chunked"](Layer(*HYLA[:3], None), tensor, tensor, tensor, None, 0.5)
     output.sum().backward()
     assert output.shape == (2, 3000, 3, 5) and tensor.grad.shape == tensor.shape
 
 
-def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_one_line(monkeypatch, caplog):
+def test_where_numba_is_missing_or_cannot_compile_another_implementation_takes_over_with_one_line(monkeypatch, caplog):
     layer, query = Layer("hyla", "rms_head", "relu", None), torch.randn(8, 5, 129, 4)
     monkeypatch.setattr(ops_cpu_hyla, "numba", None)
     backends_hyla.logger.warning_once.__func__.cache_clear()
     for _ in range(2):
-        assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
+        assert fastest_implementation(Call(layer, query, query, query, None, 0.5)) == "eager"
     assert [record.getMessage() for record in caplog.records] == [
         "Attention is computed without a fused kernel: numba is not installed (pip install hf-hyla[cpu])."
     ]
@@ -379,11 +381,11 @@ def test_where_numba_is_missing_or_cannot_compile_another_form_takes_over_with_o
 
     monkeypatch.setattr(ops_cpu_hyla, "compiled_backward", broken)
     ops_cpu_hyla._compile_problem.cache_clear()
-    assert fastest_backend(layer, query, query, query, None, 0.5) == "hyla_cpu"
-    assert fastest_backend(layer, query.clone().requires_grad_(), query, query, None, 0.5) == "eager"
+    assert fastest_implementation(Call(layer, query, query, query, None, 0.5)) == "hyla_cpu"
+    assert fastest_implementation(Call(layer, query.clone().requires_grad_(), query, query, None, 0.5)) == "eager"
     monkeypatch.setattr(ops_cpu_hyla, "compiled_forward", broken)
     ops_cpu_hyla._compile_problem.cache_clear()
-    assert fastest_backend(layer, query, query, query, None, 0.5) == "eager"
+    assert fastest_implementation(Call(layer, query, query, query, None, 0.5)) == "eager"
     assert "no code generator for this machine" in ops_cpu_hyla.cpu_problem(query, query, query)
     ops_cpu_hyla._compile_problem.cache_clear()
 
@@ -428,7 +430,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("backend", ["hyla_cpu", "hyla"])
 @pytest.mark.parametrize("shapes", MISFITS.values(), ids=MISFITS)
-def test_the_kernel_refuses_what_it_would_read_wrongly_and_the_default_computes_it_as_the_eager_form(
+def test_the_kernel_refuses_what_it_would_read_wrongly_and_the_default_computes_it_as_the_eager_implementation(
     monkeypatch, backend, shapes
 ):
     monkeypatch.setattr(backends_hyla, "_SMALL", 0)
@@ -460,7 +462,7 @@ def test_the_kernel_refuses_dtypes_that_differ():
         BACKENDS["hyla_cpu"](Layer(*HYLA[:3], None), query, query, query.double(), None, 0.5)
 
 
-def test_forward_mode_gradients_are_those_of_the_eager_form(monkeypatch):
+def test_forward_mode_gradients_are_those_of_the_eager_implementation(monkeypatch):
     monkeypatch.setattr(backends_hyla, "_SMALL", 0)
     layer, (query, key, value, tangent) = Layer(*HYLA[:3], None), torch.randn(4, 2, 3, 9, 5, dtype=torch.float64)
 
@@ -475,12 +477,12 @@ def test_forward_mode_gradients_are_those_of_the_eager_form(monkeypatch):
 
 
 @pytest.mark.parametrize("mask_shape", [(40, 40), (1, 40, 40)])
-def test_the_lean_form_takes_masks_and_biases_of_fewer_axes(small_blocks, mask_shape):
+def test_the_chunked_implementation_takes_masks_and_biases_of_fewer_axes(small_chunks, mask_shape):
     query, key, value = torch.randn(3, 2, 3, 40, 5)
     bias, mask = torch.randn(3, 40, 40), torch.rand(mask_shape) < 0.5
     layer = Layer(*HYLA[:3], None)
     expected, _ = eager_attention_forward(layer, query, key, value, mask, 0.5, position_bias=bias)
-    output, _ = BACKENDS["hyla_lean"](layer, query, key, value, mask, 0.5, position_bias=bias)
+    output, _ = BACKENDS["hyla_chunked"](layer, query, key, value, mask, 0.5, position_bias=bias)
     torch.testing.assert_close(output, expected)
 
 
@@ -500,7 +502,7 @@ def test_the_shortcut_of_the_last_layer_drops_the_same_pairs(monkeypatch):
     model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attention_dropout=0.5)).train()
     ids = torch.randint(0, 8, (4, 36))
     logits = {}
-    for backend in ("eager", "hyla", "hyla_cpu", "hyla_lean"):
+    for backend in ("eager", "hyla", "hyla_cpu", "hyla_chunked"):
         model.set_attn_implementation(backend)
         torch.manual_seed(1)
         logits[backend] = model(input_ids=ids).logits
@@ -538,7 +540,7 @@ def test_a_model_answers_alike_by_every_backend_and_returns_codes_by_all():
     assert model.config._attn_implementation == "hyla"
     model.set_attn_implementation("eager")
     expected = model(input_ids=ids, attention_mask=padding, output_attentions=True)
-    for backend in ("hyla", "hyla_cpu", "hyla_lean"):
+    for backend in ("hyla", "hyla_cpu", "hyla_chunked"):
         model.set_attn_implementation(backend)
         torch.testing.assert_close(model(input_ids=ids, attention_mask=padding).logits, expected.logits)
         codes = model(input_ids=ids, attention_mask=padding, output_attentions=True).attentions

@@ -127,10 +127,10 @@ def fused(inputs, mask, network, score_norm, scaling, dropout=0.0, seed=None):
         inputs["query"],
         inputs["key"],
         inputs["value"],
-        mask,
-        inputs.get("position_bias"),
-        inputs.get("value_mixing"),
-        seed,
+        mask=mask,
+        position_bias=inputs.get("position_bias"),
+        value_mixing=inputs.get("value_mixing"),
+        seed=seed,
         scaling=scaling,
         score_norm=score_norm,
         activation=activation,
@@ -276,10 +276,7 @@ def as_module(**settings):
         query,
         key,
         value,
-        None,
-        bias,
-        None,
-        None,
+        position_bias=bias,
         scaling=0.5,
         activation="relu",
         generated=True,
@@ -333,7 +330,7 @@ def test_what_cannot_run_is_said_in_one_sentence(monkeypatch):
     assert kernels.triton_problem(query) is None
     assert "torch.int64" in kernels.triton_problem(query.long())
     assert "65" in kernels.triton_problem(torch.zeros(1, 65, 3, 4))
-    assert "not 40" in kernels.triton_problem(query, torch.zeros(8, 40, 40))
+    assert "not 40" in kernels.triton_problem(query, value_mixing=torch.zeros(8, 40, 40))
     monkeypatch.setattr(kernels, "triton", None)
     assert "not installed" in kernels.triton_problem(query)
 
