@@ -92,7 +92,7 @@ def _eager(call: Call) -> torch.Tensor:
 def _chunked(call: Call) -> torch.Tensor:
     """
     The eager implementation for a chunk of queries at a time, computed again in the backward: on any device, of any type, with
-    memory that grows with the length and not with its square.
+    memory that grows with the length and not with its square. Half precision is computed in float32.
     """
     module, query, key, value, mask, scaling, dropout, bias = call
     seed = dropout_seed(query.device) if dropout > 0.0 else None
@@ -102,12 +102,15 @@ def _chunked(call: Call) -> torch.Tensor:
         mask = mask[(None,) * (4 - mask.ndim)]
     if bias is not None and bias.ndim == 3:
         bias = bias[None]
+    activation = module.value_activation
+    of_activation = {} if activation is None else dict(activation.named_parameters())
 
-    def attend(first: int, query, key, value, mask, bias, mixing) -> torch.Tensor:
+    def attend(first: int, query, key, value, mask, bias, mixing, *parameters) -> torch.Tensor:
+        widened = dict(zip(of_activation, parameters, strict=True))
         layer = SimpleNamespace(
             attention_type=module.attention_type,
             score_norm=module.score_norm,
-            value_activation=module.value_activation,
+            value_activation=activation and (lambda x: torch.func.functional_call(activation, widened, (x,))),
             value_mixing=mixing,
         )
         output, _ = eager_attention_forward(
@@ -125,8 +128,7 @@ def _chunked(call: Call) -> torch.Tensor:
         return output
 
     rows = max(_CHUNK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
-    of_activation = [] if module.value_activation is None else module.value_activation.parameters()
-    return _InChunks.apply(attend, rows, query, key, value, mask, bias, module.value_mixing, *of_activation)
+    return _InChunks.apply(attend, rows, query, key, value, mask, bias, module.value_mixing, *of_activation.values())
 
 
 class _InChunks(torch.autograd.Function):
@@ -140,36 +142,35 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attend, rows, query, key, value, *others):
         inputs = (query, key, value, *others)
-        ctx.attend, ctx.rows, ctx.autocast = attend, rows, _autocast_as_here(query.device.type)
+        ctx.attend, ctx.rows = attend, rows
         ctx.save_for_backward(*inputs)
         batch, heads, query_length, _ = query.shape
         output = query.new_empty(batch, query_length, heads, value.shape[-1])
-        for first, parts, _ in _chunks(rows, *inputs):
-            output[:, first : first + rows] = attend(first, *parts)
+        with _autocast_off(query.device.type):
+            for first, parts, _ in _chunks(rows, *map(_widened, inputs)):
+                output[:, first : first + rows] = attend(first, *parts)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         inputs = ctx.saved_tensors
+        wide: list[Any] = [_widened(tensor) for tensor in inputs]
         needed = [n for n, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
-        # Half precision would round after every chunk.
-        sums = {
-            n: torch.zeros_like(inputs[n], dtype=torch.promote_types(inputs[n].dtype, torch.float32)) for n in needed
-        }
-        for first, parts, where in _chunks(ctx.rows, *inputs):
-            with torch.enable_grad(), ctx.autocast():
+        sums = {n: torch.zeros_like(wide[n]) for n in needed}
+        for first, parts, where in _chunks(ctx.rows, *wide):
+            with torch.enable_grad(), _autocast_off(grad_output.device.type):
                 parts = [part if part is None else part.detach() for part in parts]
-                leaves = [parts[n].requires_grad_() if n < len(parts) else inputs[n] for n in needed]
+                leaves = [parts[n].requires_grad_() for n in needed]
                 output = ctx.attend(first, *parts)
-            gradients = torch.autograd.grad(output, leaves, grad_output[:, first : first + ctx.rows])
-            for n, gradient in zip(needed, gradients, strict=True):
+            of_chunk = grad_output[:, first : first + ctx.rows].to(output.dtype)
+            for n, gradient in zip(needed, torch.autograd.grad(output, leaves, of_chunk), strict=True):
                 sums[n][where.get(n, ...)] += gradient
         return None, None, *(sums[n].to(tensor.dtype) if n in sums else None for n, tensor in enumerate(inputs))
 
 
-def _chunks(rows: int, query, key, value, mask, bias, mixing, *_) -> Iterator[tuple[int, list, dict[int, tuple]]]:
-    """Of every chunk its first query, the arguments of `attend`, and which part of those that are divided, by number."""
+def _chunks(rows: int, query, key, value, mask, bias, *others) -> Iterator[tuple[int, list, dict[int, tuple]]]:
+    """Of every chunk its first query, the arguments of `attend`, and which part of those that are divided, by their place."""
     everything, length = slice(None), query.shape[2]
     for first in range(0, length, rows):
         last = min(first + rows, length)
@@ -181,14 +182,19 @@ def _chunks(rows: int, query, key, value, mask, bias, mixing, *_) -> Iterator[tu
             where[4] = (everything, slice(length - last, bias.shape[1] - first))
         elif bias is not None and bias.shape[2] > 1:
             where[4] = of_queries
-        arguments = enumerate((query, key, value, mask, bias, mixing))
+        arguments = enumerate((query, key, value, mask, bias, *others))
         yield first, [tensor[where[n]] if n in where else tensor for n, tensor in arguments], where
 
 
-def _autocast_as_here(device: str) -> Callable[[], AbstractContextManager]:
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext
-    return partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+def _widened(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Half precision in float32; everything else, such as a mask of booleans, as it is."""
+    if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16):
+        return tensor
+    return tensor.float()
+
+
+def _autocast_off(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _sdpa(call: Call) -> torch.Tensor:

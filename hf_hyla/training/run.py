@@ -114,6 +114,12 @@ def check_before_start(recipe: Recipe) -> None:
     Raises:
         ValueError: if the recipe asks for what this machine lacks.
     """
+    on_cpu = recipe.trainer.get("use_cpu") or PartialState().device.type == "cpu"
+    if recipe.trainer.get("fp16") and on_cpu:
+        raise ValueError(
+            "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave "
+            "it out."
+        )
     asked = recipe.trainer.get("report_to") or []
     trackers = {asked} if isinstance(asked, str) else set(asked)
     if missing := sorted(trackers - {"all", "none", *get_available_reporting_integrations()}):

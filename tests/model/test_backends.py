@@ -302,23 +302,6 @@ def test_chunked_implementation_trains_an_activation_that_has_parameters(small_c
     torch.testing.assert_close(*slopes)
 
 
-def test_chunked_implementation_computes_again_in_the_precision_that_it_was_computed_in(small_chunks):
-    tensors = Case().tensors(HYLA_PLUS, torch.float32)
-    found = []
-    for backend in (BACKENDS["hyla_chunked"], eager_attention_forward):
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-        with torch.autocast("cpu", torch.bfloat16):
-            halves = {name: leaves[name].bfloat16() for name in ("query", "key", "value")}
-            layer = Layer(*HYLA_PLUS[:3], leaves["value_mixing"])
-            output, _ = backend(
-                layer, attention_mask=None, scaling=0.5, position_bias=leaves["position_bias"], **halves
-            )
-        assert output.dtype == torch.bfloat16
-        found.append([output, *torch.autograd.grad(output.float().square().sum(), list(leaves.values()))])
-    for chunked, eager in zip(*found, strict=True):
-        assert (chunked - eager).norm() < 0.02 * eager.norm()
-
-
 def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_with_its_square():
     # In a process of its own, where no memory has been used and kept before.
     script = (

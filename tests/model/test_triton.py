@@ -139,30 +139,37 @@ def fused(inputs, mask, network, score_norm, scaling, dropout=0.0, seed=None):
     )
 
 
-def compare(inputs, gradient, mask, network, score_norm, dtype, tolerances, dropout=0.0, device="cpu"):
+def compare(
+    inputs, gradient, mask, network, score_norm, dtype, tolerances, dropout=0.0, device="cpu", parameters=None
+):
     """
-    Runs both and compares by name, relative to the largest number of each. Without tolerances errors may be 1.5 times
+    Runs both, position bias and value_mixing in the dtype `parameters` where one is given, and compares by name, relative to the largest number of each. Without tolerances errors may be 1.5 times
     those of the definition in this dtype, and a rounding.
     """
     scaling, seed = 0.3, torch.tensor([123456789, 2**31 - 1]) if dropout else None
-    rounded, rounded_gradient = {name: tensor.to(dtype) for name, tensor in inputs.items()}, gradient.to(dtype)
+    dtypes = {name: dtype for name in inputs}
+    if parameters:
+        dtypes |= {name: parameters for name in ("position_bias", "value_mixing") if name in inputs}
+    rounded, rounded_gradient = {name: x.to(dtypes[name]) for name, x in inputs.items()}, gradient.to(dtype)
     inputs = {name: tensor.double() for name, tensor in rounded.items()}
     gradient = rounded_gradient.double()
     output, expected = defined(inputs, gradient, mask, network, score_norm, scaling, dropout, seed)
     expected = {"output": output.detach(), **expected}
-    if tolerances:
+    if isinstance(tolerances, dict):
+        allowed = tolerances
+    elif tolerances:
         allowed = dict.fromkeys(expected, tolerances[1]) | {"output": tolerances[0]}
     else:
         usual, usual_gradients = defined(rounded, rounded_gradient, mask, network, score_norm, scaling, dropout, seed)
         usual = {"output": usual.detach(), **usual_gradients}
         allowed = {name: 1.5 * error(usual[name], expected[name]) + torch.finfo(dtype).eps for name in expected}
 
-    leaves = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in inputs.items()}
+    leaves = {name: tensor.to(device, dtypes[name]).requires_grad_() for name, tensor in inputs.items()}
     mask, seed = (None if tensor is None else tensor.to(device) for tensor in (mask, seed))
     result = fused(leaves, mask, network, score_norm, scaling, dropout, seed)
     assert result.dtype == dtype and result.is_contiguous()
     gradients = torch.autograd.grad(result, list(leaves.values()), gradient.to(device, dtype))
-    assert all(got.dtype == dtype for got in gradients)
+    assert {name: got.dtype for name, got in zip(leaves, gradients, strict=True)} == dtypes
     found = {"output": result.detach(), **dict(zip(leaves, gradients, strict=True))}
     for name, tolerance in allowed.items():
         off = error(found[name], expected[name])
@@ -211,6 +218,25 @@ def test_output_and_gradients_in_lower_precision(dtype, tolerances, norm, networ
     torch.manual_seed(0)
     inputs, gradient = problem(2, 3, 9, 20, 4, 6, network == "hyla+", bias=True, scale=1.0)
     compare(inputs, gradient, masks(mask, 2, 9, 20), network, norm, dtype, tolerances, dropout=0.1)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm, network", [("rms_head", "hyla+"), ("none", "hyla"), ("softmax", "mixed")])
+@pytest.mark.parametrize("mask", ["padding", "pairs", "causal"])
+def test_beside_half_precision_parameters_and_their_gradients_are_in_single_precision(dtype, norm, network, mask):
+    """
+    As under autocast. The interpreter multiplies in float32, so only results are rounded, by half of eps at most, relative to
+    the element; gradients of parameters are as exact as in float32.
+    """
+    torch.manual_seed(0)
+    inputs, gradient = problem(2, 3, 9, 20, 4, 6, network == "hyla+", bias=True, scale=1.0)
+    rounding = torch.finfo(dtype).eps / 2
+    tolerances = {name: rounding + 1e-4 for name in ("query", "key", "value")}
+    tolerances |= {"output": rounding + 1e-5, "position_bias": 1e-4, "value_mixing": 1e-4}
+    tolerances = {name: tolerances[name] for name in ("output", *inputs)}
+    attends = masks(mask, 2, 9, 20)
+    compare(inputs, gradient, attends, network, norm, dtype, tolerances, dropout=0.1, parameters=torch.float32)
 
 
 @interpreted
@@ -382,21 +408,30 @@ def test_offsets_into_a_mask_of_very_many_pairs_are_of_64_bits():
     assert (index(46_340), index(46_341)) == (tl.int32, tl.int64)
 
 
-COMPILED = [  # dtype, heads, width, score_norm, network, kernels (all where none is named)
-    (torch.bfloat16, 16, 64, "rms_head", "hyla", ()),
-    (torch.float32, 16, 64, "rms_head", "hyla", ("key_gradient_kernel",)),
-    (torch.float32, 16, 32, "rms_head", "hyla+", ("key_gradient_kernel",)),
-    (torch.float32, 16, 4, "rms_head", "hyla", ("forward_kernel", "query_gradient_kernel")),
-    (torch.bfloat16, 8, 16, "softmax", "hyla+", ("softmax_statistics_kernel", "value_gradient_kernel")),
-]
+HOPPER, AMPERE = 90, 80
+# capability, dtype, that of parameters, heads, width, score_norm, network, kernels (all where none is named)
+COMPILED = [
+    (HOPPER, torch.bfloat16, torch.bfloat16, 16, 64, "rms_head", "hyla", ()),
+    (HOPPER, torch.float32, torch.float32, 16, 64, "rms_head", "hyla", ("key_gradient_kernel",)),
+    (HOPPER, torch.float32, torch.float32, 16, 32, "rms_head", "hyla+", ("key_gradient_kernel",)),
+    (HOPPER, torch.float32, torch.float32, 16, 4, "rms_head", "hyla", ("forward_kernel", "query_gradient_kernel")),
+    (HOPPER, torch.bfloat16, torch.bfloat16, 8, 16, "softmax", "hyla+", ("softmax_statistics_kernel", "value_gradient_kernel")),
+    # As under autocast.
+    (HOPPER, torch.bfloat16, torch.float32, 16, 64, "rms_head", "hyla+", ()),
+    (HOPPER, torch.float16, torch.float32, 8, 16, "softmax", "hyla+", ("softmax_statistics_kernel", "value_gradient_kernel")),
+    (AMPERE, torch.bfloat16, torch.float32, 16, 64, "rms_head", "hyla+", ()),
+    (AMPERE, torch.float16, torch.float32, 16, 4, "none", "mixed", ()),
+]  # fmt: skip
 
 
 @compiled
 @pytest.mark.skipif(
     not any(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*")), reason="Triton came without ptxas"
 )
-@pytest.mark.parametrize("dtype, heads, width, norm, network, names", COMPILED)
-def test_kernels_compile_for_hopper_within_its_shared_memory(monkeypatch, dtype, heads, width, norm, network, names):
+@pytest.mark.parametrize("capability, dtype, parameters, heads, width, norm, network, names", COMPILED)
+def test_kernels_compile_within_the_shared_memory_of_the_gpu(
+    monkeypatch, capability, dtype, parameters, heads, width, norm, network, names
+):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
@@ -411,24 +446,24 @@ def test_kernels_compile_for_hopper_within_its_shared_memory(monkeypatch, dtype,
 
     monkeypatch.setattr(kernels, "_launch", compile_only)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, Triton 3.9 warns
-    target = GPUTarget("cuda", 90, 32)
-    hopper = SimpleNamespace(
+    target = GPUTarget("cuda", capability, 32)
+    gpu = SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
     )
     generated, activation, mixing = NETWORKS[network]
     tensors = [torch.zeros(2, 100, heads, width, dtype=dtype).transpose(1, 2) for _ in range(3)]
-    mixing = torch.zeros(heads, width, width, dtype=dtype) if mixing else None
-    tensors += [None, torch.zeros(heads, 199, dtype=dtype), mixing, torch.zeros(2, dtype=torch.int64)]
+    mixing = torch.zeros(heads, width, width, dtype=parameters) if mixing else None
+    tensors += [None, torch.zeros(heads, 199, dtype=parameters), mixing, torch.zeros(2, dtype=torch.int64)]
     options = (0.5, norm, activation, generated, 0.1)
-    monkeypatch.setattr(driver, "_active", hopper)
+    monkeypatch.setattr(driver, "_active", gpu)
     output, *statistics = kernels._forward(*tensors, *options)
     kernels._backward(output, *tensors, *statistics, [True] * 4 + [mixing is not None], *options)
     assert set(compiled_kernels) == set(names) if names else len(compiled_kernels) == 5
     expected = tiles[0] * kernels.SHARED_BYTES[dtype]
-    assert expected <= SHARED_MEMORY
+    assert expected <= {HOPPER: SHARED_MEMORY, AMPERE: GPUS["A100"][1]}[capability]
     for name, kernel in compiled_kernels.items():
         assert kernel.metadata.shared <= expected, f"{name}: {kernel.metadata.shared} bytes"
-        if dtype == torch.bfloat16:
+        if dtype != torch.float32:
             assert "mma" in kernel.asm["ptx"], f"{name} does not use tensor cores"
 
 
