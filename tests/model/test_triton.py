@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import ops_triton_hyla as kernels
 from hf_hyla.model.attention_hyla import attention_codes, generated_values, mixed_values
 
@@ -143,11 +144,12 @@ def compare(
     inputs, gradient, mask, network, score_norm, dtype, tolerances, dropout=0.0, device="cpu", parameters=None
 ):
     """
-    Runs both, position bias and value_mixing in the dtype `parameters` where one is given, and compares by name, relative to the largest number of each. Without tolerances errors may be 1.5 times
-    those of the definition in this dtype, and a rounding.
+    Runs both, position bias and value_mixing in the dtype `parameters` where one is given, and compares by name, relative to
+    the largest element of each. Without tolerances errors may be 1.5 times those of the definition in this dtype, and a
+    rounding.
     """
     scaling, seed = 0.3, torch.tensor([123456789, 2**31 - 1]) if dropout else None
-    dtypes = {name: dtype for name in inputs}
+    dtypes = dict.fromkeys(inputs, dtype)
     if parameters:
         dtypes |= {name: parameters for name in ("position_bias", "value_mixing") if name in inputs}
     rounded, rounded_gradient = {name: x.to(dtypes[name]) for name, x in inputs.items()}, gradient.to(dtype)
@@ -226,15 +228,16 @@ def test_output_and_gradients_in_lower_precision(dtype, tolerances, norm, networ
 @pytest.mark.parametrize("mask", ["padding", "pairs", "causal"])
 def test_beside_half_precision_parameters_and_their_gradients_are_in_single_precision(dtype, norm, network, mask):
     """
-    As under autocast. The interpreter multiplies in float32, so only results are rounded, by half of eps at most, relative to
-    the element; gradients of parameters are as exact as in float32.
+    As under autocast. The interpreter multiplies in float32, so only results are rounded: by half of eps at most, but bfloat16 by
+    eps, since the interpreter cuts it off. Gradients of parameters are as exact as in float32.
     """
     torch.manual_seed(0)
     inputs, gradient = problem(2, 3, 9, 20, 4, 6, network == "hyla+", bias=True, scale=1.0)
-    rounding = torch.finfo(dtype).eps / 2
-    tolerances = {name: rounding + 1e-4 for name in ("query", "key", "value")}
-    tolerances |= {"output": rounding + 1e-5, "position_bias": 1e-4, "value_mixing": 1e-4}
-    tolerances = {name: tolerances[name] for name in ("output", *inputs)}
+    rounding = torch.finfo(dtype).eps / (1 if dtype == torch.bfloat16 else 2)
+    exact = {"output": 1e-5, **dict.fromkeys(inputs, 1e-4)}
+    tolerances = {
+        name: off if name in ("position_bias", "value_mixing") else off + rounding for name, off in exact.items()
+    }
     attends = masks(mask, 2, 9, 20)
     compare(inputs, gradient, attends, network, norm, dtype, tolerances, dropout=0.1, parameters=torch.float32)
 
@@ -318,6 +321,34 @@ def test_operators_keep_the_rules_of_torch():
     inputs = (*(leaves[name] for name in ("query", "key", "value")), None, leaves["position_bias"])
     arguments = (*inputs, None, None, 0.5, "softmax", "relu", True, 0.0)
     torch.library.opcheck(torch.ops.hyla.triton_forward.default, arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", [{"value_depth": 2, "qk_norm": True}, {"attention_type": "softmax"}], ids=str)
+def test_a_model_under_autocast_is_computed_by_the_kernels(settings, dtype, monkeypatch):
+    calls = []
+    of_kernel = torch.ops.hyla.triton_forward
+    monkeypatch.setattr(torch.ops.hyla, "triton_forward", lambda *args: calls.append(args) or of_kernel(*args))
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    config = HylaConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=3, attention_dropout=0.1, **settings)
+    model = HylaForSequenceClassification(config).train()
+    ids = torch.randint(0, 8, (2, 12))
+    gradients = {}
+    for backend in ("hyla_triton", "hyla_chunked"):
+        model.set_attn_implementation(backend)
+        model.zero_grad()
+        torch.manual_seed(1)  # of dropout
+        with torch.autocast("cpu", dtype):
+            model(input_ids=ids, labels=ids[:, :4]).loss.backward()
+        gradients[backend] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert len(calls) == 2
+    for query, key, value, _, bias, mixing, *_ in calls:
+        assert {query.dtype, key.dtype, value.dtype} == {dtype}
+        assert {x.dtype for x in (bias, mixing) if x is not None} == {torch.float32}
+    off = (gradients["hyla_triton"] - gradients["hyla_chunked"]).norm() / gradients["hyla_chunked"].norm()
+    assert off < 8 * torch.finfo(dtype).eps
 
 
 @interpreted

@@ -150,6 +150,18 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", [["--dry-run"], ["--output", "{folder}/run"]], ids=["dry run", "run"])
+def test_float16_is_refused_on_a_cpu_before_anything_is_written(tmp_path, capsys, command):
+    recipe_in(tmp_path)
+    command = [part.format(folder=tmp_path) for part in command]
+    assert main(["train", str(tmp_path / "tiny.yaml"), *command, "--trainer.fp16", "true"]) == 2
+    assert (
+        "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same." in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_sraven_trains_and_scores_too(tmp_path):
     recipe = recipe_in(tmp_path)
     sections = {**SECTIONS, "task": {"name": "sraven", "num_features": 2}}
