@@ -62,16 +62,6 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy() if bits is None else tensor.view(bits).numpy()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that tensors of this one are computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    bits, tensor = _BITS[tensor.dtype], tensor.detach()
-    return tensor.numpy() if bits is None else tensor.view(bits).numpy()
-
-
 def _prepare(
     query, key, value, *, mask, position_bias, value_mixing, seed, scaling, score_norm, activation, generated, dropout
 ):
