@@ -7,7 +7,7 @@ from huggingface_hub import SpaceCard, SpaceCardData
 
 from .. import metrics
 from ..tasks import HubMetric, Task
-from .cards import CITATION, LICENSE, run_snippet, sibling_repo, template
+from .cards import CITATION, LICENSE, dataset_repo, run_snippet, sibling_repo, template
 
 
 def metric_repo(task: Task, repo_id: str) -> str:
@@ -84,7 +84,7 @@ def demo_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
         raise ValueError(f"The Space asks SRAVEN puzzles, and this run is of the task {task.name}: leave out --space.")
     title = f"Ask {repo_id.partition('/')[2]}"
     card = SpaceCard.from_template(
-        _card_data(title, tags=["hyla", task.name], models=[repo_id], datasets=[sibling_repo(repo_id, task.name)]),
+        _card_data(title, tags=["hyla", task.name], models=[repo_id], datasets=[dataset_repo(task, repo_id)]),
         template_str=template("space_card.md"),
         title=title,
         model_id=repo_id,
