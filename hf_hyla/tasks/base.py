@@ -170,7 +170,7 @@ class Task(ABC):
 
     def ask(self, samples: dict[str, np.ndarray], point: np.ndarray) -> dict[str, np.ndarray]:
         """The samples, asked for a point of `query_point`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has a query_point, but no ask: define both or neither.")
 
     @property
     def reference(self) -> str:
