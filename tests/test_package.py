@@ -62,11 +62,11 @@ ALLOWED = {
     "sweep": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch"}),
     "benchmark": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch", "transformers"}),
 }
-# Imports the modules of each part in a process of its own, forked from one that has imported hf_hyla, and prints which parts
+# Imports the modules of each part in a process of its own, forked from one that has imported the model, and prints which parts
 # of the package were loaded with them.
 LOADING = """
 import importlib, json, os, sys
-import hf_hyla
+import hf_hyla.model
 for part, modules in json.loads(sys.argv[1]).items():
     if not os.fork():
         for module in modules:

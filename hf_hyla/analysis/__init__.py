@@ -5,14 +5,13 @@ from .combinations import score_by_combination
 from .latents import Codes, collect_codes
 from .probes import code_similarity, probe
 from .report import probe_report
-from .subjects import answer_keys, task_batches
+from .subjects import task_batches
 
 
 __all__ = [
     "Codes",
     "ablate_heads",
     "ablated",
-    "answer_keys",
     "code_similarity",
     "collect_codes",
     "mean_codes",

@@ -25,7 +25,7 @@ def score_by_combination(
         num_samples: of the split, of the paper's length where it is `None`.
 
     Returns:
-        for each combination that occurs among the samples its `parts` (ids of rules or terms), `trained`, in how many training
+        for each combination that occurs among the samples its `parts` (ids), `trained`, in how many training
         combinations each of them occurs, `num_samples`, and `scores` by metric.
 
     Raises:
@@ -34,7 +34,7 @@ def score_by_combination(
     task.check_model(model.config)
     num_samples = len(task.dataset(split, num_samples))
     read = next(name for name in task.model_columns if name != "labels")
-    parts_column = "rules" if task.name == "sraven" else "terms"
+    parts_column = task.parts_column
     kept: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], read: [], parts_column: []}
     for batch in task_batches(task, split, num_samples, batch_size):
         for name, column in (batch | {"logits": run(model, batch).logits.float().cpu()}).items():
@@ -42,7 +42,7 @@ def score_by_combination(
                 kept[name].append(column)
     columns = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
     trained = Counter(part for combination in task.combinations("train") for part in set(combination))
-    groups = combinations_of(columns)
+    groups = combinations_of(task, columns)
     found = []
     for group in range(groups.max() + 1):
         rows = groups == group

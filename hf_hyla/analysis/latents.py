@@ -45,7 +45,7 @@ class Codes:
 def collect_codes(
     model: nn.Module,
     batches: Iterable[Batch],
-    keys: Callable[[Batch], torch.Tensor] | None = None,
+    keys: Callable[[Batch], torch.Tensor | None] | None = None,
     total: int | None = None,
     progress: bool = False,
 ) -> Codes:
@@ -60,7 +60,8 @@ def collect_codes(
         model: a `HylaModel`, or a model that holds one, of any attention type; it is run without dropout.
         batches: dicts of the model's inputs, which are tensors, and of anything else that numpy makes an array of; the first
             axis are the samples.
-        keys: positions (batch, answers, keys) of the keys, of a batch; `None` takes each answer token as its own key.
+        keys: positions (batch, answers, keys) of the keys, of a batch; `None`, or a function that returns it, takes each
+            answer token as its own key.
         total: number of batches, for the progress bar.
         progress: whether to show it.
 
@@ -71,7 +72,8 @@ def collect_codes(
     columns: dict[str, _Rows] = defaultdict(_Rows)
     for batch in tqdm(batches, total=total, desc="Collecting codes", disable=not progress):
         queries = _answer_positions(model, batch)
-        at_keys = queries.unsqueeze(-1) if keys is None else keys(batch)
+        asked = keys(batch) if keys else None
+        at_keys = queries.unsqueeze(-1) if asked is None else asked
         picked: list[torch.Tensor] = []
 
         def pick(layer: int, codes: torch.Tensor, picked=picked, queries=queries, at_keys=at_keys) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..tasks import Subject
 from .latents import Codes
-from .subjects import Subject
 
 
 # Okabe and Ito's colours, the light yellow last; each class has a marker of its own besides.

@@ -9,22 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model import HylaForSequenceClassification
-from ..tasks import Task
+from ..tasks import Subject, Task
 from ..utils import write_whole
 from .ablation import ablate_heads, mean_codes
 from .combinations import score_by_combination
 from .latents import Codes, collect_codes
 from .probes import code_similarity, probe
-from .subjects import (
-    Subject,
-    answer_features,
-    answer_keys,
-    check_sizes,
-    combinations_of,
-    query_point,
-    subjects,
-    task_batches,
-)
+from .subjects import answer_features, check_sizes, combinations_of, subjects, task_batches
 
 
 REPORT_NAME = "probe.json"
@@ -35,6 +26,7 @@ _BATCH_SIZE = 512
 def probe_report(
     model: HylaForSequenceClassification,
     task: Task,
+    *,
     split: str = "ood",
     train_samples: int = 5_000,
     num_samples: int = 5_000,
@@ -50,13 +42,13 @@ def probe_report(
     them in `probe.json` and as figures.
 
     Probes are fitted on the first `train_samples` of the split train, and scored on the first `num_samples` of `split`,
-    layer by layer and on all layers together; see `subjects` for what they ask and `answer_keys` for the codes they
-    read. Standard errors take the samples of one combination for one observation. Ablations put the mean codes of those training samples in place of a head's.
+    layer by layer and on all layers together; see `Task.subjects` for what they ask and `Task.answer_keys` for the
+    codes they read. Standard errors take the samples of one combination for one observation. Ablations put the mean codes of those training samples in place of a head's.
 
     Args:
         seed: of controls, bootstrap and t-SNE, and of the fixed query.
-        fixed_query: whether every function of fuzzy logic is asked for the same point, as in the official analysis, so that
-            codes differ by the function alone. Ablations are scored on the task as it is.
+        fixed_query: whether every sample is asked for the same point, as fuzzy logic in the official analysis, so that codes
+            differ by the combination alone. Ablations are scored on the task as it is.
         about: what the report shall hold besides: the model's name, versions, hardware.
 
     Returns:
@@ -78,22 +70,22 @@ def probe_report(
         raise ValueError(f"seed must be at least 0 and below 2**32, got {seed}.")
     task.check_model(model.config)
     check_sizes(task, split, train_samples, num_samples)
-    query = query_point(task, seed) if fixed_query else None
+    query = task.query_point(seed) if fixed_query else None
     if output:
         output.mkdir(parents=True, exist_ok=True)
 
     def collected(split: str, count: int) -> Codes:
         batches = task_batches(task, split, count, _BATCH_SIZE, query)
-        return collect_codes(model, batches, answer_keys(task), total=-(-count // _BATCH_SIZE), progress=progress)
+        return collect_codes(model, batches, task.answer_keys, total=-(-count // _BATCH_SIZE), progress=progress)
 
     train, other = collected("train", train_samples), collected(split, num_samples)
     train_subjects, other_subjects = subjects(task, train.columns), subjects(task, other.columns)
     _, layers, answers, keys, heads = other.codes.shape
-    groups = combinations_of(other.columns).repeat(answers)
+    groups = combinations_of(task, other.columns).repeat(answers)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         **(about or {}),
-        "task": {"name": task.name, **task.settings},
+        "task": task.spec,
         "data_fingerprint": task.fingerprint(),
         "attention_type": model.config.attention_type,
         "split": split,

@@ -28,12 +28,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = Parser(prog="hyla", description="HYLA: train, evaluate, analyse and publish.")
     parser.add_argument("--version", action="version", version=f"hyla {__version__}")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module that holds a task of your own, so that runs of it can be read",
+    )
     commands = parser.add_subparsers(metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
     parser.set_defaults(run=lambda arguments: parser.print_help(), sections=())
     rest, overrides = _split_overrides(argv)
-    word = next((word for word in rest if not word.startswith("-")), None)
+    words = (word for word, before in zip(rest, ["", *rest], strict=False) if before != "--import")
+    word = next((word for word in words if not word.startswith("-")), None)
     if word is not None and word not in commands.choices:
         known = ", ".join(commands.choices)
         raise ValueError(f"There is no command {word!r}{nearest(word, commands.choices)}: expected one of {known}.")
@@ -50,6 +59,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        if arguments.modules:
+            from ..tasks import import_module
+
+            for module in arguments.modules:
+                import_module(module)
         code = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code

@@ -31,7 +31,8 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     folder, others = find_runs(arguments)
 
-    from ..hub.publish import plan, publish
+    from ..hub.publish import publish
+    from ..hub.repository import plan
 
     repositories = plan(
         folder,

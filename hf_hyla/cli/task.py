@@ -9,15 +9,15 @@ from .settings import TASKS
 
 
 def task_name(text: str) -> str:
-    """A type of arguments: the name of a task."""
-    return one_of(TASKS)(text)
+    """A type of arguments: the name of a task, or `module:Class` for a task of one's own."""
+    return text if ":" in text else one_of(TASKS)(text)
 
 
 def task_of(name: str, overrides: dict[str, str]):
     """The task of that name, with the settings among the overrides."""
     from ..training.recipe import checked_task
 
-    return checked_task("--task", {"name": name}, _by_key(overrides))
+    return checked_task("--task", {"name": name}, _by_key(overrides), may_import=True)
 
 
 def task_of_model(arguments: argparse.Namespace):
@@ -33,7 +33,8 @@ def task_of_model(arguments: argparse.Namespace):
         settings = {"name": arguments.task}
     if not settings:
         raise ValueError(f"{arguments.model} has no run.json that names a task: pass --task logic or --task sraven.")
-    return checked_task("--task", settings, _by_key(arguments.overrides))
+    # A record may have been downloaded: only a task that the user has named is imported.
+    return checked_task("--task", settings, _by_key(arguments.overrides), may_import=bool(arguments.task))
 
 
 def _by_key(overrides: dict[str, str]) -> dict[str, str]:

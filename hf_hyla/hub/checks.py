@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..model import HylaForSequenceClassification
@@ -44,6 +45,28 @@ _SECRETS = {
     "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
 }
 _PARSERS: dict[str, Callable[[str], Any]] = {".py": ast.parse, ".json": json.loads, ".yaml": yaml.safe_load}
+
+
+def check_repo_id(repo_id: str) -> None:
+    """
+    Raises:
+        ValueError: unless it is `ORG/NAME`, as the Hub writes it.
+    """
+    if repo_id.count("/") != 1:
+        raise ValueError(f"A repository is named ORG/NAME, got {repo_id!r}.")
+    validate_repo_id(repo_id)
+
+
+def check_base_model(base_model: str | None, run: str) -> None:
+    """
+    Raises:
+        ValueError: if the weights that a run started from are a folder's.
+    """
+    if base_model and Path(base_model).exists():
+        raise ValueError(
+            f"{run} is trained from the folder {base_model}, which nobody else has: publish that model first, and train from "
+            "its repository."
+        )
 
 
 def check_committed(commit: str | None, run: str) -> None:

@@ -1,9 +1,7 @@
 """The card of a dataset, from what its folder holds. The template is templates/dataset_card.md."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
@@ -12,12 +10,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..tasks import Task
 from ..tasks.data import Manifest
-from ..utils import recipes_folder, write_whole
+from ..utils import write_whole
 from .cards import CITATION, LICENSE, template
 
 
-_TITLES = {"sraven": "SRAVEN, symbolic Raven's progressive matrices", "logic": "Fuzzy logic functions in context"}
-_CATEGORIES = {"sraven": ["other"], "logic": ["tabular-regression"]}
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7))
 
 
@@ -33,25 +29,24 @@ def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
         _metadata(task, manifest),
         template_str=template("dataset_card.md"),
         task=task,
-        title=_TITLES[task.name],
+        words=task.words(task),
         fingerprint=manifest.data_fingerprint,
         splits=manifest.splits,
         combinations={split: len(task.combinations(split)) for split in manifest.splits},
         changed={name: value for name, value in task.settings.items() if value != defaults[name]},
         examples={split: task.show(task.dataset(split)[0]) for split in manifest.splits},
-        features=task.features(),
-        ceiling=_ceiling(task),
         citation=CITATION,
     )
 
 
 def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
+    words = task.words(task)
     total = sum(split["num_examples"] for split in manifest.splits.values())
     data = DatasetCardData(
-        pretty_name=_TITLES[task.name],
+        pretty_name=words.dataset_title,
         license=LICENSE,
         annotations_creators=["machine-generated"],
-        task_categories=_CATEGORIES[task.name],
+        task_categories=list(words.dataset_categories),
         size_categories=[next((name for name, limit in _SIZES if total < limit), "10M<n<100M")],
         tags=["compositional-generalization", "abstract-reasoning", "synthetic", "hyla", "arxiv:2406.05816"],
     )
@@ -70,9 +65,3 @@ def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in manifest.splits]
     MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(data)
     return data
-
-
-def _ceiling(task: Task) -> dict[str, Any] | None:
-    """The committed record of the ideal observer, if it is about a task of these settings."""
-    record = json.loads((recipes_folder() / "results" / "sraven-ideal-observer.json").read_text())
-    return record if record["task"] == {"name": task.name, **task.settings} else None

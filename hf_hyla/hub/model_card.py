@@ -19,9 +19,6 @@ from ..tasks import Task
 from .cards import CITATION, LICENSE, dataset_repo, run_snippet, template
 
 
-TASK_TITLES = {"logic": "fuzzy logic", "sraven": "SRAVEN, symbolic Raven's progressive matrices"}
-
-
 def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path] = ()) -> dict[str, str | bytes]:
     """
     The card of a finished run, as files by name: README.md, its pictures, `.eval_results/`, and what `hyla probe` has found.
@@ -124,6 +121,9 @@ def _probe_of(run: Run) -> dict[str, Any] | None:
         weights, figures = report["weights"], report["figures"]
         shown = {
             "table": _probe_table(report),
+            "numbers": ", ".join(
+                dict.fromkeys(f"`{p['subject']}`" for p in report["probes"] if p["kind"] == "number")
+            ),
             "layers": report["codes"]["layers"],
             "fitted_on": report["num_samples"]["train"],
             "scored_on": report["num_samples"][report["split"]],
@@ -199,7 +199,7 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
             model_id=repo_id or str(run.folder),
             record=record,
             task=task,
-            task_title=TASK_TITLES.get(task.name, task.name),
+            words=task.words(task),
             config=config,
             paper=run.paper,
             base_model=base_model,
@@ -210,7 +210,6 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
             seeds=seeds,
             spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
             probe=probe,
-            example=_example(task),
             printed=printed,
             command=_command(record),
             different=_different(task, config),
@@ -235,12 +234,13 @@ def _percent(share: float) -> str:
 def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
     """Every score as the card's metadata have it."""
     task = run.task
+    title = task.words(task).title
     return [
         EvalResult(
             task_type="other",
-            task_name=TASK_TITLES.get(task.name, task.name),
+            task_name=title,
             dataset_type=dataset_repo(task, repo_id),
-            dataset_name=TASK_TITLES.get(task.name, task.name),
+            dataset_name=title,
             dataset_split=split,
             metric_type=name,
             metric_value=scores[name],
@@ -255,6 +255,8 @@ def _eval_results(run: Run, repo_id: str | None) -> str:
     """The headline metric of every split, each split being a task of the dataset, as .eval_results/ has it."""
     if run.base_model:
         budget = f"trained further on {run.record.samples_seen:,} samples"
+    elif not run.task.paper:
+        budget = f"{run.record.samples_seen:,} training samples"
     else:
         budget = f"{_percent(run.budget)} of the paper's training samples"
     metric = run.task.metric_names[0]
@@ -268,17 +270,6 @@ def _eval_results(run: Run, repo_id: str | None) -> str:
         for split, scores in run.record.metrics.items()
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-
-
-def _example(task: Task) -> dict[str, Any]:
-    """What the usage snippet asks: an unseen combination of parts."""
-    if task.name == "logic":
-        terms = task.combinations("ood")[0]
-        return {"terms": [[int(bit) for bit in f"{term:0{task.settings['num_variables']}b}"] for term in terms]}
-    sample = task.dataset("ood")[0]
-    rows: list[list[Any]] = sample["input_ids"].reshape(3, 3, -1).tolist()
-    rows[-1][-1] = None
-    return {"rows": rows, "answer": sample["labels"].tolist()}
 
 
 def _different(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:

@@ -1,153 +1,35 @@
 """
-A finished run → repositories on the Hub: its model, and on request its dataset, its metric and a Space.
+Repositories → the Hub.
 
 Everything is read and checked before the first call; then each repository gets one commit, so that whatever breaks
-leaves its files as they were or whole, and the same command goes on from there. A repository that is made for them may be
+leaves its files as they were or whole, and the same command resumes from there. A repository that is made for them may be
 left empty.
 """
 
 import contextlib
-import dataclasses
-import fnmatch
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
-from .. import model
 from ..model import HylaConfig
-from ..runs import Run
-from ..runs.folder import CHECKPOINTS, RECIPE_NAME
-from ..runs.record import RECORD_NAME, environment
+from ..runs.record import environment
 from ..tasks import Task
-from .checks import check_committed, check_file, check_format, check_secrets, check_text, check_weights
-from .model_card import card_files, check_card_before_training, dataset_repo
-from .spaces import demo_files, demo_repo, metric_files, metric_repo
+from .checks import check_base_model, check_committed, check_repo_id
+from .model_card import check_card_before_training
+from .repository import Repository, matches, plan
 
 
-# The model's code, which is published beside the weights, by the names that it has in the repository.
-CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
-# What of a folder is published, in a run's and in a dataset's.
-_RUN_FILES = (
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    RECORD_NAME,
-    RECIPE_NAME,
-)
-_DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
-# What the card of a dataset calls its own place, before it has one on the Hub.
-_DATASET_PLACE = "path/to/this/folder"
 # Files on the Hub that a publication may remove where it no longer has them; any other is left alone.
 _OURS = {
     "model": ("*.safetensors", "model.safetensors.index.json", "*_hyla.py", ".eval_results/*.yaml", "probe/*"),
     "dataset": ("*.parquet", "*/*.parquet"),
     "space": (),
 }
-
-
-@dataclasses.dataclass
-class Repository:
-    """
-    What a repository is to hold.
-
-    Attributes:
-        repo_id: `ORG/NAME`.
-        repo_type: `"model"`, `"dataset"` or `"space"`.
-        files: by their names in the repository, each a path or its content.
-        left_out: files of the folder that are not published.
-    """
-
-    repo_id: str
-    repo_type: str
-    files: dict[str, Path | bytes]
-    left_out: list[str] = dataclasses.field(default_factory=list)
-
-    def listing(self) -> str:
-        """The files and their sizes, one a line."""
-        sizes = {
-            name: content.stat().st_size if isinstance(content, Path) else len(content)
-            for name, content in self.files.items()
-        }
-        lines = [f"{self.repo_type} {self.repo_id}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
-        lines += [f"  {size:>12,}  {name}" for name, size in sorted(sizes.items())]
-        lines += [f"  {'left out':>12}  {name}" for name in self.left_out]
-        return "\n".join(lines)
-
-    def write(self, folder: Path) -> None:
-        """
-        Writes what the repository is to hold into a folder.
-
-        Raises:
-            FileExistsError: if the folder holds other files.
-        """
-        others = sorted(
-            name
-            for path in folder.rglob("*")
-            if path.is_file() and (name := path.relative_to(folder).as_posix()) not in self.files
-        )
-        if others:
-            raise FileExistsError(
-                f"{folder} holds {others[0]}, which would not be published: remove it, or choose another --output."
-            )
-        contents = {name: c.read_bytes() if isinstance(c, Path) else c for name, c in self.files.items()}
-        for name, content in contents.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-
-
-def plan(
-    folder: str | Path,
-    repo_id: str,
-    dataset: str | Path | None = None,
-    metric: bool = False,
-    space: bool = False,
-    others: Sequence[str | Path] = (),
-) -> list[Repository]:
-    """
-    The repositories of a run, checked; nothing is sent.
-
-    Args:
-        folder: of a finished run.
-        repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
-        dataset: folder that `hyla data` wrote, to publish it too.
-        metric, space: whether to publish the task's metric and a page that asks the model.
-        others: see `card_files`.
-
-    Raises:
-        ValueError: if anything must not be published, saying what and why.
-        OSError: if something is missing.
-    """
-    check_repo_id(repo_id)
-    run = Run.load(folder)
-    task = run.task
-    found, left_out = _files_in(run.folder, _RUN_FILES, skipped=(CHECKPOINTS,))
-    check_text(found)
-    _check_repeatable(run)
-    check_format(run)
-    check_weights(run, found)
-    card = card_files(run, repo_id, others)
-    repositories = []
-    if dataset is not None:
-        repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
-    if metric:
-        repositories.append(Repository(metric_repo(task, repo_id), "space", _encoded(metric_files(task, repo_id))))
-    # A card and code that lie in the folder are made and taken anew.
-    left_out = [name for name in left_out if name not in card and name not in CODE]
-    repositories.append(Repository(repo_id, "model", {**_encoded(card), **found, **CODE}, left_out))
-    if space:
-        repositories.append(Repository(demo_repo(repo_id), "space", _encoded(demo_files(task, repo_id))))
-    for repository in repositories:
-        for name, content in repository.files.items():
-            if isinstance(content, bytes) or name in CODE:  # the others have been looked at in their folder
-                check_secrets(f"{repository.repo_id}/{name}", content)
-    return repositories
 
 
 def publish(
@@ -166,7 +48,7 @@ def publish(
 
     Raises:
         OSError: if the Hub refuses or cannot be reached; the files of each repository are then as they were or whole, and
-            the same call goes on from there.
+            the same call resumes from there.
         ValueError: if a repository is public already, and `private` is set; nothing is sent then.
     """
     api = HfApi(token=token)
@@ -240,17 +122,7 @@ def check_publishable(settings: dict[str, Any], repo_id: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("A card needs matplotlib for its plots: pip install hf-hyla[analysis].")
     check_committed(environment()["git_commit"], "This run")
-    _check_base_model(settings["model"].get("model_name_or_path"), "This run")
-
-
-def check_repo_id(repo_id: str) -> None:
-    """
-    Raises:
-        ValueError: unless it is `ORG/NAME`, as the Hub writes it.
-    """
-    if repo_id.count("/") != 1:
-        raise ValueError(f"A repository is named ORG/NAME, got {repo_id!r}.")
-    validate_repo_id(repo_id)
+    check_base_model(settings["model"].get("model_name_or_path"), "This run")
 
 
 def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:
@@ -259,7 +131,7 @@ def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
     before = api.repo_info(repo_id, repo_type=repo_type)
     there = [file.rfilename for file in before.siblings or []]  # type: ignore[union-attr]
-    gone = [name for name in there if name not in repository.files and _matches(name, _OURS[repo_type])]
+    gone = [name for name in there if name not in repository.files and matches(name, _OURS[repo_type])]
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in repository.files.items()]
     operations += [CommitOperationDelete(name) for name in gone]
     commit = api.create_commit(
@@ -285,8 +157,8 @@ def _is_public(api: HfApi, repository: Repository) -> bool:
 @contextlib.contextmanager
 def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
     """
-    Turns an answer of the Hub that is none of success, and a missing answer, into one sentence that says what to do and holds
-    no word of the request. Any other error is not the Hub's, and stays as it is.
+    Turns a failed or missing answer of the Hub into one sentence that says what to do and holds no word of the request. Any
+    other error stays as it is.
 
     `state` says what may have become of `what`, and `done` what was published before.
     """
@@ -321,78 +193,3 @@ _REASONS = {
     412: "somebody else has changed it in the meantime (status 412): see what they did",
     429: "the Hub has had too many requests (status 429): wait some minutes",
 }
-
-
-def _check_repeatable(run: Run) -> None:
-    """A run is published only if its code and its recipe can be found again."""
-    check_committed(run.record.environment.get("git_commit"), str(run.folder))
-    _check_base_model(run.base_model, str(run.folder))
-    written = run.folder / RECIPE_NAME
-    if not written.exists():
-        raise FileNotFoundError(f"{run.folder} lacks {RECIPE_NAME}, the recipe it was made by: train it again.")
-    if yaml.safe_load(written.read_text(encoding="utf-8")) != run.record.recipe:
-        raise ValueError(
-            f"{written} is not the recipe that {RECORD_NAME} was made by: it was changed after the run; train again."
-        )
-
-
-def _check_base_model(base_model: str | None, run: str) -> None:
-    if base_model and Path(base_model).exists():
-        raise ValueError(
-            f"{run} is trained from the folder {base_model}, which nobody else has: publish that model first, and train from "
-            "its repository."
-        )
-
-
-def _files_in(
-    folder: Path, patterns: tuple[str, ...], skipped: tuple[str, ...] = ()
-) -> tuple[dict[str, Any], list[str]]:
-    """
-    The files that are published, by name, and the names of the others.
-
-    Raises:
-        ValueError: for a secret or a pickle, which may lie in no published folder, published or not; the `skipped` ones
-            are local, and only searched for secrets.
-    """
-    found: dict[str, Any] = {}
-    left_out = [f"{name}/" for name in skipped if (folder / name).is_dir()]
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file():
-            continue
-        check_secrets(str(path), path)
-        if path.relative_to(folder).parts[0] in skipped:
-            continue
-        check_file(path)
-        if _matches(name, patterns):
-            found[name] = path
-        else:
-            left_out.append(name)
-    return found, left_out
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern fits; its asterisks stay within one folder."""
-    return any(name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
-    # datasets is slow to import and not needed otherwise.
-    from ..tasks.data import Manifest
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: write a dataset by `hyla data`, and name its folder.")
-    files, left_out = _files_in(folder, _DATASET_FILES)
-    manifest = Manifest.load(folder)
-    manifest.check(task, folder)
-    manifest.check_files(folder)
-    if "README.md" not in files:
-        raise FileNotFoundError(f"{folder} has no card: expected README.md, as `hyla data` writes it.")
-    readme = folder / "README.md"
-    DatasetCard.load(readme)
-    files["README.md"] = readme.read_text(encoding="utf-8").replace(_DATASET_PLACE, repo_id).encode()
-    return Repository(repo_id, "dataset", files, left_out)
-
-
-def _encoded(contents: dict[str, str | bytes]) -> dict[str, Path | bytes]:
-    return {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}

@@ -1,14 +1,19 @@
-"""The paper's compositional tasks."""
+"""The paper's compositional tasks, and tasks of one's own."""
 
 import dataclasses
+import importlib
+import re
+import sys
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
 from ..utils import nearest, one_line
-from .base import Task, TaskDataset
+from .base import PaperRuns, Task, TaskDataset
 from .logic import LogicTask
 from .sraven import SravenTask
+from .subject import Subject
+from .words import HubMetric, Words
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (LogicTask, SravenTask)}
@@ -19,25 +24,91 @@ def get_task(name: str, **settings: Any) -> Task:
     The task of that name.
 
     Args:
-        name: `"logic"` or `"sraven"`.
+        name: `"logic"`, `"sraven"`, or `"module:Class"`, a task of one's own in a module that has been imported.
         settings: see `LogicTask` and `SravenTask`.
 
     Raises:
         ValueError: for an unknown task or setting, with the nearest name, and for settings of the wrong type or that
             make no sense.
     """
-    if not isinstance(name, str) or name not in TASKS:
-        raise ValueError(f"There is no task {name!r}{nearest(str(name), TASKS)}: expected one of {', '.join(TASKS)}.")
-    known = [field.name for field in dataclasses.fields(TASKS[name])]
+    task = find_task(name)
+    known = [field.name for field in dataclasses.fields(task)]
     for setting in settings:
         if setting not in known:
             raise ValueError(
                 f"The task {name} has no setting {setting!r}{nearest(setting, known)}: expected {', '.join(known)}."
             )
     try:
-        return TASKS[name](**settings)
+        return task(**settings)
     except StrictDataclassError as error:
         raise ValueError(f"Task {name}: {one_line(error)}") from None
 
 
-__all__ = ["TASKS", "LogicTask", "SravenTask", "Task", "TaskDataset", "get_task"]
+def find_task(name: str, may_import: bool = False) -> type[Task]:
+    """
+    The class of the task of that name, see `get_task`.
+
+    Args:
+        may_import:
+            whether `"module:Class"` may import its module, which runs the module's code: only where the user has written the
+            name, never where it comes from a record or another file that may have been downloaded.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not isinstance(name, str) or (name not in TASKS and ":" not in name):
+        raise ValueError(
+            f"There is no task {name!r}{nearest(str(name), TASKS)}: expected one of {', '.join(TASKS)}, or module:Class for "
+            "a task of your own."
+        )
+    if name in TASKS:
+        return TASKS[name]
+    module, _, class_name = name.partition(":")
+    if module not in sys.modules and not may_import:
+        raise ValueError(
+            f"The task {name} is code in the module {module}, which is not run because a file names it: if you trust that "
+            f"module, import it first, in a command by `hyla --import {module}`."
+        )
+    import_module(module)
+    task = getattr(sys.modules[module], class_name, None)
+    if not isinstance(task, type) or not issubclass(task, Task):
+        raise ValueError(f"{name} is no task: expected a subclass of hf_hyla.tasks.Task.")
+    if left := sorted(task.__abstractmethods__):
+        raise ValueError(f"The task {name} is not whole: it lacks {', '.join(left)}.")
+    if not re.fullmatch("[a-z][a-z0-9_]*", getattr(task, "name", "")) or task.name in TASKS:
+        raise ValueError(
+            f"The task {name} needs a name of its own, in lower case and without spaces, such as {class_name.lower()!r}; "
+            f"{' and '.join(TASKS)} are taken."
+        )
+    return task
+
+
+def import_module(module: str) -> None:
+    """
+    Imports a module that holds tasks.
+
+    Raises:
+        ValueError: if it cannot be imported.
+    """
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever the module's code raises
+        raise ValueError(
+            f"The module {module} cannot be imported ({type(error).__name__}: {one_line(error)}): if it lies in this folder, put "
+            "PYTHONPATH=. before the command."
+        ) from error
+
+
+__all__ = [
+    "TASKS",
+    "HubMetric",
+    "LogicTask",
+    "PaperRuns",
+    "SravenTask",
+    "Subject",
+    "Task",
+    "TaskDataset",
+    "Words",
+    "find_task",
+    "get_task",
+]

@@ -1,4 +1,4 @@
-"""What a task is: its splits, its samples, how they become batches, and how answers are scored."""
+"""What a task is: its splits, its samples, how they become batches, how answers are scored, and what is probed and said of it."""
 
 import dataclasses
 import hashlib
@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 
 from .reference_split import reference_order
 from .sampling import draw_words, stream_key
+from .subject import Subject
+from .words import Words
 
 
 if TYPE_CHECKING:
@@ -26,31 +28,57 @@ _MAX_SPLIT_DRAWS = 20_000
 _FINGERPRINT_INDICES = np.r_[0:64, 19_999_936:20_000_000]
 
 
+@dataclasses.dataclass(frozen=True)
+class PaperRuns:
+    """
+    What the paper reports of a task.
+
+    Attributes:
+        settings: of the task in its Table A1, where they are not the default.
+        table_a1: mean and standard error over three seeds of the headline metric on `ood`, by the names of the table's rows,
+            see `hf_hyla.runs.paper`.
+    """
+
+    settings: dict[str, Any]
+    table_a1: dict[str, tuple[float, float]]
+
+
 @dataclasses.dataclass
 class Task(ABC):
     """
     A compositional task: every instance is made by a combination of parts (rules, terms), and some combinations are
     held out of training.
 
-    A subclass is a dataclass whose fields are the task's settings. Equal settings give equal samples, bit for bit, on
-    every platform and for every batch size and order.
+    A subclass is a dataclass whose fields are the task's settings, each with a default. Equal settings give equal samples,
+    bit for bit, on every platform and for every batch size and order.
     """
 
+    # In lower case, as it stands in the names of repositories.
     name: ClassVar[str]
-    # Split: what it holds. The same four names in every task that has them.
-    splits: ClassVar[dict[str, str]]
-    # Columns that a model reads; the others describe a sample.
+    # Split: what it holds. The same names in every task that has them.
+    splits: ClassVar[dict[str, str]] = {
+        "train": "training samples",
+        "test": "fresh samples of the trained combinations",
+        "ood": "combinations that were held out",
+    }
+    # Columns of `samples` that a model reads, labels among them; the others describe a sample.
     model_columns: ClassVar[tuple[str, ...]]
+    # The column of `samples` that holds the ids of a sample's parts, (samples, parts).
+    parts_column: ClassVar[str] = "parts"
     # What `metrics` returns; the first is the headline.
     metric_names: ClassVar[tuple[str, ...]]
+    # What cards say of the task.
+    words: ClassVar[type[Words]] = Words
+    # What the paper reports of it, if it is one of the paper's.
+    paper: ClassVar[PaperRuns | None] = None
 
-    reference_split: bool
-    seed: int
+    reference_split: bool = False
+    seed: int = 0
 
     @property
     @abstractmethod
     def num_samples(self) -> dict[str, int]:
-        """Samples per split in the paper."""
+        """Samples per split of a whole run: the paper's, where the task is one of the paper's."""
 
     @property
     @abstractmethod
@@ -60,32 +88,16 @@ class Task(ABC):
     @property
     @abstractmethod
     def model_defaults(self) -> dict[str, Any]:
-        """Fields of `HylaConfig` that make the paper's model for this task, the interface included."""
+        """Fields of `HylaConfig` that make the task's model, which is the paper's, the interface included."""
 
     @cached_property
     @abstractmethod
-    def _combinations(self) -> dict[str, np.ndarray]:
-        """Combinations per split, each an array (combinations, parts) of ids, sorted."""
+    def split_combinations(self) -> dict[str, np.ndarray]:
+        """Combinations per split, each an array (combinations, parts) of ids, sorted; see `hold_out`."""
 
     @abstractmethod
-    def _sample(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns of the samples with these indices, each an array whose first axis are the samples."""
-
-    @abstractmethod
-    def features(self) -> "datasets.Features":
-        """The columns of a published table of samples, see `to_table`."""
-
-    @abstractmethod
-    def to_table(self, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Samples as the columns that `features` names: what somebody who does not train our models wants to see."""
-
-    @abstractmethod
-    def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The samples that `to_table` made this table of."""
-
-    @abstractmethod
-    def show(self, sample: dict[str, np.ndarray]) -> str:
-        """One sample as text of a few lines."""
+    def draw(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns of the samples with these indices, each an array whose first axis are the samples; see `random_words`."""
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
@@ -93,6 +105,83 @@ class Task(ABC):
         Scores, by `metric_names`, of a model's logits on samples with these labels and inputs; one that has no sample to be
         measured on is left out.
         """
+
+    def features(self) -> "datasets.Features":
+        """The columns of a published table of samples, see `to_table`; by default those of `samples`."""
+        from datasets import Features, List, Value
+
+        def feature(column: np.ndarray):
+            inner = Value(str(column.dtype))
+            for length in reversed(column.shape[1:]):
+                inner = List(inner, length=length)
+            return inner
+
+        return Features({name: feature(column) for name, column in self.samples("train", [0]).items()})
+
+    def to_table(self, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Samples as the columns that `features` names: what somebody who does not train our models wants to see."""
+        return samples
+
+    def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The samples that `to_table` made this table of."""
+        return table
+
+    def show(self, sample: dict[str, np.ndarray]) -> str:
+        """One sample as text of a few lines."""
+        return "\n".join(f"{name}: {column.tolist()}" for name, column in sample.items())
+
+    def subjects(self, columns: dict[str, np.ndarray]) -> list[Subject]:
+        """
+        What the codes of answer tokens are asked for, the answer itself last; by default, for the parts of the sample's
+        combination and the answer.
+
+        Args:
+            columns: of `samples`, what a model reads left out.
+        """
+        labels = columns["labels"]
+        trained = sorted({part for combination in self.combinations("train") for part in combination})
+        present = (columns[self.parts_column][..., None] == np.array(trained)).any(axis=1)
+        numbers = labels.dtype.kind == "f"
+        answers = () if numbers else tuple(map(str, range(self.model_interface["num_labels"])))
+        return [
+            Subject("part", present.repeat(labels[0].size, axis=0), tuple(map(self.part_name, trained))),
+            Subject("target", labels.reshape(-1), answers),
+        ]
+
+    def part_name(self, part: int) -> str:
+        """What a part is called in reports."""
+        return str(part)
+
+    def answer_keys(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """
+        The keys (batch, answers, keys) whose codes are probed, for the samples of a batch; `None` takes each answer token as
+        its own key.
+        """
+        return None
+
+    def query_point(self, seed: int) -> np.ndarray:
+        """
+        A point that every sample can be asked for, so that codes differ by the combination alone.
+
+        Raises:
+            ValueError: if the task asks for no point.
+        """
+        raise ValueError(f"The task {self.name} asks for no point that could be fixed: leave fixed_query out.")
+
+    def ask(self, samples: dict[str, np.ndarray], point: np.ndarray) -> dict[str, np.ndarray]:
+        """The samples, asked for a point of `query_point`."""
+        raise NotImplementedError(f"{type(self).__name__} has a query_point, but no ask: define both or neither.")
+
+    @property
+    def reference(self) -> str:
+        """What `get_task` finds the task by: its name, or for a task of one's own `module:Class`."""
+        own = not type(self).__module__.startswith(__package__ or "")
+        return f"{type(self).__module__}:{type(self).__qualname__}" if own else self.name
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """`name` and settings, of which `get_task` makes this task again."""
+        return {"name": self.reference, **self.settings}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -123,7 +212,7 @@ class Task(ABC):
     def combinations(self, split: str) -> list[tuple[int, ...]]:
         """The combinations of a split, each a sorted tuple of ids."""
         self._check_split(split)
-        return [tuple(map(int, row)) for row in self._combinations[split]]
+        return [tuple(map(int, row)) for row in self.split_combinations[split]]
 
     def samples(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """
@@ -137,7 +226,7 @@ class Task(ABC):
         indices = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(indices) and indices.min() < 0:
             raise IndexError(f"Samples are numbered from 0, got index {indices.min()}.")
-        return self._sample(split, indices)
+        return self.draw(split, indices)
 
     def dataset(self, split: str, num_samples: int | None = None) -> "TaskDataset":
         """A map-style dataset that stores nothing; of the paper's length where `num_samples` is `None`."""
@@ -179,10 +268,11 @@ class Task(ABC):
         if split not in self.splits:
             raise ValueError(f"The task {self.name} has no split {split!r}: expected one of {', '.join(self.splits)}.")
 
-    def _words(self, split: str, indices: np.ndarray, count: int) -> np.ndarray:
+    def random_words(self, split: str, indices: np.ndarray, count: int) -> np.ndarray:
+        """`count` random words for each of these samples, a pure function of task, seed, split and index; see `sampling`."""
         return draw_words(stream_key(self.name, self.seed, split), indices, count)
 
-    def _hold_out(self, combinations: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+    def hold_out(self, combinations: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
         """
         Combinations (train, held out), by a random draw in which every part occurs in `train`, so that those held out
         are new combinations of *known* parts; or as the reference holds them out, who draws once.

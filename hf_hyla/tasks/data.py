@@ -38,7 +38,7 @@ class Manifest:
 
     @classmethod
     def of(cls, task: Task) -> "Manifest":
-        return cls({"name": task.name, **task.settings}, task.fingerprint())
+        return cls(task.spec, task.fingerprint())
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":

@@ -9,14 +9,103 @@ import numpy as np
 from huggingface_hub.dataclasses import strict
 
 from ..metrics.functions import base_mse, logic_r2
-from .base import Task
+from .base import PaperRuns, Task
 from .sampling import below, uniform
+from .subject import Subject
+from .words import HubMetric, Words
 
 
 if TYPE_CHECKING:
     import datasets
 
 _SET_ASIDE = 0.25
+
+
+class LogicWords(Words):
+    """What cards say of fuzzy logic."""
+
+    title = "fuzzy logic"
+    dataset_title = "Fuzzy logic functions in context"
+    dataset_categories = ("tabular-regression",)
+    metric = HubMetric(
+        name="hyla_logic_r2",
+        class_name="LogicR2",
+        function="logic_r2",
+        description="The mean over samples of 1 - squared error / `base_mse`, where `base_mse` is the variance of the sample's values.",
+        example={"predictions": [0.5, 0.2], "references": [0.5, 0.4], "base_mse": [0.02, 0.05]},
+        inputs="Each argument has one number a sample.",
+    )
+
+    def model(self) -> str:
+        task = self.task
+        return f"""\
+It is shown {task.num_examples - 1} points of a fuzzy logic function of {task.num_variables} variables with their values, and answers with the value at one
+more point. A function is the *or* (maximum) of {task.num_terms} terms, each the *and* (minimum) of all variables, plain or negated (1 - x).
+Some combinations of terms are held out of training."""
+
+    def metrics(self) -> str:
+        return """\
+`r2` is the mean over functions of 1 - squared error / variance of the function's values: 1 at best, 0 for the mean value, and
+far below 0 for some functions whose values hardly vary."""
+
+    def probed(self, fixed_query: bool, attention_type: str) -> str:
+        point = ""
+        if fixed_query:
+            point = "; all functions are asked for the same point, so that codes differ by the function alone"
+            if attention_type != "softmax":
+                point += ". In the first layer the code depends on the point only, so there it is always the same"
+        return f"""\
+Probed is the code of the answer token for itself, for
+the terms that the function has (`term`, named by a digit for each variable, 1 for plain and 0 for negated) and its value
+(`target`){point}."""
+
+    def limits(self) -> list[str]:
+        return [
+            "Variables are numbers from 0 to 1, and the function uses every one of them in every term. Other inputs give numbers without meaning."
+        ]
+
+    def snippet(self, model_id: str) -> str:
+        terms = [[int(bit) for bit in self.task.part_name(term)] for term in self.task.combinations("ood")[0]]
+        return f"""\
+import torch
+from transformers import pipeline
+
+solve = pipeline("symbolic-reasoning", model="{model_id}", trust_remote_code=True)
+
+# A combination of terms that was never trained: one row a term, 1 for a plain variable, 0 for a negated one.
+terms = torch.tensor({terms})
+points = torch.rand({self.task.num_examples}, {self.task.num_variables}, generator=torch.Generator().manual_seed(0))
+values = torch.where(terms[:, None] == 1, points, 1 - points).amin(-1).amax(0)  # and = min, or = max
+
+# Rows of a truth table: a point and the function's value there, of which the last is asked for.
+table = torch.cat([points, values[:, None]], dim=1).tolist()
+table[-1][-1] = None
+print(f"answer {{solve(table)['answer']:.3f}}, true value {{values[-1].item():.3f}}")"""
+
+    def dataset(self) -> str:
+        task = self.task
+        return f"""\
+A sequence shows a function f by {task.num_examples - 1} points and its values there, and asks for its value at one more point. Points lie in
+[0, 1]^{task.num_variables}. The function is the disjunction of {task.num_terms} different terms; a term is the conjunction of all {task.num_variables} variables, each plain
+or negated. Operators are Zadeh's: *a and b* is min(a, b), *a or b* is max(a, b), *not a* is 1 − a. A task is the set of its
+terms."""
+
+    def splits(self) -> str:
+        return f"""\
+{self.task.held_out * 100:g} % of the combinations of the terms that are not set aside are held out of training and make `ood`; every
+term of theirs occurs in training. What is of interest is the gap between `test` and `ood`.
+
+The official loaders draw their splits from one stream of random numbers:
+there, the points are the same in all splits. Here every split has a stream of its own."""
+
+    def fields(self) -> str:
+        task = self.task
+        return f"""\
+| `points` | {task.num_examples} × {task.num_variables} numbers | where the function is shown, and in the last row asked for |
+| `values` | {task.num_examples - 1} numbers | its values there, but for the last |
+| `target` | number | the last value |
+| `terms` | {task.num_terms} class labels | the function's terms |
+| `base_mse` | number | variance of all {task.num_examples} values: R² of an example is 1 − squared error / `base_mse` |"""
 
 
 @strict
@@ -51,7 +140,27 @@ class LogicTask(Task):
         "extrapolation": "combinations of terms that were never trained",
     }
     model_columns: ClassVar[tuple[str, ...]] = ("input_values", "labels")
+    parts_column: ClassVar[str] = "terms"
     metric_names: ClassVar[tuple[str, ...]] = ("r2",)
+    words: ClassVar[type[Words]] = LogicWords
+    paper: ClassVar[PaperRuns | None] = PaperRuns(
+        settings={"num_variables": 4, "num_terms": 2, "num_examples": 32, "held_out": 0.7},
+        table_a1={
+            "softmax": (0.6328, 0.0231),
+            "linear": (0.5989, 0.0522),
+            "hyla": (0.8113, 0.0777),
+            "linear-rms-head": (0.6893, 0.0510),
+            "linear-rms-head-nonlinear-value": (0.5691, 0.0425),
+            "hyla-no-rms-head": (0.8127, 0.0788),
+            "hyla-linear-value": (0.8454, 0.0532),
+            "hyla-linear-value-no-rms-head": (0.7942, 0.0743),
+            "hyla-softmax": (0.7098, 0.0708),
+            "hyla-plus": (0.8765, 0.0454),
+            "softmax-moe": (0.6383, 0.0607),
+            "linear-moe": (0.6009, 0.0616),
+            "hyla-moe": (0.8237, 0.0655),
+        },
+    )
 
     num_variables: int = 4
     num_terms: int = 2
@@ -73,7 +182,7 @@ class LogicTask(Task):
                 f"num_terms must be 1 to {set_aside}, the number of terms set aside for extrapolation with "
                 f"{self.num_variables} variables, got {self.num_terms}."
             )
-        self._combinations  # noqa: B018  refuses an impossible split here rather than in training
+        self.split_combinations  # noqa: B018  refuses an impossible split here rather than in training
 
     @property
     def _num_set_aside(self) -> int:
@@ -100,17 +209,17 @@ class LogicTask(Task):
         }
 
     @functools.cached_property
-    def _combinations(self) -> dict[str, np.ndarray]:
+    def split_combinations(self) -> dict[str, np.ndarray]:
         num_known = 2**self.num_variables - self._num_set_aside
         known = np.array(list(itertools.combinations(range(num_known), self.num_terms)))
         aside = np.array(list(itertools.combinations(range(num_known, 2**self.num_variables), self.num_terms)))
-        train, held_out = self._hold_out(known, self.held_out)
+        train, held_out = self.hold_out(known, self.held_out)
         return {"train": train, "test": train, "ood": held_out, "extrapolation": aside}
 
-    def _sample(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def draw(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
         count, points, variables = len(indices), self.num_examples, self.num_variables
-        words = self._words(split, indices, 1 + points * variables)
-        combinations = self._combinations[split]
+        words = self.random_words(split, indices, 1 + points * variables)
+        combinations = self.split_combinations[split]
         terms = combinations[below(words[:, 0], len(combinations))]
         input_values = np.empty((count, points, variables + 1), dtype=np.float32)
         x = input_values[..., :-1]
@@ -163,8 +272,27 @@ class LogicTask(Task):
         )
 
     def _term(self, term: int) -> str:
-        bits = f"{term:0{self.num_variables}b}"
-        return " and ".join(f"x{i}" if bit == "1" else f"not x{i}" for i, bit in enumerate(bits, start=1))
+        bits = enumerate(self.part_name(term), start=1)
+        return " and ".join(f"x{i}" if bit == "1" else f"not x{i}" for i, bit in bits)
+
+    def part_name(self, part: int) -> str:
+        """The binary digits of a term, one per variable, 1 for plain and 0 for negated."""
+        return f"{part:0{self.num_variables}b}"
+
+    def subjects(self, columns: dict[str, np.ndarray]) -> list[Subject]:
+        """The terms of the function and its value."""
+        term, target = super().subjects(columns)
+        return [dataclasses.replace(term, name="term"), target]
+
+    def query_point(self, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).random(self.num_variables).astype(np.float32)
+
+    def ask(self, samples: dict[str, np.ndarray], point: np.ndarray) -> dict[str, np.ndarray]:
+        """The functions at another point (variables,); `base_mse`, which belongs to the point of the sample, is left out."""
+        input_values = samples["input_values"].copy()
+        input_values[:, -1, :-1] = point
+        labels = disjunction(samples["terms"], input_values[:, -1:, :-1])[:, 0]
+        return {"input_values": input_values, "labels": labels, "terms": samples["terms"]}
 
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
         values = np.concatenate([inputs[:, :-1, -1], labels.reshape(-1, 1)], axis=1)

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..model import HylaConfig
 from ..paths import find_recipe
 from ..runs.record import HUB_KEYS, tells_recipes_apart
-from ..tasks import TASKS, Task, get_task
+from ..tasks import TASKS, Task, find_task, get_task
 from ..utils import nearest, one_line
 from .arguments import MUON, HylaTrainingArguments
 from .trainer import check_schedule
@@ -206,7 +206,8 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     trainer = _checked_trainer(source, sections["trainer"])
     task_settings = dict(sections["task"])
     data = in_type(f"{source}: task.data", task_settings.pop("data", None), str | None)
-    task = checked_task(f"{source}: task", task_settings)
+    # A recipe is given by the user, who may have written a task of their own too.
+    task = checked_task(f"{source}: task", task_settings, may_import=True)
     if "model_name_or_path" in model_settings:
         config = config_of_checkpoint(f"{source}: model", model_settings, task)
     elif "revision" in model_settings:
@@ -220,7 +221,7 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
         if any(tells_recipes_apart(key) for key in overridden):
             expect = None
     settings = {
-        "task": {"name": task.name, **task.settings},
+        "task": task.spec,
         "model": dict(model_settings),
         "trainer": dict(trainer),
         **({"expect": dataclasses.asdict(expect)} if expect else {}),
@@ -236,9 +237,11 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     )
 
 
-def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str] | None = None) -> Task:
+def checked_task(
+    where: str, settings: dict[str, Any], overrides: dict[str, str] | None = None, may_import: bool = False
+) -> Task:
     """
-    The task of these settings, of which `name` is one; `overrides` are texts by key.
+    The task of these settings, of which `name` is one; `overrides` are texts by key. See `find_task` for `may_import`.
 
     Raises:
         ValueError: for a missing, unknown or wrong setting; `where` says in it where the settings come from.
@@ -247,9 +250,7 @@ def checked_task(where: str, settings: dict[str, Any], overrides: dict[str, str]
     if "name" not in settings:
         raise ValueError(f"{where} lacks the key 'name': expected one of {', '.join(TASKS)}.")
     name = settings.pop("name")
-    if not isinstance(name, str) or name not in TASKS:
-        get_task(name)  # raises, naming the nearest
-    return get_task(name, **in_types(where, settings, TASKS[name]))
+    return get_task(name, **in_types(where, settings, find_task(name, may_import)))
 
 
 def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:

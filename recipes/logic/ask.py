@@ -6,14 +6,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import hf_hyla  # noqa: F401  registers the model with transformers
-from hf_hyla.tasks import get_task
-from hf_hyla.training import RunRecord
+from hf_hyla.runs import Run
 
 
-run = sys.argv[1]
-record = RunRecord.load(run)
-task = get_task(**record.recipe["task"])
-model = AutoModelForSequenceClassification.from_pretrained(run).eval()
+run = Run.load(sys.argv[1])
+task = run.task
+model = AutoModelForSequenceClassification.from_pretrained(run.folder).eval()
 
 sample = task.dataset("ood")[0]
 with torch.no_grad():
@@ -21,9 +19,7 @@ with torch.no_grad():
 
 
 def conjunction(term: int) -> str:
-    return " and ".join(
-        f"x{i + 1}" if bit == "1" else f"not x{i + 1}" for i, bit in enumerate(f"{term:0{task.num_variables}b}")
-    )
+    return " and ".join(f"x{i}" if bit == "1" else f"not x{i}" for i, bit in enumerate(task.part_name(term), start=1))
 
 
 point = ", ".join(f"{x:.2f}" for x in sample["input_values"][-1, :-1])

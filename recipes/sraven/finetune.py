@@ -10,7 +10,8 @@ without it nothing is asked of the run but to train. The rest are changes of the
 import sys
 from pathlib import Path
 
-from hf_hyla.hub.publish import check_publishable, plan
+from hf_hyla.hub.publish import check_publishable
+from hf_hyla.hub.repository import plan
 from hf_hyla.training import evaluate, load_recipe, train
 from hf_hyla.training.weights import initial_model
 

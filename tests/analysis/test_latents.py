@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_hyla.analysis import answer_keys, collect_codes, task_batches
+from hf_hyla.analysis import collect_codes, task_batches
 
 
 def hooks_of(model) -> int:
@@ -20,7 +20,7 @@ def test_codes_are_those_that_the_model_returns(build, sraven, attention_type):
     samples = next(task_batches(sraven, "ood", 40))
     model(input_ids=samples["input_ids"], output_attentions=True)  # transformers installs hooks of its own, once
     before = hooks_of(model)
-    collected = collect_codes(model, task_batches(sraven, "ood", 40, batch_size=16), answer_keys(sraven))
+    collected = collect_codes(model, task_batches(sraven, "ood", 40, batch_size=16), sraven.answer_keys)
     assert collected.codes.shape == (40, 2, 2, 2, 4) and collected.codes.dtype == np.float32
     with torch.no_grad():
         returned = model(input_ids=samples["input_ids"], output_attentions=True).attentions
@@ -38,7 +38,7 @@ def test_codes_are_those_that_the_model_returns(build, sraven, attention_type):
 
 
 def test_features_keep_answers_apart_and_layers_in_order(build, sraven):
-    collected = collect_codes(build(sraven), task_batches(sraven, "ood", 5), answer_keys(sraven))
+    collected = collect_codes(build(sraven), task_batches(sraven, "ood", 5), sraven.answer_keys)
     features = collected.features()
     assert features.shape == (10, 2 * 2 * 4)
     np.testing.assert_array_equal(features[7, 8:], collected.codes[3, 1, 1].ravel())

@@ -9,10 +9,10 @@ import torch
 
 from hf_hyla.analysis import Codes, ablated, mean_codes, probe_report, task_batches
 from hf_hyla.analysis.report import _ablation, table
-from hf_hyla.analysis.subjects import Subject, answer_features, check_sizes, combinations_of, query_point, subjects
+from hf_hyla.analysis.subjects import answer_features, check_sizes, combinations_of, subjects
 from hf_hyla.cli import main
-from hf_hyla.tasks import get_task
-from hf_hyla.tasks.rules import RULES
+from hf_hyla.tasks import Subject, get_task
+from hf_hyla.tasks.sraven import RULES
 from hf_hyla.training import evaluate
 
 
@@ -131,7 +131,7 @@ def test_terms_are_those_of_the_function(logic):
 
 
 def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic, tmp_path):
-    query = query_point(logic, seed=3)
+    query = logic.query_point(seed=3)
     batch = next(task_batches(logic, "ood", 50, query=query))
     plain = next(task_batches(logic, "ood", 50))
     assert torch.equal(batch["input_values"][:, :-1], plain["input_values"][:, :-1])
@@ -178,11 +178,13 @@ def test_answers_are_read_as_classes_and_numbers_by_their_quantiles():
 def test_samples_of_one_combination_are_one_observation(logic, sraven):
     columns = logic.samples("ood", np.arange(200))
     expected = {frozenset(terms) for terms in columns["terms"].tolist()}
-    groups = combinations_of(columns)
+    groups = combinations_of(logic, columns)
     assert len(np.unique(groups)) == len(expected)
     for group in np.unique(groups):
         assert len({frozenset(terms) for terms in columns["terms"][groups == group].tolist()}) == 1
-    assert len(np.unique(combinations_of(sraven.samples("ood", np.arange(500))))) == len(sraven.combinations("ood"))
+    assert len(np.unique(combinations_of(sraven, sraven.samples("ood", np.arange(500))))) == len(
+        sraven.combinations("ood")
+    )
 
 
 def test_the_number_of_samples_that_is_named_is_enough(logic):
@@ -210,7 +212,7 @@ def test_the_number_of_samples_that_is_named_is_enough(logic):
         (["logic", *SRAVEN], "does not fit the task sraven"),
         (["logic", *LOGIC, "--split", "odd"], "has no split 'odd'"),
         (["logic", *LOGIC, "--split", "train"], "score it on another, such as ood"),
-        (["logic", *LOGIC, "--split", "extrapolation"], "training shows none of its terms"),
+        (["logic", *LOGIC, "--split", "extrapolation"], "training shows none of its parts"),
         (["logic", *LOGIC, "--num-samples", "3"], "num_samples must be at least"),
         (["sraven", *SRAVEN, "--train-samples", "3"], "train_samples must be at least"),
         (["sraven", *SRAVEN, "--num-samples", "0"], "num_samples must be at least 1"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hf_hyla.cli import main
 from hf_hyla.hub.cards import dataset_repo
 from hf_hyla.hub.model_card import card_files
-from hf_hyla.hub.publish import plan
+from hf_hyla.hub.repository import plan
 from hf_hyla.runs import Run
 from hf_hyla.tasks import get_task
 

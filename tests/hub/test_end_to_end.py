@@ -16,7 +16,8 @@ import yaml
 from hub_server import HubServer
 
 from hf_hyla import HylaForSequenceClassification
-from hf_hyla.hub.publish import plan, publish
+from hf_hyla.hub.publish import publish
+from hf_hyla.hub.repository import plan
 from hf_hyla.tasks import get_task
 from hf_hyla.training import load_recipe
 from hf_hyla.training.weights import initial_model

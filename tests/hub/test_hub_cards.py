@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from hf_hyla.hub.publish import CODE, Repository, plan
+from hf_hyla.hub.repository import CODE, Repository, plan
 from hf_hyla.runs import RunRecord
 from hf_hyla.runs.folder import weights_digest
 from hf_hyla.tasks import get_task

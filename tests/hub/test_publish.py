@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from hf_hyla import HylaForSequenceClassification, model
 from hf_hyla.cli import main
 from hf_hyla.hub.model_card import card_files
-from hf_hyla.hub.publish import check_before_training, plan, publish, publish_run
+from hf_hyla.hub.publish import check_before_training, publish, publish_run
+from hf_hyla.hub.repository import plan
 from hf_hyla.runs import Run
 from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, HylaTrainingArguments, load_recipe
@@ -132,11 +133,11 @@ def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub
 
 def plan_metric(task, hub):
     """Publishes the metric of a task alone."""
-    from hf_hyla.hub.publish import Repository, _encoded
+    from hf_hyla.hub.repository import Repository, encoded
     from hf_hyla.hub.spaces import metric_files, metric_repo
 
     name = metric_repo(get_task(task), REPO)
-    publish([Repository(name, "space", _encoded(metric_files(get_task(task), REPO)))])
+    publish([Repository(name, "space", encoded(metric_files(get_task(task), REPO)))])
     return hub.repo(name, "space")
 
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from hf_hyla.tasks import get_task
-from hf_hyla.tasks.ambiguity import ambiguity
 from hf_hyla.tasks.sraven import cells
+from hf_hyla.tasks.sraven.ambiguity import ambiguity
 
 
 def predictions(a: list[int], b: list[int], c: list[int], num_values: int) -> set[int]:

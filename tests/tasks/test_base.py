@@ -59,7 +59,7 @@ def test_other_settings_have_another_fingerprint(name, changes):
 @pytest.mark.parametrize("name", TASKS)
 def test_no_word_is_shared_between_splits(name):
     task = get_task(name)
-    words = [task._words(split, np.arange(500), 50) for split in task.splits]
+    words = [task.random_words(split, np.arange(500), 50) for split in task.splits]
     assert len(np.unique(np.concatenate(words))) == len(task.splits) * 500 * 50
 
 

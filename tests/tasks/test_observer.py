@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hf_hyla.tasks import get_task
-from hf_hyla.tasks.observer import explain, observe, posterior
 from hf_hyla.tasks.sraven import RULES, cells
+from hf_hyla.tasks.sraven.observer import explain, observe, posterior
 
 
 PROJECT = Path(__file__).parents[2]

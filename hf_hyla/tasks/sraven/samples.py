@@ -7,13 +7,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 from huggingface_hub.dataclasses import strict
 
-from ..metrics.functions import sraven_accuracy
+from ...metrics.functions import sraven_accuracy
+from ..base import PaperRuns, Task
+from ..sampling import below
+from ..subject import Subject
+from ..words import Words
 from .ambiguity import ambiguity
-from .base import Task
 from .rules import DISTRIBUTE_THREE, GRID, INCREMENT, RULES, SIGN
-from .sampling import below
+from .words import SravenWords
 
 
 if TYPE_CHECKING:
@@ -60,7 +64,27 @@ class SravenTask(Task):
         "ood": "rule combinations that were held out",
     }
     model_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    parts_column: ClassVar[str] = "rules"
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "feature_accuracy", "accuracy_unique")
+    words: ClassVar[type[Words]] = SravenWords
+    paper: ClassVar[PaperRuns | None] = PaperRuns(
+        settings={"num_features": 4, "num_values": 8, "held_out": 0.25, "permute": True, "unambiguous": False},
+        table_a1={
+            "softmax": (0.5656, 0.0105),
+            "linear": (0.5630, 0.0111),
+            "hyla": (0.6913, 0.0190),
+            "linear-rms-head": (0.5901, 0.0250),
+            "linear-rms-head-nonlinear-value": (0.5538, 0.0032),
+            "hyla-no-rms-head": (0.6253, 0.0573),
+            "hyla-linear-value": (0.5654, 0.0021),
+            "hyla-linear-value-no-rms-head": (0.5633, 0.0141),
+            "hyla-softmax": (0.3821, 0.0298),
+            "hyla-plus": (0.6659, 0.0008),
+            "softmax-moe": (0.5768, 0.0131),
+            "linear-moe": (0.6434, 0.0430),
+            "hyla-moe": (0.6694, 0.0394),
+        },
+    )
 
     num_features: int = 4
     num_values: int = 8
@@ -77,7 +101,7 @@ class SravenTask(Task):
             raise ValueError(
                 f"num_values must be at least {GRID}, since 'distribute three' needs three symbols, got {self.num_values}."
             )
-        self._combinations  # noqa: B018  refuses an impossible split here rather than in training
+        self.split_combinations  # noqa: B018  refuses an impossible split here rather than in training
         if self.unambiguous:
             self._check_unique_puzzles_exist()
 
@@ -106,17 +130,17 @@ class SravenTask(Task):
         }
 
     @cached_property
-    def _combinations(self) -> dict[str, np.ndarray]:
+    def split_combinations(self) -> dict[str, np.ndarray]:
         multisets = np.array(list(itertools.combinations_with_replacement(range(len(RULES)), self.num_features)))
-        train, held_out = self._hold_out(multisets, self.held_out)
+        train, held_out = self.hold_out(multisets, self.held_out)
         return {"train": train, "test": train, "ood": held_out}
 
     @cached_property
     def _permutations(self) -> np.ndarray:
         return np.array(list(itertools.permutations(range(self.num_features))))
 
-    def _sample(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
-        samples = self._draw(split, indices)
+    def draw(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
+        samples = self._draw_attempt(split, indices)
         if not self.unambiguous:
             return samples
         left = np.arange(len(indices))
@@ -125,7 +149,7 @@ class SravenTask(Task):
             left = left[self.ambiguous(drawn["input_ids"], drawn["labels"])[1]]
             if not len(left):
                 return samples
-            for name, column in self._draw(split, indices[left], attempt).items():
+            for name, column in self._draw_attempt(split, indices[left], attempt).items():
                 samples[name][left] = column
         raise ValueError(
             f"No puzzle with a unique answer was found for sample {indices[left[0]]} of {split} in {_MAX_ATTEMPTS} draws: "
@@ -134,18 +158,18 @@ class SravenTask(Task):
 
     def _check_unique_puzzles_exist(self) -> None:
         for split in self.splits:
-            first = self._draw(split, np.arange(_FIRST))
+            first = self._draw_attempt(split, np.arange(_FIRST))
             if self.ambiguous(first["input_ids"], first["labels"])[1].all():
                 raise ValueError(
                     f"unambiguous=True needs puzzles with a unique answer, but none of the first {_FIRST} of {split} is one: "
                     "choose a larger num_values or fewer features."
                 )
 
-    def _draw(self, split: str, indices: np.ndarray, attempt: int = 0) -> dict[str, np.ndarray]:
+    def _draw_attempt(self, split: str, indices: np.ndarray, attempt: int = 0) -> dict[str, np.ndarray]:
         count, features = len(indices), self.num_features
         # The first attempt is the task's own stream.
-        words = self._words(f"{split}/{attempt}" if attempt else split, indices, 1 + GRID + features * 4 * GRID)
-        combinations = self._combinations[split]
+        words = self.random_words(f"{split}/{attempt}" if attempt else split, indices, 1 + GRID + features * 4 * GRID)
+        combinations = self.split_combinations[split]
         rules = combinations[below(words[:, 0], len(combinations))]
         rows = self._rows(rules, words[:, 1 + GRID :].reshape(count, features, 4, GRID))
         panels = rows.transpose(0, 2, 3, 1)  # (sample, row, column, feature)
@@ -230,6 +254,25 @@ class SravenTask(Task):
         if unique.any():
             scores["accuracy_unique"] = sraven_accuracy(predictions[unique], labels[unique])["accuracy"]
         return scores
+
+    def subjects(self, columns: dict[str, np.ndarray]) -> list[Subject]:
+        """The rule of the answer's feature, and its value."""
+        rules = np.take_along_axis(columns["rules"], columns["permutations"][:, GRID - 1], axis=1)
+        values = tuple(map(str, range(self.num_values)))
+        return [Subject("rule", rules.ravel(), RULES), Subject("target", columns["labels"].ravel(), values)]
+
+    def answer_keys(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        The two cells of the last row that show the feature which the answer token is asked for, wherever the columns'
+        permutations put it, as in the official analysis: a rule says how the answer follows from these two.
+        """
+        permutations = batch["permutations"]
+        features = permutations.shape[-1]
+        place = permutations.argsort(dim=-1)  # of each feature in each column
+        asked = permutations[:, GRID - 1]
+        panels = GRID * (GRID - 1)
+        keys = [(panels + column) * features + place[:, column].gather(1, asked) for column in range(GRID - 1)]
+        return torch.stack(keys, dim=-1)
 
     def ambiguous(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`ambiguity` of these samples: official and strict, each (samples,)."""

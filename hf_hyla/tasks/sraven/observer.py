@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .rules import DISTRIBUTE_THREE, RULES, SIGN, rule_fits
-from .sraven import GRID, SravenTask, cells
+from .rules import DISTRIBUTE_THREE, GRID, RULES, SIGN, rule_fits
+from .samples import SravenTask, cells
 
 
 _CHUNK = 2048
@@ -81,8 +81,7 @@ def posterior(
 def observer_record(task: SravenTask, num_samples: int) -> dict[str, Any]:
     """`observe` on the splits that models are scored on, beside the task's settings and fingerprint."""
     splits = {split: observe(task, split, num_samples) for split in ("test", "ood")}
-    settings = {"name": task.name, **task.settings}
-    return {"task": settings, "data_fingerprint": task.fingerprint(), "splits": splits}
+    return {"task": task.spec, "data_fingerprint": task.fingerprint(), "splits": splits}
 
 
 def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:

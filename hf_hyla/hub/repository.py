@@ -1,0 +1,210 @@
+"""A finished run → the repositories that it is published as: its model, and on request its dataset, its metric and a Space."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard
+
+from .. import model
+from ..runs import Run
+from ..runs.folder import CHECKPOINTS, RECIPE_NAME
+from ..runs.record import RECORD_NAME
+from ..tasks import Task
+from .cards import dataset_repo
+from .checks import (
+    check_base_model,
+    check_committed,
+    check_file,
+    check_format,
+    check_repo_id,
+    check_secrets,
+    check_text,
+    check_weights,
+)
+from .model_card import card_files
+from .spaces import demo_files, demo_repo, metric_files, metric_repo
+
+
+# The model's code, which is published beside the weights, by the names that it has in the repository.
+CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
+# What of a folder is published, in a run's and in a dataset's.
+_RUN_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    RECORD_NAME,
+    RECIPE_NAME,
+)
+_DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
+# What the card of a dataset calls its own place, before it has one on the Hub.
+_DATASET_PLACE = "path/to/this/folder"
+
+
+@dataclasses.dataclass
+class Repository:
+    """
+    What a repository is to hold.
+
+    Attributes:
+        repo_id: `ORG/NAME`.
+        repo_type: `"model"`, `"dataset"` or `"space"`.
+        files: by their names in the repository, each a path or its content.
+        left_out: files of the folder that are not published.
+    """
+
+    repo_id: str
+    repo_type: str
+    files: dict[str, Path | bytes]
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    def listing(self) -> str:
+        """The files and their sizes, one a line."""
+        sizes = {
+            name: content.stat().st_size if isinstance(content, Path) else len(content)
+            for name, content in self.files.items()
+        }
+        lines = [f"{self.repo_type} {self.repo_id}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
+        lines += [f"  {size:>12,}  {name}" for name, size in sorted(sizes.items())]
+        lines += [f"  {'left out':>12}  {name}" for name in self.left_out]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """
+        Writes what the repository is to hold into a folder.
+
+        Raises:
+            FileExistsError: if the folder holds other files.
+        """
+        others = sorted(
+            name
+            for path in folder.rglob("*")
+            if path.is_file() and (name := path.relative_to(folder).as_posix()) not in self.files
+        )
+        if others:
+            raise FileExistsError(
+                f"{folder} holds {others[0]}, which would not be published: remove it, or choose another --output."
+            )
+        contents = {name: c.read_bytes() if isinstance(c, Path) else c for name, c in self.files.items()}
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def plan(
+    folder: str | Path,
+    repo_id: str,
+    dataset: str | Path | None = None,
+    metric: bool = False,
+    space: bool = False,
+    others: Sequence[str | Path] = (),
+) -> list[Repository]:
+    """
+    The repositories of a run, checked; nothing is sent.
+
+    Args:
+        folder: of a finished run.
+        repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
+        dataset: folder that `hyla data` wrote, to publish it too.
+        metric, space: whether to publish the task's metric and a page that asks the model.
+        others: see `card_files`.
+
+    Raises:
+        ValueError: if anything must not be published, saying what and why.
+        OSError: if something is missing.
+    """
+    check_repo_id(repo_id)
+    run = Run.load(folder)
+    task = run.task
+    found, left_out = _files_in(run.folder, _RUN_FILES, skipped=(CHECKPOINTS,))
+    check_text(found)
+    _check_repeatable(run)
+    check_format(run)
+    check_weights(run, found)
+    card = card_files(run, repo_id, others)
+    repositories = []
+    if dataset is not None:
+        repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
+    if metric:
+        repositories.append(Repository(metric_repo(task, repo_id), "space", encoded(metric_files(task, repo_id))))
+    # A card and code that lie in the folder are made and taken anew.
+    left_out = [name for name in left_out if name not in card and name not in CODE]
+    repositories.append(Repository(repo_id, "model", {**encoded(card), **found, **CODE}, left_out))
+    if space:
+        repositories.append(Repository(demo_repo(repo_id), "space", encoded(demo_files(task, repo_id))))
+    for repository in repositories:
+        for name, content in repository.files.items():
+            if isinstance(content, bytes) or name in CODE:  # the others have been looked at in their folder
+                check_secrets(f"{repository.repo_id}/{name}", content)
+    return repositories
+
+
+def _check_repeatable(run: Run) -> None:
+    """A run is published only if its code and its recipe can be found again."""
+    check_committed(run.record.environment.get("git_commit"), str(run.folder))
+    check_base_model(run.base_model, str(run.folder))
+    written = run.folder / RECIPE_NAME
+    if not written.exists():
+        raise FileNotFoundError(f"{run.folder} lacks {RECIPE_NAME}, the recipe it was made by: train it again.")
+    if yaml.safe_load(written.read_text(encoding="utf-8")) != run.record.recipe:
+        raise ValueError(
+            f"{written} is not the recipe that {RECORD_NAME} was made by: it was changed after the run; train again."
+        )
+
+
+def _files_in(
+    folder: Path, patterns: tuple[str, ...], skipped: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """
+    The files that are published, by name, and the names of the others.
+
+    Raises:
+        ValueError: for a secret or a pickle, which may lie in no published folder, published or not; the `skipped` ones
+            are local, and only searched for secrets.
+    """
+    found: dict[str, Any] = {}
+    left_out = [f"{name}/" for name in skipped if (folder / name).is_dir()]
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file():
+            continue
+        check_secrets(str(path), path)
+        if path.relative_to(folder).parts[0] in skipped:
+            continue
+        check_file(path)
+        if matches(name, patterns):
+            found[name] = path
+        else:
+            left_out.append(name)
+    return found, left_out
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits; its asterisks stay within one folder."""
+    return any(name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
+    # datasets is slow to import and not needed otherwise.
+    from ..tasks.data import Manifest
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: write a dataset by `hyla data`, and name its folder.")
+    files, left_out = _files_in(folder, _DATASET_FILES)
+    manifest = Manifest.load(folder)
+    manifest.check(task, folder)
+    manifest.check_files(folder)
+    if "README.md" not in files:
+        raise FileNotFoundError(f"{folder} has no card: expected README.md, as `hyla data` writes it.")
+    readme = folder / "README.md"
+    DatasetCard.load(readme)
+    files["README.md"] = readme.read_text(encoding="utf-8").replace(_DATASET_PLACE, repo_id).encode()
+    return Repository(repo_id, "dataset", files, left_out)
+
+
+def encoded(contents: dict[str, str | bytes]) -> dict[str, Path | bytes]:
+    """The contents of files as bytes."""
+    return {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}

@@ -1,0 +1,147 @@
+"""What cards say of SRAVEN."""
+
+import json
+from typing import Any
+
+from ...utils import recipes_folder
+from ..words import HubMetric, Words
+from .rules import GRID
+
+
+class SravenWords(Words):
+    """What cards say of SRAVEN."""
+
+    title = "SRAVEN, symbolic Raven's progressive matrices"
+    dataset_title = title
+    metric = HubMetric(
+        name="hyla_sraven_accuracy",
+        class_name="SravenAccuracy",
+        function="sraven_accuracy",
+        description="The fraction of puzzles of whose answer every feature is right, and the fraction of right features.",
+        example={"predictions": [[1, 2, 3, 4], [5, 6, 7, 0]], "references": [[1, 2, 3, 4], [5, 6, 7, 1]]},
+        inputs="Each argument is a list of answers, each a list of integers, one a feature.",
+    )
+
+    def model(self) -> str:
+        task, permuted = self.task, ""
+        if task.permute:
+            permuted = (
+                ", and every column lists the numbers in an order of its own, so that the model has to find out which belong "
+                "together"
+            )
+        return f"""\
+It reads a 3 × 3 grid of panels, each {task.num_features} numbers from 0 to {task.num_values - 1}, and answers with the last panel. One rule for each number
+governs every row{permuted}.
+Some combinations of rules are held out of training."""
+
+    def metrics(self) -> str:
+        return f"""\
+A puzzle counts for `accuracy` only if every number of the answer is right; `feature_accuracy` is the fraction of right numbers,
+of which guessing gets {1 / self.task.num_values:.4f}; `accuracy_unique` is the accuracy on puzzles that have only one answer."""
+
+    def probed(self, fixed_query: bool, attention_type: str) -> str:
+        return """\
+Probed are the codes with which an answer reads the two
+cells of its feature in the last row, for the rule of that feature (`rule`) and the answer (`target`)."""
+
+    def limits(self) -> list[str]:
+        return [
+            "Some puzzles admit more than one answer that fits a set of rules; only the one it was made with counts as right."
+        ]
+
+    def snippet(self, model_id: str) -> str:
+        sample = self.task.dataset("ood")[0]
+        rows = sample["input_ids"].reshape(GRID, GRID, -1).tolist()
+        rows[-1][-1] = None
+        lines = "".join(f"\n    {row}," for row in rows)
+        return f"""\
+from transformers import pipeline
+
+solve = pipeline("symbolic-reasoning", model="{model_id}", trust_remote_code=True)
+
+# Three rows of three panels, the last of which is asked for. The rules of this puzzle were never trained in this combination.
+puzzle = [{lines}
+]
+print(f"answer {{solve(puzzle)['answer']}}, right is {sample["labels"].tolist()}")"""
+
+    def dataset(self) -> str:
+        task = self.task
+        if task.permute:
+            columns = """\
+In every column the features are permuted, the same way in all rows, so that a solver must first find out which features
+belong together."""
+        else:
+            columns = "The features have the same order in every column: this is the variant without permutations."
+        unique = "\nOnly puzzles with a unique answer were kept." if task.unambiguous else ""
+        return f"""\
+A puzzle is a 3 × 3 grid of panels, each of {task.num_features} integers from 0 to {task.num_values - 1}. Eight panels are shown, the ninth is asked for.
+One rule per feature governs every row:
+
+- *constant*: one value per row, drawn anew in each;
+- *progression* +1, +2, −1 or −2 from column to column, with a start drawn anew in each row;
+- *sum* and *difference*: the third cell is the first plus, or minus, the second;
+- *distribute three*: three different symbols for the puzzle, in a fresh order in every row.
+
+All arithmetic is modulo {task.num_values}. A task is the multiset of its {task.num_features} rules.
+{columns}{unique}"""
+
+    def splits(self) -> str:
+        return f"""\
+{self.task.held_out * 100:g} % of the combinations are held out of training and make `ood`; every
+rule of theirs occurs in training. What is of interest is the gap between `test` and `ood`.
+
+The official loaders draw their splits from one stream of random numbers:
+there, batch i of the test data is batch i of the training data, bit for bit. Here every split has a stream of its own."""
+
+    def fields(self) -> str:
+        features = self.task.num_features
+        return f"""\
+| `panels` | 8 × {features} integers | the panels that are shown, row by row |
+| `answer` | {features} integers | the ninth panel |
+| `rules` | {features} class labels | the rule of each feature before it is permuted, sorted |
+| `permutations` | 3 × {features} integers | of each column: its feature j was feature `permutations[column][j]` |
+| `ambiguous_official` | bool | some explanation predicts another value for every feature of the answer |
+| `ambiguous_strict` | bool | some explanation predicts another value for at least one: the answer is not unique |"""
+
+    def dataset_notes(self) -> str:
+        return f"""\
+## Ambiguity, and the ceiling
+
+The eight panels do not always determine the ninth. An *explanation* pairs the features of the columns and gives each triple a
+rule that fits it. The statistics above say how often some explanation predicts another panel. The official check counts only
+puzzles where an explanation is wrong in every feature, which is rare; a single other feature already makes an answer wrong.
+
+{self._ceiling()}
+"""
+
+    def _ceiling(self) -> str:
+        """What the ideal observer reaches, by its committed record, if that is about a task of these settings."""
+        record = json.loads((recipes_folder() / "results" / "sraven-ideal-observer.json").read_text())
+        if record["task"] != self.task.spec:
+            return (
+                "What an ideal observer reaches has not been recorded for these settings; `hyla ceiling` computes it."
+            )
+        rows = "\n".join(
+            f"| `{split}` | {scores['accuracy']:.4f} ± {scores['standard_error']:.4f} | "
+            f"{scores['accuracy_all_combinations']:.4f} | {scores['accuracy_unique']:.4f} | {scores['num_samples']:,} |"
+            for split, scores in record["splits"].items()
+        )
+        ambiguous = "; ".join(
+            f"{scores['ambiguous_official'] * 100:.2f} % of `{split}` are ambiguous by the official check, "
+            f"{scores['ambiguous_strict'] * 100:.1f} % strictly"
+            for split, scores in record["splits"].items()
+        )
+        return f"""\
+An ideal observer, who knows the generator and the rule combinations of the split, weighs all explanations exactly and answers with
+the most probable panel. No model can expect to be right more often:
+
+| split | accuracy of the ideal observer | not knowing which combinations the split has | on unique puzzles | puzzles |
+| --- | ---: | ---: | ---: | ---: |
+{rows}
+
+Among these puzzles, {ambiguous}."""
+
+    def page(self) -> dict[str, Any]:
+        panels = self.task.dataset("ood")[0]["input_ids"].reshape(GRID * GRID, -1)[:-1]
+        example = "\n".join(" ".join(map(str, panel)) for panel in panels.tolist())
+        return {"example": example, "features": self.task.num_features, "values": self.task.num_values}

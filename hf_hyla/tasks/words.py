@@ -1,0 +1,99 @@
+"""What cards say of a task, in Markdown. A task of its own words has a subclass of `Words`; these are what others get."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HubMetric:
+    """
+    A task's metric as a repository that `evaluate.load` reads.
+
+    Attributes:
+        name: of the repository.
+        class_name, function: of `hf_hyla.metrics`.
+        description: a sentence for its card.
+        example: arguments, which the card shows with their result.
+        inputs: a sentence on the form of the arguments.
+    """
+
+    name: str
+    class_name: str
+    function: str
+    description: str
+    example: dict[str, list[Any]]
+    inputs: str
+
+
+class Words:
+    """
+    The words of one task with its settings. Whatever is empty is left out of a card.
+
+    Attributes:
+        title: of the task, in the middle of a sentence.
+        dataset_title: of its dataset.
+        dataset_categories: of its dataset, by the Hub's names of tasks.
+        metric: its metric on the Hub, if it is published there.
+    """
+
+    title: str = ""
+    dataset_title: str = ""
+    dataset_categories: tuple[str, ...] = ("other",)
+    metric: HubMetric | None = None
+
+    def __init__(self, task: Any):
+        self.task = task
+        self.title = self.title or task.name
+        self.dataset_title = self.dataset_title or self.title
+
+    def model(self) -> str:
+        """What a model reads and answers, and what was held out of its training."""
+        return ""
+
+    def metrics(self) -> str:
+        """What the scores mean."""
+        return ""
+
+    def probed(self, fixed_query: bool, attention_type: str) -> str:
+        """Which codes are probed, and for what. See `Task.query_point` for a fixed query."""
+        return "Probed is the code of each answer token for itself."
+
+    def limits(self) -> list[str]:
+        """Sentences on what the model cannot do."""
+        return []
+
+    def snippet(self, model_id: str) -> str:
+        """Python that loads the model, asks it something that was never trained, and prints the answer."""
+        read = next(name for name in self.task.model_columns if name != "labels")
+        sample = self.task.dataset("ood")[0]
+        return f"""\
+import torch
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("{model_id}", trust_remote_code=True)
+
+# A combination that was never trained.
+{read} = torch.tensor([{sample[read].tolist()}])
+with torch.no_grad():
+    logits = model({read}={read}).logits
+print(f"logits {{logits[0].tolist()}}, right is {sample["labels"].tolist()}")"""
+
+    def dataset(self) -> str:
+        """What a sample of the dataset is."""
+        return ""
+
+    def splits(self) -> str:
+        """How the splits differ."""
+        return "What is of interest is the gap between `test` and `ood`."
+
+    def fields(self) -> str:
+        """The rows of a table: name, type and meaning of each column of the dataset."""
+        return "\n".join(f"| `{name}` | {feature} | |" for name, feature in self.task.features().items())
+
+    def dataset_notes(self) -> str:
+        """A section on anything else that a reader of the dataset's card must know, its heading included."""
+        return ""
+
+    def page(self) -> dict[str, Any] | None:
+        """What fills the templates of the Space that asks a model puzzles; `None` where the task has none."""
+        return None
