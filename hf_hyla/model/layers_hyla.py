@@ -79,9 +79,11 @@ class HylaAttention(nn.Module):
         """
         batch, length, _ = hidden_states.shape
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
-        query = self.q_norm(self.q_proj(queries).view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(batch, length, self.num_heads, -1)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        with cpu_functions(hidden_states):
+            query, key, value = self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query = self.q_norm(query.view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
+        key = self.k_norm(key.view(batch, length, self.num_heads, -1)).transpose(1, 2)
+        value = value.view(batch, length, self.num_heads, -1).transpose(1, 2)
 
         position_bias = None
         if self.relative_attention_bias is not None:
@@ -106,7 +108,9 @@ class HylaAttention(nn.Module):
             position_bias=position_bias,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*queries.shape[:2], -1)), codes
+        output = output.reshape(*queries.shape[:2], -1)
+        with cpu_functions(output):
+            return self.o_proj(output), codes
 
 
 class HylaMLP(nn.Module):
@@ -119,10 +123,11 @@ class HylaMLP(nn.Module):
         self.act_fn = ACT2FN[config.effective_hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(up))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+        with cpu_functions(hidden_states):
+            up = self.up_proj(hidden_states)
+            if self.gate_proj is None:
+                return self.down_proj(self.act_fn(up))
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
 
 
 class HylaRouter(nn.Module):
@@ -177,15 +182,14 @@ class HylaLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Hidden states of all tokens, or of the last `num_last`, which see all."""
-        with cpu_functions(hidden_states):
-            attention_output, _ = self.self_attn(
-                self.input_layernorm(hidden_states),
-                attention_mask=attention_mask,
-                position_buckets=position_buckets,
-                num_last=num_last,
-                **kwargs,
-            )
-            if num_last is not None:
-                hidden_states = hidden_states[:, -num_last:]
-            hidden_states = hidden_states + attention_output
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_buckets=position_buckets,
+            num_last=num_last,
+            **kwargs,
+        )
+        if num_last is not None:
+            hidden_states = hidden_states[:, -num_last:]
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
