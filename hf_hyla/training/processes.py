@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 Result = TypeVar("Result")
 
+# Bytes of the heap for which huge pages are asked: more than a step of the paper's models takes, and less than glibc keeps.
+_RESERVED = 7 * 2**28
 # What accelerate's launcher sets, and what it stands for.
 _SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
@@ -40,16 +43,36 @@ def check_launch() -> None:
 
 def keep_freed_memory() -> None:
     """
-    Has glibc, where that is the C library, keep the memory that a training step frees for the next one. By default it gives most
-    of it back to the system and takes it again, page by page, in every step. Blocks above 32 MiB are given back as before.
+    Has glibc, where that is the C library, keep the memory that a training step frees for the next one, and take it in huge pages.
+
+    By default glibc gives most of it back to the system and takes it again, page by page, in every step. Blocks above 32 MiB
+    are given back as before. Huge pages spare the processor most of its look-ups of addresses, which take a tenth of a step.
     """
     if sys.platform != "linux":
         return
-    trim_threshold, mmap_threshold = -1, -3  # by their numbers in malloc.h
+    trim_threshold, mmap_threshold, largest = -1, -3, 32 * 2**20  # by their numbers in malloc.h; the largest that it takes
     with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 * 2**20)  # the largest that it takes
-        mallopt(trim_threshold, 2**31 - 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, largest)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        _ask_for_huge_pages(libc, largest)
+
+
+@functools.cache
+def _ask_for_huge_pages(libc: ctypes.CDLL, largest: int) -> None:
+    """Asks for them on the heap to come, which is reserved here and stays untouched until it is needed."""
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.free.argtypes = (ctypes.c_void_p,)
+    libc.sbrk.argtypes = (ctypes.c_ssize_t,)
+    blocks = [libc.malloc(largest - 2**16) for _ in range(_RESERVED // largest)]
+    end, huge_page, use_huge_pages = libc.sbrk(0), 2**21, 14
+    first = min((block for block in blocks if block), default=end)
+    for block in blocks:
+        libc.free(block)
+    start = -(-first // huge_page) * huge_page
+    if start < end:
+        libc.madvise(start, end - start, use_huge_pages)
 
 
 def share_of_batch(batch_size: int, num_processes: int, num_devices: int) -> int:
