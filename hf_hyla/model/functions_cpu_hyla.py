@@ -32,9 +32,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .gelu_cpu_hyla import compiled_gelu, compiled_gelu_backward
-from .ops_cpu_hyla import run_jobs
-from .vectors_cpu_hyla import numba
+from .function_kernels_cpu_hyla import compiled_gelu, compiled_gelu_backward, compiled_transpose
+from .ops_cpu_hyla import as_array, run_jobs
+from .vectors_cpu_hyla import VECTOR_BYTES, numba
 
 
 # Multiply-adds of a product, and elements of an activation, from which they are worth the calls from Python.
@@ -71,7 +71,7 @@ def _gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     fits = (
         numba is not None
         and approximate == "tanh"
-        and _plain(input)
+        and _plain(input, dtypes=(torch.float32, torch.bfloat16, torch.float16))
         and input.numel() >= _SMALLEST_ACTIVATION
         and input.is_contiguous()
     )
@@ -81,13 +81,13 @@ def _gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
 _SERVED: dict[Callable, Callable] = {nn.functional.linear: _linear, nn.functional.gelu: _gelu}
 
 
-def _plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether all are ordinary float32 tensors in memory: no quantised, sharded or fake ones."""
+def _plain(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether all are ordinary tensors in memory, no quantised, sharded or fake ones, of one of these dtypes."""
     return all(
         tensor is None
         or (
             type(tensor) in (torch.Tensor, nn.Parameter)
-            and tensor.dtype == torch.float32
+            and tensor.dtype in dtypes
             and tensor.device.type == "cpu"
             and tensor.layout == torch.strided
         )
@@ -168,17 +168,29 @@ class _Linear(torch.autograd.Function):
 
 
 def _product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """aᵀ · b. The narrower of the two is transposed in memory, which is all that the order is for."""
+    """aᵀ · b. oneDNN wants the first of its operands in order, so the narrower of the two is copied."""
     if a.shape[1] <= b.shape[1]:
-        return _product(a.mT, b.mT)
-    return _product(b.mT, a.mT).mT
+        return _product(_transposed(a), b.mT)
+    return _product(_transposed(b), a.mT).mT
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """A copy of the matrix, rows to columns; torch's own uses one thread."""
+    if numba is None or not matrix.is_contiguous():
+        return matrix.mT.contiguous()
+    target = matrix.new_empty(matrix.shape[::-1])
+    source, copy = matrix.detach().numpy(), target.numpy()
+    side = VECTOR_BYTES // matrix.itemsize
+    shares = np.linspace(0, -(-matrix.shape[0] // side), torch.get_num_threads() + 1).astype(int) * side
+    run_jobs([partial(compiled_transpose(), source, copy, first, last) for first, last in pairwise(shares.tolist())])
+    return target
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(input):
         output = torch.empty_like(input)
-        _elementwise(compiled_gelu(), input, output)
+        _elementwise(compiled_gelu, input, output)
         return output
 
     @staticmethod
@@ -192,7 +204,7 @@ class _Gelu(torch.autograd.Function):
         if torch.is_grad_enabled():
             return torch.ops.aten.gelu_backward(grad_output, input, approximate="tanh")
         gradient = torch.empty_like(input)
-        _elementwise(compiled_gelu_backward(), input, grad_output.contiguous(), gradient)
+        _elementwise(compiled_gelu_backward, input, grad_output.contiguous(), gradient)
         return gradient
 
     @staticmethod
@@ -204,8 +216,9 @@ class _Gelu(torch.autograd.Function):
         return nn.functional.gelu(input, approximate="tanh"), in_dims[0]
 
 
-def _elementwise(kernel, *tensors: torch.Tensor) -> None:
-    """Calls the kernel with equal shares of the flattened tensors, one for each thread."""
-    arrays = [tensor.detach().view(-1).numpy() for tensor in tensors]
+def _elementwise(compiled, *tensors: torch.Tensor) -> None:
+    """Calls the kernel for their dtype with equal shares of the flattened tensors, one for each thread."""
+    kernel = compiled(str(tensors[0].dtype).removeprefix("torch."))
+    arrays = [as_array(tensor.view(-1)) for tensor in tensors]
     bounds = np.linspace(0, arrays[0].size, torch.get_num_threads() + 1).astype(int)
     run_jobs([partial(kernel, *(array[first:last] for array in arrays)) for first, last in pairwise(bounds)])

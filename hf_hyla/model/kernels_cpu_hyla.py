@@ -51,16 +51,7 @@ from .tiles_cpu_hyla import (
     survey_tile,
     visible,
 )
-from .vectors_cpu_hyla import OPTIONS, compiled_by_type, jit, numba, rounded
-
-
-# By torch's name of a dtype: the type in which elements are stored, and the one they are computed in.
-_TYPES = {
-    "float64": ("float64", "float64"),
-    "float32": ("float32", "float32"),
-    "bfloat16": ("int16", "float32"),
-    "float16": ("uint16", "float32"),
-}
+from .vectors_cpu_hyla import OPTIONS, STORED, compiled_by_type, jit, numba, rounded
 
 
 def _finish_row(sums, rows, first, step):
@@ -171,7 +162,8 @@ def compiled(signature, function):
 
 def _signature(dtype_name: str, gradients: bool):
     """Types of the arguments; with them given, arrays of any strides share one compilation."""
-    stored, number = (getattr(numba.types, name) for name in _TYPES[dtype_name])
+    stored = getattr(numba.types, STORED[dtype_name])
+    number = numba.types.float64 if dtype_name == "float64" else numba.types.float32
     boolean, integer = numba.types.boolean, numba.types.int64
 
     def strided(ndim, element=number):

@@ -57,7 +57,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def as_array(tensor: torch.Tensor) -> np.ndarray:
     bits, tensor = _BITS[tensor.dtype], tensor.detach()
     return tensor.numpy() if bits is None else tensor.view(bits).numpy()
 
@@ -89,7 +89,7 @@ def _prepare(
         bias.numpy().dtype.type(scaling),
     )
     tensors = (seen.expand(shape), bias, mixing, seed)
-    arguments = (*map(_array, (query, key, value)), *(tensor.numpy() for tensor in tensors), *settings)
+    arguments = (*map(as_array, (query, key, value)), *(tensor.numpy() for tensor in tensors), *settings)
     # A row of the batch is one task; where rows are few, several tasks share a row, each with its own queries.
     threads = torch.get_num_threads()
     splits = 1 if batch >= 4 * threads else min(threads, query_length)
@@ -176,7 +176,7 @@ def _forward(
     rows = statistics.expand(batch, query_length, 3, heads).numpy()
     sums = _sums(output, len(workers))
     run_jobs([
-        partial(forward, *arguments, rows, splits, *worker, sums[n], _array(output)) for n, worker in enumerate(workers)
+        partial(forward, *arguments, rows, splits, *worker, sums[n], as_array(output)) for n, worker in enumerate(workers)
     ])  # fmt: skip
     return output, statistics
 
@@ -207,10 +207,10 @@ def _backward(
         for result, part in zip(results[1:], parts, strict=True)
     ]
     rows = statistics.clone().expand(batch, query_length, 3, heads).numpy()
-    grad_rows = _array(grad_output.transpose(1, 2))
+    grad_rows = as_array(grad_output.transpose(1, 2))
     of_workers = zip(workers, *sums, grad_bias.numpy(), grad_mixing.numpy(), strict=True)
     run_jobs([
-        partial(backward, *arguments, rows, splits, *worker, grad_rows, *of_worker, *map(_array, results))
+        partial(backward, *arguments, rows, splits, *worker, grad_rows, *of_worker, *map(as_array, results))
         for worker, *of_worker in of_workers
     ])  # fmt: skip
     # Sums in a fixed order: the same numbers for the same count of threads.

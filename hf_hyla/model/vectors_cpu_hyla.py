@@ -36,6 +36,8 @@ except ImportError:  # another implementation takes over, see `cpu_problem`
 
 # Sums may be reordered, which vector instructions need; infinities and NaN keep their meaning.
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
+# By torch's name of a dtype, the type in which numba sees its elements.
+STORED = {"float64": "float64", "float32": "float32", "bfloat16": "int16", "float16": "uint16"}
 _FLAGS = ("contract", "nsz", "arcp")
 
 
@@ -188,8 +190,43 @@ if numba:
             return context.get_dummy_value()
 
         return types.void(array, index, w, x, y, z), generate
+
+    @intrinsic
+    def store_transposed(typing, target, target_index, source, source_index):
+        """Copies a square, whose side is a vector, from one matrix to the other, rows to columns."""
+
+        def generate(context, builder, signature, values):
+            count = _ir_type(context.get_data_type(source.dtype)).count
+
+            def pointer(array_type, array, index_type, index, row):
+                first, second = cgutils.unpack_tuple(builder, index)
+                index = cgutils.pack_array(builder, [builder.add(first, first.type(row)), second])
+                return _pointer(context, builder, array_type, array, index_type, index)
+
+            rows = [builder.load(pointer(source, values[2], source_index, values[3], row)) for row in range(count)]
+            for row in rows:
+                row.align = source.dtype.bitwidth // 8
+            for row, vector in enumerate(_transposed(builder, rows)):
+                place = pointer(target, values[0], target_index, values[1], row)
+                builder.store(vector, place).align = target.dtype.bitwidth // 8
+            return context.get_dummy_value()
+
+        return types.void(target, target_index, source, source_index), generate
 else:
-    load = store = zeros = store_totals = None
+    load = store = zeros = store_totals = store_transposed = None
+
+
+def _transposed(builder, rows):
+    """The columns of a square of vectors: blocks of size 1, 2, 4, ... are exchanged across the diagonal."""
+    count, size = len(rows), 1
+    while size < count:
+        upper = [place if not place & size else count + place - size for place in range(count)]
+        lower = [place + size if not place & size else count + place for place in range(count)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), count), places) for places in (upper, lower)]
+        pairs = {row: (rows[row & ~size], rows[row | size]) for row in range(count)}
+        rows = [builder.shuffle_vector(*pairs[row], masks[bool(row & size)]) for row in range(count)]
+        size *= 2
+    return rows
 
 
 def _totals(builder, vectors):
@@ -247,6 +284,8 @@ def _choose_widened(x):
 
 @compiled_by_type(rounded)
 def _choose_rounded(x, stored):
+    if stored.dtype in (types.float32, types.float64):
+        return lambda x, stored: x
     if stored.dtype == types.int16:
 
         def rounded(x, stored):

@@ -50,7 +50,11 @@ def keep_freed_memory() -> None:
     """
     if sys.platform != "linux":
         return
-    trim_threshold, mmap_threshold, largest = -1, -3, 32 * 2**20  # by their numbers in malloc.h; the largest that it takes
+    trim_threshold, mmap_threshold, largest = (
+        -1,
+        -3,
+        32 * 2**20,
+    )  # by their numbers in malloc.h; the largest that it takes
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, largest)

@@ -1,0 +1,300 @@
+"""What a CPU computes faster than torch does by itself: products by oneDNN, GELU by numba."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.model import functions_cpu_hyla as functions
+from hf_hyla.model.functions_cpu_hyla import cpu_functions
+
+
+linear, gelu = nn.functional.linear, nn.functional.gelu
+
+
+@pytest.fixture(autouse=True)
+def everything_is_served(monkeypatch):
+    """On any processor that has the operator, and however small the work."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this build of torch lacks oneDNN's operator")
+    pytest.importorskip("numba")
+    monkeypatch.setattr(functions, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(functions, "_SMALLEST_PRODUCT", 1)
+    monkeypatch.setattr(functions, "_SMALLEST_ACTIVATION", 1)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Names of the functions that were served, in order."""
+    names = []
+    for name in ("_Linear", "_Gelu"):
+        function = getattr(functions, name)
+        apply = function.apply
+        monkeypatch.setattr(
+            function, "apply", lambda *args, name=name, apply=apply: names.append(name) or apply(*args)
+        )
+    return names
+
+
+def products_by_loop(input, weight, bias, cotangent):
+    """The output and all gradients of a linear layer, one sum at a time, in float64."""
+    rows, cotangents = input.double().reshape(-1, input.shape[-1]), cotangent.double().reshape(-1, weight.shape[0])
+    weight = weight.double()
+    output, grad_rows = torch.zeros_like(cotangents), torch.zeros_like(rows)
+    grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros(len(weight), dtype=torch.float64)
+    for i, (row, grad) in enumerate(zip(rows, cotangents, strict=True)):
+        for o in range(len(weight)):
+            output[i, o] = sum(x * w for x, w in zip(row.tolist(), weight[o].tolist(), strict=True))
+            grad_rows[i] += grad[o] * weight[o]
+            grad_weight[o] += grad[o] * row
+        grad_bias += grad
+    if bias is not None:
+        output += bias.double()
+    shape = input.shape[:-1]
+    return output.view(*shape, -1), grad_rows.view(*shape, -1), grad_weight, grad_bias
+
+
+@pytest.mark.parametrize("shape, outputs", [((3, 5, 7), 4), ((17, 6), 9), ((2, 33, 16), 48), ((1, 1), 1)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_and_their_gradients_equal_plain_sums(shape, outputs, biased, served):
+    generator = torch.Generator().manual_seed(0)
+    input, weight, bias, cotangent = (
+        30 * torch.randn(size, generator=generator)
+        for size in (shape, (outputs, shape[-1]), (outputs,), (*shape[:-1], outputs))
+    )
+    leaves = [tensor.requires_grad_() for tensor in ((input, weight, bias) if biased else (input, weight))]
+    with cpu_functions(input):
+        output = linear(*leaves)
+    found = [output, *torch.autograd.grad(output, leaves, cotangent)]
+    assert served == ["_Linear"]
+    expected = products_by_loop(input.detach(), weight.detach(), bias.detach() if biased else None, cotangent)
+    for got, right in zip(found, expected, strict=False):
+        torch.testing.assert_close(got.double(), right, rtol=0, atol=2e-6 * right.abs().max().item())
+
+
+def test_frozen_tensors_get_no_gradient():
+    input, weight, bias = torch.randn(9, 8), torch.randn(4, 8), torch.randn(4)
+    for trained in range(3):
+        leaves = [x.clone().requires_grad_(n == trained) for n, x in enumerate((input, weight, bias))]
+        with cpu_functions(input):
+            linear(*leaves).square().sum().backward()
+        expected = [x.clone().requires_grad_(n == trained) for n, x in enumerate((input, weight, bias))]
+        linear(*expected).square().sum().backward()
+        for got, right in zip(leaves, expected, strict=True):
+            assert (got.grad is None) == (right.grad is None)
+            if right.grad is not None:
+                torch.testing.assert_close(got.grad, right.grad)
+
+
+def test_gelu_and_its_gradient_equal_the_formula_at_all_magnitudes(served):
+    special = [
+        0.0,
+        -0.0,
+        1e-30,
+        -1e-30,
+        5.5,
+        -5.5,
+        30.0,
+        -30.0,
+        1e20,
+        -1e20,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+    ]
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor(special)]).requires_grad_()
+    with cpu_functions(x):
+        y = gelu(x, approximate="tanh")
+    (gradient,) = torch.autograd.grad(y, x, torch.full_like(x, 3.0))
+    assert served == ["_Gelu"]
+    double = x.detach().double()[:-3]
+    inner = (2 / torch.pi) ** 0.5 * (double + 0.044715 * double**3)
+    slope = (2 / torch.pi) ** 0.5 * (1 + 3 * 0.044715 * double**2)
+    # By exponentials, so that nothing cancels: (1 + tanh u) / 2 = σ(2u).
+    sigma = torch.sigmoid(2 * inner)
+    bend = torch.where(sigma * (1 - sigma) > 0, double * sigma * torch.sigmoid(-2 * inner) * 2 * slope, 0.0)
+    # An exponential is off by as many roundings as its exponent is large.
+    torch.testing.assert_close(y.detach().double()[:-3], double * sigma, rtol=6e-6, atol=1e-12)
+    torch.testing.assert_close(gradient.double()[:-3], 3 * (sigma + bend), rtol=2e-6, atol=3e-6)
+    assert y[-3] == float("inf") and y[-1].isnan() and gradient[-1].isnan()
+
+
+def block(x, weight, bias):
+    return gelu(linear(x, weight, bias), approximate="tanh").square().mean()
+
+
+def served_block(x, weight, bias):
+    with cpu_functions(x):
+        return block(x, weight, bias)
+
+
+def given():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, generator=generator) for size in ((6, 10, 8), (12, 8), (12,))]
+
+
+def test_gradients_can_be_differentiated(served):
+    def twice(function):
+        leaves = [x.requires_grad_() for x in given()]
+        gradients = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+
+    for got, right in zip(twice(served_block), twice(block), strict=True):
+        torch.testing.assert_close(got, right)
+    assert served == ["_Linear", "_Gelu"]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.grad(f, argnums=(0, 1, 2)),
+        lambda f: torch.func.hessian(f, argnums=2),
+        lambda f: lambda x, w, b: torch.func.jvp(f, (x, w, b), (x + 1, w + 1, b + 1)),
+        lambda f: lambda x, w, b: torch.func.jvp(lambda x: f(x, w, b), (x,), (x + 1,)),
+        lambda f: torch.vmap(f, in_dims=(0, None, None)),
+        lambda f: torch.vmap(f, in_dims=(None, 0, 0)),
+        lambda f: torch.vmap(torch.func.grad(f, argnums=1), in_dims=(0, None, None)),
+    ],
+    ids=["grad", "hessian", "jvp", "jvp of one", "vmap", "vmap of weights", "gradients of every sample"],
+)
+def test_function_transforms_give_what_torch_gives(transform, request):
+    x, weight, bias = given()
+    if request.node.callspec.id == "vmap of weights":
+        weight, bias = torch.stack([weight, weight + 1]), torch.stack([bias, bias + 1])
+    torch.testing.assert_close(transform(served_block)(x, weight, bias), transform(block)(x, weight, bias))
+
+
+CONFIG = HylaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
+def model_and_ids():
+    torch.manual_seed(0)
+    return HylaForSequenceClassification(CONFIG).eval(), torch.randint(0, 9, (4, 36))
+
+
+def without(monkeypatch, function):
+    with monkeypatch.context() as patch:
+        patch.setattr(functions, "_SERVED", {})
+        return function()
+
+
+def test_layers_are_served_and_stay_plain_linear_layers(served, monkeypatch):
+    model, ids = model_and_ids()
+    logits = model(ids).logits
+    assert served.count("_Linear") == 6 * 2 and served.count("_Gelu") == 2
+    assert {type(module) for name, module in model.named_modules() if name.endswith("_proj")} == {nn.Linear}
+    torch.testing.assert_close(logits, without(monkeypatch, lambda: model(ids).logits))
+
+
+def test_hooks_and_replaced_layers_see_what_they_always_see(monkeypatch):
+    model, ids = model_and_ids()
+    layer, seen = model.model.layers[0].mlp, []
+    layer.up_proj.register_forward_hook(lambda module, args, output: seen.append(output) or 2 * output)
+    layer.down_proj.register_full_backward_hook(lambda module, grad_input, grad_output: (3 * grad_input[0],))
+
+    def gradient():
+        model.zero_grad()
+        model(ids, labels=ids[:, :4] % 8).loss.backward()
+        return layer.up_proj.weight.grad.clone()
+
+    torch.testing.assert_close(gradient(), without(monkeypatch, gradient))
+    assert len(seen) == 2
+
+
+def test_quantised_layers_compute_by_themselves(monkeypatch):
+    model, ids = model_and_ids()
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert not isinstance(quantised.model.layers[0].mlp.up_proj, nn.Linear)
+    torch.testing.assert_close(quantised(ids).logits, without(monkeypatch, lambda: quantised(ids).logits))
+
+
+def test_adapters_are_trained_as_without(monkeypatch):
+    peft = pytest.importorskip("peft")
+    model, ids = model_and_ids()
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids[:, :4] % 8).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    got, right = gradients(), without(monkeypatch, gradients)
+    assert got and got.keys() == right.keys()
+    for name in right:
+        torch.testing.assert_close(got[name], right[name])
+
+
+def test_compiled_and_exported_graphs_hold_torchs_own_products():
+    model, ids = model_and_ids()
+    program = torch.export.export(model, (ids,), strict=False)
+    assert not any("mkldnn" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(ids).logits, model(ids).logits)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(model, backend=backend)(ids).logits, model(ids).logits)
+    assert graphs and not any("mkldnn" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
+def test_double_precision_goes_to_torch(served):
+    x, weight, bias = (tensor.double() for tensor in given())
+    assert torch.equal(served_block(x, weight, bias), block(x, weight, bias)) and not served
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_in_half_precision_is_rounded_once(dtype, served):
+    x = torch.linspace(-9, 9, 1003).to(dtype).requires_grad_()
+    with cpu_functions(x):
+        y = gelu(x, approximate="tanh")
+    cotangent = torch.linspace(-3, 2, 1003).to(dtype)
+    (gradient,) = torch.autograd.grad(y, x, cotangent)
+    assert served == ["_Gelu"] and y.dtype == gradient.dtype == dtype
+    double = x.detach().double().requires_grad_()
+    right = gelu(double, approximate="tanh")
+    (right_gradient,) = torch.autograd.grad(right, double, cotangent.double())
+    half_a_step = 0.51 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), right, rtol=half_a_step, atol=6e-8)
+    torch.testing.assert_close(gradient.double(), right_gradient, rtol=half_a_step, atol=1e-6)
+
+
+def test_autocast_goes_to_torch(served):
+    with torch.autocast("cpu", torch.bfloat16), cpu_functions(given()[0]):
+        assert linear(*given()).dtype == torch.bfloat16
+    assert not served
+
+
+def test_where_torch_has_no_such_operator_its_own_products_serve(monkeypatch, served):
+    monkeypatch.setattr(functions, "onednn_is_faster", lambda: False)
+    x, weight, bias = given()
+    with cpu_functions(x):
+        output = linear(x, weight, bias)
+    assert torch.equal(output, linear(x, weight, bias)) and not served
+
+
+@pytest.mark.parametrize(
+    "vendor, capability, faster",
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+    ],
+)
+def test_the_rule_by_which_onednn_is_chosen(vendor, capability, faster, monkeypatch):
+    monkeypatch.undo()
+    if not torch.backends.mkl.is_available():
+        pytest.skip("this build of torch has no MKL to compare with")
+    monkeypatch.setattr(functions, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert functions.onednn_is_faster.__wrapped__() == faster
+
+
+@pytest.mark.parametrize("shape", [(40, 16), (64, 33), (17, 5), (1, 1)])
+def test_transposed_copies_are_whole(shape):
+    matrix = torch.randn(shape)
+    copied = functions._transposed(matrix)
+    assert torch.equal(copied, matrix.mT) and copied.is_contiguous()
