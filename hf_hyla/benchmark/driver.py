@@ -37,7 +37,8 @@ size = asked["batch_size"]
 dataset = recipe.task.dataset("train")
 batches = [recipe.task.collate(dataset.__getitems__(range(n * size, (n + 1) * size))) for n in range(8)]
 batches = [{name: column.to(device) for name, column in batch.items()} for batch in batches]
-model: Any = hf_hyla.HylaForSequenceClassification(recipe.config).to(device).train()
+model: Any = hf_hyla.HylaForSequenceClassification(recipe.config)
+model.to(device).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 endless = itertools.cycle(batches)
 

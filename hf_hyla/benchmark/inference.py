@@ -21,7 +21,8 @@ def measure_inference(meter: Meter, name: str, threads: int, overrides: dict[str
     """Times a recipe's model, with its first weights, and the pipeline around it, on so many threads of the CPU."""
     recipe = load_recipe(f"recipes/{name}/hyla.yaml", overrides)
     set_seed(SEED)
-    model: Any = HylaForSequenceClassification(recipe.config).to(meter.device).eval()
+    model: Any = HylaForSequenceClassification(recipe.config)
+    model.to(meter.device).eval()
     pipeline = SymbolicReasoningPipeline(model=model, device=meter.device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
