@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from hf_hyla import benchmark as bench
-from hf_hyla.benchmark import Shape, as_table, attention, benchmark, steps
+from hf_hyla.benchmark import Shape, as_table, attention, benchmark, inference, steps
 from hf_hyla.cli import main
 from hf_hyla.model.backends_hyla import BACKENDS
+from hf_hyla.model.pipeline_hyla import SymbolicReasoningPipeline
 from hf_hyla.runs.plots import length_curves
-from hf_hyla.tasks import get_task
 from hf_hyla.training import load_recipe
 
 
@@ -27,7 +27,7 @@ TINY = {
 SIZES = {"shapes": (Shape(3, 9, 4, 2),), "lengths": (8, 17), "overrides": TINY, "batch_size": 4, "repeats": 3}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = "hyla_triton" if torch.cuda.is_available() else "hyla_cpu"
-BACKEND_SUBJECTS = ["eager", "lean", "fused", "sdpa", "sdpa, fixed bias"]
+BACKEND_SUBJECTS = ["eager", "chunked", "fused", "sdpa", "sdpa, fixed bias"]
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +50,17 @@ def test_every_part_has_its_rows(result):
     for task in ("sraven", "logic"):
         subjects = works.pop((task, "training step of 4", None))
         assert subjects[:4] == ["eager", "eager, answers only", "hyla", "softmax"]
-        assert subjects[4] == "hyla, compiled" and subjects[-1] == "matrix products"
+        assert subjects[4] == "hyla, compiled" and subjects[-2:] == ["matrix products", "at the rate of 1024"]
         assert works.pop(("data", f"{task}, batch of 4", None)) == ["training step", "sequential", "shuffled"]
+        for batch in (1, 1024):
+            assert works.pop(("inference", f"{task}, batch of {batch}, 1 thread", None)) == ["model", "pipeline"]
     assert not torch.cuda.is_available() or works.pop(("attention", "forward", str(bench.FLASH_SHAPE)))
     assert torch.cuda.is_available() or not works
 
 
 def test_the_record_says_where_and_how_it_was_measured(result):
     assert result["threads"] == result["hardware"]["threads"] == 1 and result["repeats"] == 3 and result["seed"] == 0
-    assert "git_commit" in result["environment"] and result["schema_version"] == 1
+    assert "git_commit" in result["environment"] and result["schema_version"] == 2
     assert result["skipped"] == result["failed"] == []
     for row in result["rows"]:
         assert row["seconds"] > 0 and row["repeats"] >= 3
@@ -75,12 +77,19 @@ def test_ratios_are_those_of_the_times(result):
             for other, ratio in row["ratios"].items():
                 assert ratio == pytest.approx(row["seconds"] / rows[other]["seconds"])
     (step,) = (rows for (part, *_), rows in works.items() if part == "sraven")
-    assert set(step["hyla"]["ratios"]) == {"eager", "eager, answers only", "hyla", "softmax", "matrix products"}
+    assert set(step["hyla"]["ratios"]) == {
+        "eager",
+        "eager, answers only",
+        "hyla",
+        "softmax",
+        "matrix products",
+        "at the rate of 1024",
+    }
 
 
 def test_steps_of_one_recipe_keep_the_attention_that_each_was_asked_for(tmp_path):
     recipe = load_recipe("recipes/logic/hyla.yaml", TINY)
-    asked = ["hyla", "eager", "hyla_lean"]
+    asked = ["hyla", "eager", "hyla_chunked"]
     made = [steps._TrainingStep(recipe, name, folder=str(tmp_path), batch_size=4) for name in asked]
     assert [step._model.config._attn_implementation for step in made] == asked
     assert [step._model.model.layers[0].self_attn.config._attn_implementation for step in made] == asked
@@ -121,7 +130,7 @@ def test_a_backend_that_is_wrong_gets_no_speed(monkeypatch, quantity):
     monkeypatch.setitem(BACKENDS, FUSED, wrong)
     named = "output" if quantity in ("output", "nan") else f"gradient of the {quantity}"
     meter = measured(Shape(3, 9, 4, 2))
-    assert [row["subject"] for row in meter.rows] == 2 * ["eager", "lean", "sdpa", "sdpa, fixed bias"]
+    assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
     (sentence,) = meter.failed
     assert re.match(f"fused does not compute what it should on 3 x 9.*its {named} is off by", sentence)
 
@@ -138,7 +147,7 @@ def test_a_backend_that_cannot_be_launched_gets_no_speed_and_the_others_do(monke
 
     monkeypatch.setitem(BACKENDS, FUSED, broken)
     meter = measured(Shape(3, 9, 4, 2))
-    assert [row["subject"] for row in meter.rows] == 2 * ["eager", "lean", "sdpa", "sdpa, fixed bias"]
+    assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
     assert "it cannot be run (RuntimeError: out of resource: shared memory), so no speed" in meter.failed[0]
 
 
@@ -153,8 +162,8 @@ def test_softmax_attention_is_checked_at_the_whole_length(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [1.0, 2.0])
-def test_half_precision_is_held_to_the_errors_of_the_eager_form(monkeypatch, error):
-    """The lean form here is the eager one, its rounding errors multiplied."""
+def test_half_precision_is_held_to_the_errors_of_the_eager_implementation(monkeypatch, error):
+    """The chunked implementation here is the eager one, its rounding errors multiplied."""
 
     def worse(module, query, key, value, *args, **kwargs):
         found = BACKENDS["eager"](module, query, key, value, *args, **kwargs)[0]
@@ -162,16 +171,16 @@ def test_half_precision_is_held_to_the_errors_of_the_eager_form(monkeypatch, err
         exact = BACKENDS["eager"](module, query.double(), key.double(), value.double(), *args, **kwargs)[0]
         return exact + error * (found - exact), None
 
-    monkeypatch.setitem(BACKENDS, "hyla_lean", worse)
+    monkeypatch.setitem(BACKENDS, "hyla_chunked", worse)
     meter = measured(Shape(1, 64, 16, 64, torch.bfloat16))
-    assert any(sentence.startswith("lean") for sentence in meter.failed) == (error > 1.5)
+    assert any(sentence.startswith("chunked") for sentence in meter.failed) == (error > 1.5)
     assert not any(sentence.startswith(("eager", "sdpa")) for sentence in meter.failed)
 
 
 def test_without_the_fused_kernel_the_others_are_measured(monkeypatch):
     monkeypatch.setattr(attention, "kernel_problem", lambda *tensors: "numba is not installed")
     meter = measured(Shape(3, 9, 4, 2))
-    assert [row["subject"] for row in meter.rows] == 2 * ["eager", "lean", "sdpa", "sdpa, fixed bias"]
+    assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
     assert meter.skipped == ["attention, 3 x 9 x 4 heads x 2, float32, fused: numba is not installed."]
 
 
@@ -191,6 +200,7 @@ def test_without_a_compiler_the_other_steps_are_measured(monkeypatch):
         "hyla",
         "softmax",
         "matrix products",
+        "at the rate of 1024",
     ]
     assert meter.skipped[0] == "logic, hyla, compiled: RuntimeError: No working C++ compiler found."
 
@@ -207,7 +217,7 @@ def test_what_was_measured_is_saved_before_the_machine_goes(monkeypatch):
         raise KeyboardInterrupt
 
     saved = []
-    monkeypatch.setattr(bench, "measure_steps", gone)
+    monkeypatch.setattr(bench, "measure_inference", gone)
     monkeypatch.setattr(bench, "FLASH_SHAPE", SIZES["shapes"][0])
     with pytest.raises(KeyboardInterrupt):
         benchmark(**SIZES | {"repeats": 1}, save=lambda result: saved.append(json.dumps(result)))
@@ -252,11 +262,42 @@ def test_peak_memory_is_what_a_work_takes_beyond_what_was_there():
     assert meter._peak_bytes(lambda: None) < 4 * 2**20
 
 
-def test_the_matrix_products_of_the_sraven_step_are_those_of_the_reference():
-    recipe = load_recipe("recipes/sraven/hyla.yaml")
-    model = steps.HylaForSequenceClassification(recipe.config)
-    tokens = 128 * get_task("sraven").dataset("train")[0]["input_ids"].shape[0]
-    assert steps._matrix_flop(model, tokens, 128 * 4) == pytest.approx(10.8e9, rel=0.01)
+def test_eager_attention_for_answers_only_gives_the_loss_of_all_tokens(tmp_path):
+    recipe = load_recipe("recipes/sraven/hyla.yaml", TINY | {"model.attention_dropout": "0.0"})
+    losses, widths = [], []
+    for answers_only in (False, True):
+        step = steps._TrainingStep(recipe, "eager", folder=str(tmp_path), batch_size=4, answers_only=answers_only)
+        step._plain.model.norm.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+        losses.append(step._plain(**step._batch()).loss)
+    torch.testing.assert_close(*losses)
+    assert widths == [36, 4]
+
+
+@pytest.mark.parametrize("task", ["sraven", "logic"])
+def test_model_and_pipeline_answer_the_same_questions(task):
+    recipe = load_recipe(f"recipes/{task}/hyla.yaml", TINY)
+    model = steps.HylaForSequenceClassification(recipe.config).eval()
+    inputs, questions = inference._inputs(recipe, 3)
+    found = SymbolicReasoningPipeline(model=model)(questions, batch_size=3)
+    logits = model(**inputs).logits
+    answers = logits.argmax(-1).tolist() if task == "sraven" else logits[:, 0].tolist()
+    assert [result["answer"] for result in found] == (answers if task == "sraven" else pytest.approx(answers))
+
+
+def test_answers_a_second_are_measured_on_one_and_two_threads_and_the_number_is_put_back(monkeypatch):
+    before, asked = torch.get_num_threads(), []
+    monkeypatch.setattr(
+        bench, "measure_inference", lambda meter, task, threads, overrides: asked.append((task, threads))
+    )
+    benchmark(("inference",), **SIZES)
+    many = [1, 2] if DEVICE.type == "cpu" else [before]
+    assert asked == [(task, threads) for task in ("sraven", "logic") for threads in many]
+    monkeypatch.setattr(inference, "BATCHES", (2,))
+    meter = bench.Meter(DEVICE, repeats=1, say=lambda line: None)
+    inference.measure_inference(meter, "sraven", 2, TINY)
+    assert torch.get_num_threads() == before
+    assert [row["work"] for row in meter.rows] == 2 * ["sraven, batch of 2, 2 threads"]
+    assert all(row["samples_per_second"] == pytest.approx(2 / row["seconds"]) for row in meter.rows)
 
 
 def test_curves_are_drawn_of_rows_with_a_length(result):
@@ -297,6 +338,10 @@ def test_the_command_ends_with_what_failed(monkeypatch, result, capsys):
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--lengths", "0"], "lengths must be at least 1, got 0"),
         (["--json", "/"], "--json must name a file, but / is a folder"),
+        (["--against", "HEAD", "--task", "logic"], "--task has no use with --against"),
+        (["--bf16"], "--bf16 belongs to --against COMMIT_OR_FOLDER"),
+        (["--recipe", "sraven/hyla"], "--recipe belongs to --against COMMIT_OR_FOLDER"),
+        (["--against", "HEAD", "--recipe", "nosuch"], "There is no recipe nosuch"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(arguments, message, capsys):

@@ -1,5 +1,5 @@
 """
-`hyla bench`: the time and memory that attention, training steps and data take, of every backend in one run.
+`hyla bench`: the time and memory that attention, training steps, answers and data take, of every backend in one run.
 
 A backend is first compared with the definition in float64, and where it disagrees no speed of it is reported, only that of
 the others. What is compared is timed in turn, so that a machine that grows slower or faster does so for all.
@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from ..runs.record import environment, hardware
+from .against import compare_with
 from .attention import FLASH_SHAPE, Shape, measure_attention
-from .meter import SEED, Meter
+from .inference import measure_inference
+from .meter import Meter
 from .steps import measure_data, measure_steps
 
 
-PARTS = ("attention", "sraven", "logic", "data")
+PARTS = ("attention", "inference", "sraven", "logic", "data")
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 SHAPES = (Shape(128, 36, 16, 4), Shape(1, 1024, 8, 16))
-SCHEMA_VERSION = 1
 
 
 def benchmark(
@@ -42,7 +42,7 @@ def benchmark(
 
     Args:
         parts: of `PARTS`.
-        threads: of the CPU; torch's number where it is `None`.
+        threads: of the CPU; where it is `None` torch's number, and for inference one and two in turn.
         repeats: measurements of each; where it is `None` as many as fit into ten seconds, 5 to 100.
         lengths: of the curves of attention, at batch 1 with 8 heads of width 16.
         shapes: of attention, besides.
@@ -57,6 +57,9 @@ def benchmark(
         `schema_version`. A row has `part`, `work` (what was done, `shape` for attention on which sizes),
         `subject` (who did it), `seconds` (the median), `quartiles` and `repeats` of it, `peak_bytes` (memory beyond what was
         taken before; `None` where that cannot be known) and `ratios`, its median divided by those of other subjects.
+        Of a step, "matrix products" are the products of its linear layers alone, each of its own shape and by the fastest
+        path of the machine; "at the rate of 1024" are those of all tokens at the rate of torch's product of two 1024 × 1024
+        matrices.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -67,23 +70,20 @@ def benchmark(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = Meter(device, repeats, say)
     with _threads(threads or torch.get_num_threads()):
-        result = {
-            "schema_version": SCHEMA_VERSION,
-            "rows": meter.rows,
-            "skipped": meter.skipped,
-            "failed": meter.failed,
-            "seed": SEED,
-            "threads": torch.get_num_threads(),
-            "repeats": repeats,
-            "environment": environment(),
-            "hardware": hardware(),
-        }
+        result = meter.result()
         # What is asked of a GPU comes first and the long curve last, since a machine may be lent for a short time.
         flash = [FLASH_SHAPE] if device.type == "cuda" else []
         curve = [Shape(1, length, 8, 16) for length in lengths]
         measurements: dict[str, list[Callable[[], None]]] = {
             "attention": [
                 partial(measure_attention, meter, shape) for shape in dict.fromkeys([*flash, *shapes, *curve])
+            ],
+            "inference": [
+                partial(measure_inference, meter, task, number, overrides)
+                for task in ("sraven", "logic")
+                for number in (
+                    [threads] if threads else (1, 2) if device.type == "cpu" else (torch.get_num_threads(),)
+                )
             ],
             "sraven": [partial(measure_steps, meter, "sraven", batch_size, overrides)],
             "logic": [partial(measure_steps, meter, "logic", batch_size, overrides)],
@@ -124,3 +124,6 @@ def as_table(result: dict[str, Any]) -> str:
     threads = f"{result['threads']} threads, {result['hardware']['accelerator'] or 'no accelerator'}"
     lines += ["", *result["skipped"], f"Medians, quartiles and peak extra memory; {threads}."]
     return "\n".join(lines[1:])
+
+
+__all__ = ["LENGTHS", "PARTS", "SHAPES", "Shape", "as_table", "benchmark", "compare_with"]

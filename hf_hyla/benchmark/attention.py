@@ -18,13 +18,13 @@ from .meter import SEED, Meter, available_bytes, in_a_line
 
 
 # What errors may be in float32, of the output and of gradients: norm by norm, since at the kink of a ReLU rounding decides the
-# side. Of the pairs of more than `_FEW_KINKS` tokens some stand so near to one that the eager form's gradients are off by 2e-4.
+# side. Of the pairs of more than `_FEW_KINKS` tokens some stand so near to one that the eager gradients are off by 2e-4.
 _OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE, _LONG_GRADIENT_TOLERANCE = 1e-5, 1e-4, 1e-3
 _FEW_KINKS = 1024
-# In half precision rounding decides so often that only the eager form can say what is usual: a backend's error may be so many
-# times its, and a rounding.
+# In half precision rounding decides so often that only the eager implementation can say what is usual: another's error may be so
+# many times its, and a rounding.
 _TIMES_EAGER = 1.5
-# Numbers of the largest intermediate result that the definition in float64 computes at a time.
+# Elements of the largest intermediate result that the definition in float64 computes at a time.
 _BLOCK = 2**24
 
 # By quantity: what is right, in float64, and the error that is allowed.
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def eager_bytes(self) -> int:
-        """About what the eager form takes, forward and backward; measured in float32."""
+        """About what the eager implementation takes, forward and backward; measured in float32."""
         return self.batch * self.length**2 * (10 * self.heads + 3 * self.width) * self.dtype.itemsize
 
 
@@ -67,7 +67,7 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
     fused = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}[device.type]
     backends: Any = BACKENDS  # mypy takes partial functions for objects
     available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
-    of_hyla = {"eager": (backends["eager"], inputs), "lean": (backends["hyla_lean"], inputs)}
+    of_hyla = {"eager": (backends["eager"], inputs), "chunked": (backends["hyla_chunked"], inputs)}
     if available is not None and shape.eager_bytes > available / 2:
         del of_hyla["eager"]
         needed, free = shape.eager_bytes / 2**30, available / 2**30
@@ -75,7 +75,7 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
             f"{what}, eager", f"it needs about {needed:.1f} GiB, more than half of the {free:.1f} GiB that are free."
         )
         if shape.dtype != torch.float32:
-            return meter.skip(what, "in half precision the eager form is what the others are held to.")
+            return meter.skip(what, "in half precision the eager implementation is what the others are held to.")
     query, key, value, bias = (inputs[name] for name in ("query", "key", "value", "position_bias"))
     if problem := kernel_problem(fused, hyla, query, key, value, None, bias):
         meter.skip(f"{what}, fused", f"{problem}.")
@@ -162,7 +162,7 @@ def _flash_attention(layer: nn.Module, query, key, value, mask, scaling: float, 
 
 def _definition(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    What `_differentiated` gives for the eager form in float64. Queries do not know of each other, so it is computed for
+    What `_differentiated` gives for the eager implementation in float64. Queries do not know of each other, so it is computed for
     some of them at a time, which a long sequence needs.
     """
     wide = {name: tensor.detach().double() for name, tensor in inputs.items()}

@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 
+from ..runs.record import environment, hardware
 
+
+# Version 2 says "chunked" for "lean", counts the matrix products of a step by their own shapes, and has inference.
+SCHEMA_VERSION = 2
 # Of inputs, weights and dropout.
 SEED = 0
 # Without a number of repeats: as many as fit into these seconds, within these bounds.
@@ -29,6 +33,20 @@ class Meter:
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
         self.failed: list[str] = []
+
+    def result(self) -> dict[str, Any]:
+        """What is measured, where and how. The lists in it grow with what is measured later."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "rows": self.rows,
+            "skipped": self.skipped,
+            "failed": self.failed,
+            "seed": SEED,
+            "threads": torch.get_num_threads(),
+            "repeats": self.repeats,
+            "environment": environment(),
+            "hardware": hardware(),
+        }
 
     def compare(
         self,

@@ -4,6 +4,7 @@ import copy
 import itertools
 import tempfile
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from ..tasks import Task
 from ..tasks.throughput import data_throughput
 from ..training import HylaTrainer, HylaTrainingArguments, Recipe, load_recipe
 from .meter import SEED, Meter, Work, in_a_line
+from .products import LinearShape, fastest_products, linear_shapes
 
 
 def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:
@@ -38,21 +40,30 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
                 works[subject] = compiled
             except Exception as error:  # such as where there is no C++ compiler; compilers raise what they like
                 meter.skip(f"{name}, {subject}", in_a_line(error))
+        meter.say(f"{name}: measures the fastest path of each matrix product")
+        shapes = first.linear_shapes()
+        works["matrix products"], implementations = fastest_products(shapes, meter.device)
         matrix = torch.randn(1024, 1024, device=meter.device)
-        works["matrix products"] = partial(torch.mm, matrix, matrix)
+        works["at the rate of 1024"] = partial(torch.mm, matrix, matrix)
+        all_tokens = first.flop_of_all_tokens()
         rows = meter.compare(
             works,
-            against=("eager", "eager, answers only", "hyla", "softmax", "matrix products"),
-            factors={"matrix products": first.matrix_flop / (2 * 1024**3)},
+            against=("eager", "eager, answers only", "hyla", "softmax", "matrix products", "at the rate of 1024"),
+            factors={"at the rate of 1024": all_tokens / (2 * 1024**3)},
             facts={"part": name, "work": f"training step of {batch_size}"},
         )
-        rows["matrix products"] |= {"peak_bytes": None, "flop": first.matrix_flop}
+        notes: dict[str, dict[str, Any]] = {
+            "matrix products": {"flop": sum(shape.flop for shape in shapes), "implementations": implementations},
+            "at the rate of 1024": {"flop": all_tokens},
+        }
+        for subject in notes.keys() & rows.keys():
+            rows[subject] |= {"peak_bytes": None, **notes[subject]}
 
 
 class _TrainingStep:
     """
-    A step of a recipe's training, each with another batch: forward, loss, backward and the recipe's optimiser. The eager form
-    computes all tokens of the last layer; with `answers_only` those that are read, as the others do.
+    A step of a recipe's training, each with another batch: forward, loss, backward and the recipe's optimiser. The eager
+    implementation computes all tokens of the last layer; with `answers_only` those that are read, as the others do.
     """
 
     def __init__(
@@ -70,7 +81,9 @@ class _TrainingStep:
         config = copy.deepcopy(recipe.config)
         model = HylaForSequenceClassification._from_config(config, attn_implementation=implementation)
         if answers_only:
-            model._num_last = lambda *_: config.num_answers
+            model.model.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, kwargs | {"num_last": config.num_answers}), with_kwargs=True
+            )
         args = HylaTrainingArguments(
             **recipe.trainer | {"output_dir": folder, "eval_strategy": "no", "report_to": "none"}
         )
@@ -78,34 +91,39 @@ class _TrainingStep:
         self._optimizer = trainer.create_optimizer()
         self._device, self._batch_size = trainer.args.device, batch_size
         batches = _batches(recipe.task, batch_size)
-        sequence = batches[0][recipe.task.model_columns[0]].shape[1]
-        self.matrix_flop = _matrix_flop(model, batch_size * sequence, batch_size * recipe.config.num_answers)
+        self._tokens = batch_size * batches[0][recipe.task.model_columns[0]].shape[1]
         self._batches = itertools.cycle(batches)
-        self._model = torch.compile(model.train(), mode=compile_mode) if compile_mode else model.train()
+        self._plain = model.train()
+        self._model = torch.compile(model, mode=compile_mode) if compile_mode else model
 
     def __call__(self) -> None:
-        batch = {name: column.to(self._device) for name, column in next(self._batches).items()}
-        self._model(**batch).loss.backward()
+        self._model(**self._batch()).loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        return {name: column.to(self._device) for name, column in next(self._batches).items()}
+
+    def linear_shapes(self) -> list[LinearShape]:
+        """Of every call of a linear layer in a step."""
+        return linear_shapes(self._plain, self._batch())
+
+    def flop_of_all_tokens(self) -> int:
+        """
+        Floating-point operations of a step's products with weights, one in the forward and two in the backward for every
+        linear layer, as if all layers computed all tokens: more than the default computes.
+        """
+        weights = {
+            part: sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
+            for part in (self._plain.model, self._plain.classifier)
+        }
+        answers = self._batch_size * self._plain.config.num_answers
+        return 6 * (weights[self._plain.model] * self._tokens + weights[self._plain.classifier] * answers)
 
 
 def _batches(task: Task, batch_size: int) -> list[dict[str, torch.Tensor]]:
     dataset = task.dataset("train")
     return [task.collate(dataset.__getitems__(range(n * batch_size, (n + 1) * batch_size))) for n in range(8)]
-
-
-def _matrix_flop(model: HylaForSequenceClassification, tokens: int, answers: int) -> int:
-    """
-    Floating-point operations of a step's products with weights: one product in the forward and two in the backward, two
-    operations for each weight and token. Products within attention, of pairs of tokens, are not among them; those of the
-    last layer are counted for all tokens, though only the eager form computes them.
-    """
-    weights = {
-        part: sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
-        for part in (model.model, model.classifier)
-    }
-    return 6 * (weights[model.model] * tokens + weights[model.classifier] * answers)
 
 
 def measure_data(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:

@@ -10,18 +10,19 @@ from .parser import one_of, whole
 
 
 # Those of `hf_hyla.benchmark`, which is slow to import.
-PARTS = ("attention", "sraven", "logic", "data")
+PARTS = ("attention", "inference", "sraven", "logic", "data")
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time and memory of attention, training steps and data",
-        description="Measures attention by every backend and by torch's softmax attention, the training steps of the SRAVEN "
-        "and logic recipes, and how fast data are made, in turn in one run. A backend that does not compute what the "
-        "definition says gets no speed; the others are measured, and the exit code is 1. Takes some minutes.",
+        help="time and memory of attention, training steps, answers and data",
+        description="Measures attention by every implementation and by torch's softmax attention, the training steps of the "
+        "SRAVEN and logic recipes, answers a second of model and pipeline, and how fast data are made, in turn in one run. An "
+        "implementation that does not compute what the definition says gets no speed; the others are measured, and the exit "
+        "code is 1. Takes some minutes. With --against, steps and attention are compared with another version instead.",
     )
-    parser.add_argument("--task", type=one_of(PARTS), help="attention, sraven, logic or data (default: all)")
+    parser.add_argument("--task", type=one_of(PARTS), help=f"one of {', '.join(PARTS)} (default: all)")
     parser.add_argument(
         "--json", metavar="FILE", nargs="?", const="-", help="write JSON, into FILE or to standard output"
     )
@@ -33,11 +34,19 @@ def add(commands) -> None:
     parser.add_argument(
         "--lengths", type=whole(at_least=1), nargs="+", help="tokens of the attention curves (default: 128 to 4096)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="COMMIT_OR_FOLDER",
+        help="compare training steps and attention of this checkout with those of a commit of it, or of another checkout",
+    )
+    parser.add_argument("--recipe", help="with --against: whose steps are compared (default: sraven/hyla)")
+    parser.add_argument("--bf16", action="store_true", help="with --against: under autocast in bfloat16")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..benchmark import LENGTHS, as_table, benchmark
+    _check(arguments)
+    from ..benchmark import LENGTHS, as_table, benchmark, compare_with
     from ..runs.plots import can_draw, length_curves
     from ..utils import write_whole
 
@@ -53,14 +62,17 @@ def run(arguments: argparse.Namespace) -> int:
         for path in files:
             write_whole(path, json.dumps(result, indent=2) + "\n")
 
-    result = benchmark(
-        (arguments.task,) if arguments.task else PARTS,
-        threads=arguments.threads,
-        repeats=arguments.repeats,
-        lengths=tuple(arguments.lengths or LENGTHS),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-        save=save,
-    )
+    how = {
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "say": lambda line: print(line, file=sys.stderr, flush=True),
+    }
+    if arguments.against:
+        result = compare_with(arguments.against, recipe=arguments.recipe or "sraven/hyla", bf16=arguments.bf16, **how)
+        save(result)
+    else:
+        parts = (arguments.task,) if arguments.task else PARTS
+        result = benchmark(parts, lengths=tuple(arguments.lengths or LENGTHS), save=save, **how)
     print(json.dumps(result, indent=2) if arguments.json == "-" else as_table(result))
     if output:
         if can_draw() and (curves := length_curves(result["rows"])):
@@ -70,3 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in result["failed"]:
         print(f"hyla: {sentence}", file=sys.stderr)
     return int(bool(result["failed"]))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: for arguments that exclude each other.
+    """
+    if arguments.against:
+        for name in ("task", "lengths"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} has no use with --against, which compares training steps: leave it out.")
+    else:
+        for name in ("recipe", "bf16"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} belongs to --against COMMIT_OR_FOLDER, which is missing.")

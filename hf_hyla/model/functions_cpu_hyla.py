@@ -40,11 +40,18 @@ from .vectors_cpu_hyla import VECTOR_BYTES, numba
 # Multiply-adds of a product, and elements of an activation, from which they are worth the calls from Python.
 _SMALLEST_PRODUCT = 2**21
 _SMALLEST_ACTIVATION = 2**15
+# Elements of the hidden states from which on some call may be that large; below, the context costs more than it could save.
+_SMALLEST_STATES = 2**13
 
 
 def cpu_functions(hidden_states: torch.Tensor) -> AbstractContextManager:
     """The context for layers that compute with `hidden_states`. Compilers and exporters get torch's own functions."""
-    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (
+        hidden_states.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or hidden_states.numel() < _SMALLEST_STATES
+    ):
         return nullcontext()
     return _CpuFunctions()
 

@@ -90,7 +90,7 @@ def length_curves(rows: list[dict]) -> bytes | None:
     if not rows:
         return None
     units = {"seconds": ("milliseconds", 1e3), "peak_bytes": ("peak extra memory, MiB", 2**-20)}
-    figure = _figure(width=9, height=3.6)
+    figure = _figure(width=10.5, height=3.6)
     for axes, (field, (label, factor)) in zip(figure.subplots(1, 2), units.items(), strict=True):
         for subject in dict.fromkeys(row["subject"] for row in rows):
             points = sorted(
@@ -101,7 +101,8 @@ def length_curves(rows: list[dict]) -> bytes | None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    axes.legend()
+    # Beside the axes, where it covers no curve.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.suptitle("Attention, forward and backward")
     return _png(figure)
 

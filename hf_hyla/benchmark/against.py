@@ -1,0 +1,147 @@
+"""`hyla bench --against`: training steps and attention of this checkout beside those of another commit or folder."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..paths import find_recipe
+from .meter import SEED, Meter
+
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_DRIVER = Path(__file__).with_name("driver.py")
+# Both sides keep freed memory, as training does, whatever they set by themselves.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+
+def compare_with(
+    other: str,
+    *,
+    recipe: str = "sraven/hyla",
+    bf16: bool = False,
+    threads: int | None = None,
+    repeats: int | None = None,
+    overrides: dict[str, str] | None = None,
+    batch_size: int = 128,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """
+    Times both in processes of their own, which take turns: one training step here, one there, and so on.
+
+    Args:
+        other: a folder with a checkout, or a commit of this one.
+        recipe: whose steps are compared, with AdamW in place of its optimiser; of a recipe that comes with the package each
+            side takes its own file.
+        bf16: computes under `torch.autocast` in bfloat16.
+        threads, repeats, overrides, batch_size, say: as `benchmark` takes them.
+
+    Returns:
+        What `benchmark` returns, with rows for the subjects "this checkout" and the commit or the folder's name.
+
+    Raises:
+        ValueError: if there is no such folder or commit, or a side cannot be started, saying why.
+        OSError: if there is no such recipe.
+    """
+    file = find_recipe(recipe).resolve()
+    file = file.relative_to(_CHECKOUT) if file.is_relative_to(_CHECKOUT) else file
+    asked = {
+        "threads": threads or torch.get_num_threads(),
+        "seed": SEED,
+        "bf16": bf16,
+        "overrides": overrides,
+        "batch_size": batch_size,
+    }
+    meter = _DriversMeter(torch.device("cpu"), repeats, say)
+    with contextlib.ExitStack() as stack:
+        folder_there = stack.enter_context(_folder(other))
+        there = Path(other).resolve().name if Path(other).is_dir() else other
+        drivers = {}
+        for name, folder in {"this checkout": _CHECKOUT, there: folder_there}.items():
+            say(f"starts {name}")
+            of_side = asked | {"recipe": str(folder / file)}
+            drivers[name] = stack.enter_context(_driver(name, folder, of_side))
+        precision = "bfloat16 autocast" if bf16 else "float32"
+        for work in ("attention", "step"):
+            meter.compare(
+                {name: partial(driver, work) for name, driver in drivers.items()},
+                against=(there,),
+                facts={"part": "against", "work": f"{work} of {file.parent.name}/{file.stem}, {precision}"},
+            )
+    return meter.result() | {"threads": asked["threads"]}
+
+
+@contextlib.contextmanager
+def _folder(other: str) -> Iterator[Path]:
+    """The folder of this name, or the files of the commit in a temporary one."""
+    if Path(other).is_dir():
+        if not Path(other, "hf_hyla", "__init__.py").is_file():
+            raise ValueError(f"{other} holds no hf_hyla/__init__.py: name the folder of a checkout, or a commit.")
+        yield Path(other).resolve()
+        return
+    git = ["git", "-C", str(_CHECKOUT), "archive", "--end-of-options", other]
+    archive = subprocess.run(git, capture_output=True)
+    if archive.returncode:
+        why = " ".join(archive.stderr.decode().split())
+        raise ValueError(f"--against must be a folder, or a commit of this checkout, got {other}: {why}.")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(folder, filter="data")
+        yield Path(folder).resolve()
+
+
+@contextlib.contextmanager
+def _driver(name: str, folder: Path, asked: dict[str, Any]) -> Iterator[Callable[[str], float]]:
+    """A process that times the package in a folder; the function has it do a work once and returns the seconds."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-P", str(_DRIVER), json.dumps(asked)],
+            cwd=folder,
+            env=os.environ | _KEEP_FREED_MEMORY | {"PYTHONPATH": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            bufsize=0,
+        ) as process,
+    ):
+        questions: Any = process.stdin
+        answers: Any = process.stdout
+
+        def answer() -> bytes:
+            if line := answers.readline():
+                return line
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
+            raise ValueError(f"{name} cannot be measured: {said[-1] if said else 'its process ended'}")
+
+        def seconds(work: str) -> float:
+            with contextlib.suppress(BrokenPipeError):  # the answer, or that there is none, says what happened
+                questions.write(f"{work}\n".encode())
+            return float(answer())
+
+        try:
+            answer()  # that it is ready
+            yield seconds
+        finally:
+            process.kill()
+
+
+class _DriversMeter(Meter):
+    """Notes the seconds that a work measures itself; the memory of its process is out of reach."""
+
+    def _seconds(self, work: Callable[[], float]) -> float:
+        return work()
+
+    def _peak_bytes(self, work: Callable[[], float]) -> None:
+        work()

@@ -1,0 +1,60 @@
+"""`hyla bench --against`: a slower version is seen to be slower, and what cannot be compared is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hf_hyla.benchmark import as_table, compare_with
+
+
+PROJECT = Path(__file__).parents[1]
+TINY = {
+    "model.num_hidden_layers": "1",
+    "model.hidden_size": "16",
+    "model.intermediate_size": "16",
+}
+
+
+def other_checkout(folder, attention=""):
+    """A copy of the package, whose attention does first what is said."""
+    shutil.copytree(PROJECT / "hf_hyla", folder / "hf_hyla", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PROJECT / "recipes" / "sraven", folder / "recipes" / "sraven")
+    with (folder / "hf_hyla" / "__init__.py").open("a") as file:
+        file.write(
+            "\nimport time\nfrom transformers import AttentionInterface\n_right = AttentionInterface()['hyla']\n"
+            f"def _other(*args, **kwargs):\n    {attention}\n    return _right(*args, **kwargs)\n"
+            "AttentionInterface.register('hyla', _other)\n"
+        )
+    return folder
+
+
+def test_another_checkout_that_is_slower_is_measured_to_be(tmp_path):
+    other = str(other_checkout(tmp_path / "other", attention="time.sleep(0.2)"))
+    result = compare_with(other, threads=1, repeats=3, overrides=TINY, batch_size=4)
+    works = {row["work"]: row for row in result["rows"] if row["subject"] == "this checkout"}
+    assert set(works) == {"attention of sraven/hyla, float32", "step of sraven/hyla, float32"}
+    for row in works.values():
+        there = next(r for r in result["rows"] if r["work"] == row["work"] and r["subject"] != "this checkout")
+        assert row["repeats"] == 3 and row["seconds"] < 0.2 < there["seconds"]
+        (ratio,) = row["ratios"].values()
+        assert ratio == pytest.approx(row["seconds"] / there["seconds"]) and f"{ratio:.3f} x " in as_table(result)
+    assert result["threads"] == 1 and str(tmp_path) not in json.dumps(result)
+
+
+def test_a_commit_is_measured_under_autocast_too():
+    result = compare_with("HEAD", bf16=True, threads=1, repeats=1, overrides=TINY, batch_size=4)
+    assert [row["subject"] for row in result["rows"]] == 2 * ["this checkout", "HEAD"]
+    assert result["rows"][0]["work"].endswith("bfloat16 autocast")
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    with pytest.raises(ValueError, match="must be a folder, or a commit of this checkout, got nosuch: fatal"):
+        compare_with("nosuch")
+    with pytest.raises(ValueError, match=r"holds no hf_hyla/__init__\.py"):
+        compare_with(str(tmp_path))
+    broken = other_checkout(tmp_path / "broken")
+    (broken / "hf_hyla" / "__init__.py").write_text("raise RuntimeError('half a checkout')")
+    with pytest.raises(ValueError, match="broken cannot be measured: RuntimeError: half a checkout"):
+        compare_with(str(broken), threads=1, overrides=TINY, batch_size=4)
