@@ -37,7 +37,7 @@ SEQUENCE_MIXERS: dict[str, dict[str, str]] = {
 STATE_MIXERS = {"gelu_mlp": "mlp", "swiglu": "swiglu"}
 NORMS = {"layer": "layer_norm", "rms": "rms_norm"}
 
-# What a field must be, where we support one value only; the second entry says why in an error.
+# Fields of which only these values are supported; the second entry gives the reason in an error.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "block_type": (("default",), "other block types have no counterpart in HylaModel"),
     "use_absolute_position": ((False,), "absolute positions are not supported"),

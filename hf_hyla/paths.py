@@ -91,7 +91,7 @@ def find_model(word: str) -> str:
 
 
 def _missing_on_hub(repo_id: str) -> str | None:
-    """Why a model cannot be loaded from the Hub or its cache; `None` if it can. Asks without trying again."""
+    """Why a model cannot be loaded from the Hub or its cache; `None` if it can. Asks once, without retrying."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 

@@ -1,4 +1,4 @@
-"""A sweep: a base recipe × a grid of settings × seeds, each point a run in a folder of its own."""
+"""A sweep: a base recipe × a grid of settings × seeds, where each point is a run in a folder of its own."""
 
 import dataclasses
 import itertools
@@ -85,7 +85,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
     """
     Runs the points that are not finished, `jobs` at a time (by default one for each GPU, or one), each in a process of its
     own whose output goes into a log file beside the run's folder. Yields each point as it ends, with `finished`, `done
-    before` or `failed: ` and its error. A point that was interrupted goes on.
+    before` or `failed: ` and its error. A point that was interrupted resumes.
     """
     devices = _visible_devices()
     jobs = jobs or max(1, len(devices))
@@ -99,7 +99,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
         slot = slots.get()
         try:
             return run(point, output / point.folder, slot)
-        except (ValueError, OSError) as error:  # of this point: the others go on
+        except (ValueError, OSError) as error:  # of this point: the others continue
             return f"failed: {one_line(error)}"
         finally:
             slots.put(slot)
@@ -121,7 +121,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_name(f"{folder.name}.log")
         with log.open("a") as file:
-            # In a session of its own, since Ctrl-C in a terminal would kill it before it has saved.
+            # In a session of its own, or Ctrl-C in a terminal would kill it before it has saved.
             process = Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         running.add(process)
         if stopping.is_set():
@@ -137,7 +137,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
         try:
             yield from zip(sweep.points, pool.map(outcome, sweep.points), strict=True)
         except BaseException:
-            # Each saves its checkpoint, which is waited for; those that have not begun stay so.
+            # Each saves its checkpoint before it ends, and the pool waits for it; those that have not begun never start.
             pool.shutdown(wait=False, cancel_futures=True)
             stopping.set()
             for process in list(running):

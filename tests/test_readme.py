@@ -1,4 +1,4 @@
-"""What README.md shows is what happens: its snippets run, its numbers are those of committed run records."""
+"""What the documents show is what happens: snippets run, commands are taken, and numbers are those of committed records."""
 
 import contextlib
 import io
@@ -15,18 +15,27 @@ import pytest
 
 from hf_hyla.cli import main, parse
 from hf_hyla.runs.paper import paper_result
-from hf_hyla.tasks import get_task
+from hf_hyla.sweep import load_sweep
+from hf_hyla.training import load_recipe
 
 
 PROJECT = Path(__file__).parents[1]
-README = (PROJECT / "README.md").read_text()
+DOCUMENTS = {
+    name: (PROJECT / name).read_text()
+    for name in ("README.md", "hub_cards/README.md", "recipes/README.md", "recipes/accelerate/README.md")
+}
+README, RECIPES = DOCUMENTS["README.md"], DOCUMENTS["recipes/README.md"]
 # A python block, and the text block that shows what it prints.
-SNIPPETS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = [
+    found
+    for text in DOCUMENTS.values()
+    for found in re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+]
 # The lines of bash blocks that call this project's commands.
 LINES = [
     line
-    for name in ("README.md", "hub_cards/README.md", "recipes/README.md", "recipes/accelerate/README.md")
-    for block in re.findall(r"```bash\n(.*?)```", (PROJECT / name).read_text(), flags=re.DOTALL)
+    for text in DOCUMENTS.values()
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if re.match(r"hyla|python|accelerate", line)
 ]
@@ -38,7 +47,7 @@ RESULTS = sorted([
 
 
 def test_every_python_snippet_shows_its_output():
-    assert len(SNIPPETS) == README.count("```python") > 0
+    assert len(SNIPPETS) == sum(text.count("```python") for text in DOCUMENTS.values()) > 0
 
 
 @pytest.mark.parametrize(("code", "shown"), SNIPPETS)
@@ -57,13 +66,25 @@ def test_commands_are_ones_that_the_command_line_takes_and_name_files_that_are_t
     assert all(list(PROJECT.glob(word)) for word in words if word.startswith("recipes/"))
 
 
-@pytest.mark.parametrize("name", ["logic-demo", "logic-demo-attention_type=softmax"])
-def test_the_demos_scores_are_those_of_its_committed_record(name):
-    record = json.loads((PROJECT / "recipes" / "results" / name / "0.json").read_text())
+def record_of(recipe, seed=0):
+    return json.loads((PROJECT / "recipes" / "results" / recipe / f"{seed}.json").read_text())
+
+
+def row_of(text, title):
+    """The cells of the row of a Markdown table that begins with this title."""
+    [row] = re.findall(rf"^\| {re.escape(title)} \| (.*) \|$", text, flags=re.MULTILINE)
+    return row.split(" | ")
+
+
+def test_the_demos_scores_are_those_of_its_committed_record():
+    record = record_of("logic-demo")
     for split, scores in record["metrics"].items():
         assert f"{split:<15}{scores['r2']:>18.4f}" in README
     assert f"{record['samples_seen']:,} training samples" in README
     assert f"{record['seconds'] / 60:.1f} minutes of training" in README
+    softmax = record_of("logic-demo-attention_type=softmax")["metrics"]
+    for split in ("test", "ood"):
+        assert f"{softmax[split]['r2']:.4f} on `{split}`" in README
 
 
 def test_the_table_of_results_is_what_the_command_prints(capsys):
@@ -71,12 +92,28 @@ def test_the_table_of_results_is_what_the_command_prints(capsys):
     assert f"$ hyla compare recipes/results\n{capsys.readouterr().out}```" in README
 
 
-def test_what_recipes_say_of_held_out_draws_follows_from_the_committed_scores_by_combination():
+def test_the_rows_of_table_a1_are_the_sweeps_points_with_the_papers_values():
+    rows = re.findall(r"^\| \d+ \| [^|]* \| `(.*)` \| (.*) \| (.*) \|$", RECIPES, flags=re.MULTILINE)
+    for column, task in enumerate(("logic", "sraven"), start=1):
+        points = [p.recipe for p in load_sweep(f"figures/{task}-table-a1").points if p.recipe.task.seed == 0]
+        assert len(points) == len(rows) == len({paper_result(point.settings) for point in points}) == 13
+        for point, row in zip(points, rows, strict=True):
+            base = load_recipe(
+                f"{task}/hyla", {f"model.{k}": v for k, v in (x.split(": ") for x in row[0].split(", "))}
+            )
+            assert point.config.to_dict() == base.config.to_dict()
+            paper = paper_result(point.settings)
+            assert row[column] == f"{paper.mean:.4f} ± {paper.standard_error:.4f}"
+
+
+def test_the_effect_of_held_out_draws_follows_from_the_committed_scores_by_combination():
     found = json.loads((PROJECT / "recipes" / "results" / "logic-by-combination" / "softmax.json").read_text())
     by_rarest = {}
     for one in found["combinations"]:
         by_rarest.setdefault(min(one["trained"]), []).append(one["scores"]["r2"])
     mean = {times: statistics.fmean(scores) for times, scores in by_rarest.items()}
+    assert row_of(RECIPES, "trained combinations that hold the rarer term") == [str(times) for times in sorted(mean)]
+    assert row_of(RECIPES, "mean R²") == [f"{mean[times]:.2f}" for times in sorted(mean)]
 
     terms, draw = range(12), random.Random(0)
     combinations = list(itertools.combinations(terms, 2))
@@ -88,97 +125,86 @@ def test_what_recipes_say_of_held_out_draws_follows_from_the_committed_scores_by
             lacking += 1
             continue
         draws.append(statistics.fmean(mean[min(4, *(times[term] for term in one))] for one in held_out))
-    text = " ".join((PROJECT / "recipes" / "README.md").read_text().split())
-    assert f"from {mean[1]:.2f} for one to {mean[4]:.2f} for four" in text
-    assert f"moves the mean by a standard deviation of {statistics.stdev(draws):.2f} only" in text
-    assert round(2000 / lacking) == 7 and "one in seven lacks a term" in text
+    assert re.search(rf"standard deviation of only {statistics.stdev(draws):.2f}\.", RECIPES)
+    assert f"draw in {round(2000 / lacking)} leaves a term untrained" in RECIPES
 
 
-def test_what_recipes_say_of_the_papers_own_draws_is_what_the_committed_records_hold():
-    results = PROJECT / "recipes" / "results"
-
+def test_the_scores_on_the_papers_own_draws_are_those_of_the_committed_records():
     def ood(recipe, seed):
-        return json.loads((results / recipe / f"{seed}.json").read_text())["metrics"]["ood"]["r2"]
+        return record_of(recipe, seed)["metrics"]["ood"]["r2"]
 
-    def in_jax(seed):
-        return json.loads((results / f"logic-in-jax-softmax-{seed}.json").read_text())["curve"][-1]["ood"]
-
-    def lacking_and_not(attention):
-        path = results / "logic-by-combination" / f"{attention}-reference-split-2.json"
-        found = json.loads(path.read_text())["combinations"]
-        return [[c["scores"]["r2"] for c in found if (min(c["trained"]) == 0) is lacking] for lacking in (True, False)]
-
-    text = " ".join((PROJECT / "recipes" / "README.md").read_text().split())
-    for attention, name in (("hyla", "HYLA reaches"), ("softmax", "softmax attention")):
-        with_one, without = lacking_and_not(attention)
-        assert f"{len(with_one)} of the {len(with_one) + len(without)} held-out combinations hold one of them" in text
-        score = ood(f"logic-{attention}-reference_split=True", 2)
-        parts = rf"\({statistics.fmean(with_one):.2f} with(?: such a term)?, {statistics.fmean(without):.2f} without\)"
-        assert re.search(rf"{name} {score:.4f} {parts}", text)
-    task, left, errors = get_task("logic", num_examples=32, held_out=0.7), [], []
+    columns = []
     for attention in ("hyla", "softmax"):
+        path = PROJECT / "recipes" / "results" / "logic-by-combination" / f"{attention}-reference-split-2.json"
+        found = json.loads(path.read_text())["combinations"]
+        lacking, others = (
+            [c["scores"]["r2"] for c in found if (min(c["trained"]) == 0) is lacks] for lacks in (True, False)
+        )
         scores = [ood(f"logic-{attention}-reference_split=True", seed) for seed in range(3)]
         mean, error = statistics.fmean(scores), statistics.stdev(scores) / 3**0.5
-        theirs = paper_result({"task": {"name": task.name, **task.settings}, "model": {"attention_type": attention}})
-        assert f"{mean:.4f} ± {error:.4f}" in text and f"{theirs.mean:.4f} ± {theirs.standard_error:.4f}" in text
-        left.append(f"{mean - theirs.mean:.2f}")
-        errors.append(f"{(error**2 + theirs.standard_error**2) ** 0.5:.2f}")
-    assert "{} and {}, are about one standard error ({} and {}) or less".format(*left, *errors) in text
-    assert f"At 1e-3 softmax attention reaches {ood('logic-softmax-learning_rate=0.001', 0):.4f}." in text
-    ours = [ood("logic-demo-attention_type=softmax-reference_split=True", seed) for seed in (0, 2)]
-    assert f"at {in_jax(0):.4f} and {in_jax(2):.4f}, ours at {ours[0]:.4f} and {ours[1]:.4f}" in text
+        paper = paper_result(load_recipe("logic/hyla", {"model.attention_type": attention}).settings)
+        columns.append({
+            "the paper's draw of seed 2": f"{scores[2]:.4f}",
+            f"its {len(lacking)} combinations with an untrained term": f"{statistics.fmean(lacking):.2f}",
+            f"its {len(others)} other combinations": f"{statistics.fmean(others):.2f}",
+            "mean over the paper's three draws": f"{mean:.4f} ± {error:.4f}",
+            "the paper": f"{paper.mean:.4f} ± {paper.standard_error:.4f}",
+            "difference, and its standard error":
+                f"{mean - paper.mean:.2f} ± {(error**2 + paper.standard_error**2) ** 0.5:.2f}",
+        })  # fmt: skip
+    hyla, softmax = columns
+    for title in hyla:
+        assert row_of(RECIPES, title) == [hyla[title], softmax[title]]
+    assert f"reaches {ood('logic-softmax-learning_rate=0.001', 0):.4f}." in RECIPES
+    for seed in (0, 2):
+        in_jax = json.loads((PROJECT / "recipes" / "results" / f"logic-in-jax-softmax-{seed}.json").read_text())
+        ours = ood("logic-demo-attention_type=softmax-reference_split=True", seed)
+        assert row_of(RECIPES, f"seed {seed}") == [f"{in_jax['curve'][-1]['ood']:.4f}", f"{ours:.4f}"]
 
 
-def test_what_readme_says_of_codes_is_what_the_committed_probes_found():
-    def rule(model):
+def test_the_ideal_observers_accuracies_are_those_of_its_committed_record():
+    record = json.loads((PROJECT / "recipes" / "results" / "sraven-ideal-observer.json").read_text())
+    for title, score in (
+        ("knows the rule combinations of the split", "accuracy"),
+        ("holds every combination possible", "accuracy_all_combinations"),
+    ):
+        assert row_of(RECIPES, title) == [f"{record['splits'][split][score]:.4f}" for split in ("test", "ood")]
+
+
+def test_what_the_codes_tell_is_what_the_committed_probes_found():
+    columns = []
+    for model in ("hyla", "softmax"):
         report = json.loads((PROJECT / "hub_cards" / f"{model}-sraven" / "probe" / "probe.json").read_text())
         [result] = [r for r in report["probes"] if (r["subject"], r["layer"]) == ("rule", None)]
         alone = report["answer_alone"]["rule"]["accuracy"]["value"]
-        return [result["scores"]["accuracy"]["value"], result["chance"]["accuracy"], alone]
-
-    hyla, softmax = rule("hyla"), rule("softmax")
-    paragraph = README.partition("On SRAVEN the codes say which operation runs.")[2].partition("\n\n")[0]
-    assert re.findall(r"\d\.\d\d", paragraph) == [f"{hyla[0]:.2f}", f"{softmax[0]:.2f}", f"{hyla[1]:.2f}"]
-    assert {f"{x:.2f}" for x in hyla[1:] + softmax[1:]} == {f"{hyla[1]:.2f}"}
+        columns.append([result["scores"]["accuracy"]["value"], alone, result["chance"]["accuracy"]])
+    titles = ("probes of the codes of all layers", "a probe of the right answer alone", "chance")
+    for title, *scores in zip(titles, *columns, strict=True):
+        assert row_of(DOCUMENTS["hub_cards/README.md"], title) == [f"{score:.2f}" for score in scores]
 
 
 def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
-    bench = PROJECT / "recipes" / "results" / "bench"
-    whole, *of_steps = (
-        json.loads((bench / f"{name}.json").read_text()) for name in ("cpu", "cpu-sraven", "cpu-logic")
-    )
-    assert whole["failed"] == [] and all(record["failed"] == [] for record in of_steps)
-    rows = [row for row in whole["rows"] if row["part"] in ("attention", "data")]
-    rows += [row for record in of_steps for row in record["rows"]]
+    def rows_of(name):
+        record = json.loads((PROJECT / "recipes" / "results" / "bench" / f"{name}.json").read_text())
+        assert record["failed"] == []
+        return record["rows"]
 
-    def row(part, work, subject, shape=None):
-        key = (part, work, shape, subject)
-        [found] = [row for row in rows if (row["part"], row["work"], row.get("shape"), row["subject"]) == key]
+    attention, step = rows_of("cpu"), rows_of("cpu-sraven")
+
+    def hyla(shape, subject="fused"):
+        key = ("attention", "forward + backward", f"{shape}, float32", subject)
+        [found] = [row for row in attention if (row["part"], row["work"], row.get("shape"), row["subject"]) == key]
         return found
 
-    both, step = "forward + backward", "training step of 128"
-    puzzles, long, longest = (
-        f"{size}, float32"
-        for size in ("128 x 36 x 16 heads x 4", "1 x 1024 x 8 heads x 16", "1 x 4096 x 8 heads x 16")
-    )
-    bytes_of = {name: row("attention", both, name, longest)["peak_bytes"] for name in ("fused", "lean", "eager")}
+    puzzles, long, longest = "128 x 36 x 16 heads x 4", "1 x 1024 x 8 heads x 16", "1 x 4096 x 8 heads x 16"
+    [sraven] = [row["ratios"] for row in step if (row["part"], row["subject"]) == ("sraven", "hyla")]
     ratios = [
-        row("attention", both, "fused", puzzles)["ratios"]["eager"],
-        row("attention", both, "fused", long)["ratios"]["eager"],
-        row("attention", both, "fused", long)["ratios"]["sdpa"],
-        row("attention", both, "fused", long)["ratios"]["sdpa, fixed bias"],
-        bytes_of["fused"] / bytes_of["eager"],
-        bytes_of["lean"] / bytes_of["eager"],
-        row("sraven", step, "hyla")["ratios"]["eager"],
-        row("sraven", step, "hyla")["ratios"]["eager, answers only"],
-        row("sraven", step, "hyla")["ratios"]["softmax"],
-        row("sraven", step, "hyla")["ratios"]["matrix products"],
-        row("logic", step, "hyla")["ratios"]["eager"],
-        row("logic", step, "hyla")["ratios"]["eager, answers only"],
-        row("sraven", step, "hyla, compiled")["ratios"]["hyla"],
-        row("logic", step, "hyla, compiled")["ratios"]["hyla"],
-        row("data", "sraven, batch of 128", "sequential")["ratios"]["training step"],
-        row("data", "logic, batch of 128", "sequential")["ratios"]["training step"],
+        hyla(puzzles)["ratios"]["eager"],
+        hyla(long)["ratios"]["sdpa"],
+        hyla(long)["ratios"]["sdpa, fixed bias"],
+        hyla(longest)["peak_bytes"] / hyla(longest, "eager")["peak_bytes"],
+        sraven["eager, answers only"],
+        sraven["softmax"],
     ]
     section = README.partition("## Speed\n")[2].partition("\n## ")[0]
     shown = re.findall(r"\| (\d+\.\d+) \|$", section, flags=re.MULTILINE)

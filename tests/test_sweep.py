@@ -43,9 +43,11 @@ def write(folder, base=BASE, **content):
     [
         ("logic-held-out", 3 * 3 * 4),
         ("logic-reference-split", 3),
+        ("logic-table-a1", 13),
         ("sraven-features", 3 * 7),
         ("sraven-heads", 5),
         ("sraven-scale", 3 * 3 * 3 * 3),
+        ("sraven-table-a1", 13),
     ],
 )
 def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
@@ -59,7 +61,7 @@ def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
 
 
 def test_every_figure_is_tested():
-    assert len(FIGURES) == 5
+    assert len(FIGURES) == 7
 
 
 def test_heads_keep_their_width_all_together():

@@ -1,4 +1,4 @@
-"""Heads whose code is replaced by its mean: what the model still knows without what the head says of the sample."""
+"""Heads whose code is replaced by its mean: how well the model does without what such a head tells of the sample."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from .latents import Batch, code_hooks, run, watching
 
 def mean_codes(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]:
     """
-    The mean over samples of every pair's code, of each layer (heads, query, key), summed up in float64.
+    The mean over samples of every pair's code, of each layer (heads, query, key), summed in float64.
 
     Raises:
         ValueError: if there are no batches, or their sequences differ in length.
@@ -40,8 +40,8 @@ def mean_codes(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]
 @contextmanager
 def ablated(model: nn.Module, layer: int, heads: list[int], mean: torch.Tensor) -> Iterator[None]:
     """
-    Inside, these heads of a layer have the code `mean` (heads, query, key) for every sample; HYLA's value network reads it
-    in both places. Other layers compute what they always do.
+    Within the context, these heads of a layer have the code `mean` (heads, query, key) for every sample; HYLA's value network
+    reads it in both places. Other layers compute what they always do.
 
     Raises:
         IndexError: if there is no such layer or head.
@@ -66,8 +66,8 @@ def ablate_heads(
     model: nn.Module, means: list[torch.Tensor], score: Callable[[], np.ndarray | float], progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    What `score` returns for the whole model, and (layers, heads, ...) for the model without one head; it may be anything that
-    is computed with this model.
+    What `score` returns for the whole model, and (layers, heads, ...) for the model without one head. `score` may compute
+    anything with this model.
 
     Args:
         means: see `mean_codes`, of samples that need not be those of the score.

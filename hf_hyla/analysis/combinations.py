@@ -1,4 +1,4 @@
-"""Scores by combination: which of them a model solves, and how much training showed it of their parts."""
+"""Scores by combination: which combinations a model solves, and how often training showed it their parts."""
 
 from collections import Counter
 from typing import Any
@@ -22,7 +22,7 @@ def score_by_combination(
     The scores of a classification model on each combination of a split, the worst first.
 
     Args:
-        num_samples: of the split, of the paper's length where it is `None`.
+        num_samples: samples of the split; the paper's number if it is `None`.
 
     Returns:
         for each combination that occurs among the samples its `parts` (ids), `trained`, in how many training

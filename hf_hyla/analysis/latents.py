@@ -59,7 +59,7 @@ def collect_codes(
     Args:
         model: a `HylaModel`, or a model that holds one, of any attention type; it is run without dropout.
         batches: dicts of the model's inputs, which are tensors, and of anything else that numpy makes an array of; the first
-            axis are the samples.
+            axis is that of the samples.
         keys: positions (batch, answers, keys) of the keys, of a batch; `None`, or a function that returns it, takes each
             answer token as its own key.
         total: number of batches, for the progress bar.
@@ -95,7 +95,7 @@ def _as_array(column: Any) -> np.ndarray:
     if not torch.is_tensor(column):
         return np.asarray(column)
     column = column.detach().cpu()
-    return (column.float() if column.dtype == torch.bfloat16 else column).numpy()  # numpy has no such numbers
+    return (column.float() if column.dtype == torch.bfloat16 else column).numpy()  # numpy has no bfloat16
 
 
 class _Rows:
@@ -123,7 +123,7 @@ class _Rows:
 
 @contextmanager
 def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Inside, `see(layer, codes)` is called with the codes (batch, heads, query, key) of every layer that is computed."""
+    """Within the context, `see(layer, codes)` gets the codes (batch, heads, query, key) of every layer that is computed."""
     layers = range(len(attention_layers(model)))
     with code_hooks(model, {layer: lambda _, __, ___, output, layer=layer: see(layer, output[1]) for layer in layers}):
         yield
@@ -132,9 +132,10 @@ def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iter
 @contextmanager
 def code_hooks(model: nn.Module, hooks: dict[int, Callable]) -> Iterator[None]:
     """
-    Inside, the attention of these layers returns (output, codes) of all tokens to its forward hook, `hook(attention, args,
-    kwargs, returned)`. Codes are asked of the layer, since the model would keep those of all layers; and the model computes
-    in the eager form, since the others leave out the tokens of the last layer that nothing reads.
+    Within the context, the attention of these layers returns (output, codes) of all tokens to its forward hook,
+    `hook(attention, args, kwargs, returned)`. The codes are requested from the layers, since the model would keep those of all
+    layers. The model computes with the eager implementation, since the others leave out tokens of the last layer that nothing
+    reads.
 
     Raises:
         IndexError: if there is no such layer.
@@ -156,7 +157,7 @@ def code_hooks(model: nn.Module, hooks: dict[int, Callable]) -> Iterator[None]:
 def attention_layers(model: nn.Module) -> list[HylaAttention]:
     """
     Raises:
-        ValueError: if there are none.
+        ValueError: if the model has none.
     """
     layers = [module for module in model.modules() if isinstance(module, HylaAttention)]
     if not layers:

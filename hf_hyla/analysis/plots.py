@@ -1,4 +1,4 @@
-"""The figures of a probe report, as PNG files; colours that colour-blind readers tell apart."""
+"""The figures of a probe report, as PNG files, in colours that colour-blind readers can tell apart."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def draw(report: dict[str, Any], codes: Codes, subjects: list[Subject], output: 
     Draws a report and the codes of its split into a folder.
 
     Returns:
-        names of the files: `probes.png`, `similarity.png`, `ablation.png` where heads were ablated, and `map_layer_<n>.png` for
+        names of the files: `probes.png`, `similarity.png`, `ablation.png` if heads were ablated, and `map_layer_<n>.png` for
             layers whose codes differ at all.
     """
     figures = {"probes.png": _probes(report), "similarity.png": _similarity(report)}
@@ -55,7 +55,7 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _probes(report: dict[str, Any]):
-    """Of each subject the headline metric per layer, with the shuffled control, chance, and what the answer alone tells."""
+    """For each subject the headline metric by layer, with the shuffled control, chance, and what the answer alone tells."""
     names = list(dict.fromkeys(result["subject"] for result in report["probes"]))
     figure = _figure(4.2 * len(names), 3.4, f"What the codes tell on {report['split']}: {_about(report)}")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -90,8 +90,8 @@ def _probes(report: dict[str, Any]):
 
 def _similarity(report: dict[str, Any]):
     """
-    Cosine similarity of mean codes, of the first subject with classes: as they are, and less what all share. Layers in which
-    the classes do not differ are left out, unless there is no other.
+    Cosine similarity of mean codes, of the first subject with classes: as they are, and with the mean of all removed. Layers in
+    which the classes do not differ are left out, unless there is no other.
     """
     name, similarity = next(iter(report["similarity"].items()))
     names, every = similarity["names"], range(len(similarity["layers"]))

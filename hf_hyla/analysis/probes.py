@@ -19,7 +19,7 @@ def probe(
 ) -> dict[str, Any]:
     """
     Fits a linear probe on training codes and scores it on others: logistic regression, with classes weighed equally, for
-    integers (classes) and booleans (rows, names), which may hold together; ridge regression for numbers.
+    integers (classes) and booleans (rows, names), several of which may be true at once; ridge regression for numbers.
 
     The control is the same probe fitted on shuffled training values. Chance is what predictions as frequent as the
     control's would score if they were independent of the values; for numbers, what predicting the training mean scores.
@@ -47,7 +47,7 @@ def probe(
         raise ValueError(f"groups must name a group for each of the {len(values)} values, got {len(groups)}.")
     if num_shuffles < 2:
         raise ValueError(
-            f"num_shuffles must be at least 2, whose spread tells the control's error, got {num_shuffles}."
+            f"num_shuffles must be at least 2, since their spread gives the control's error, got {num_shuffles}."
         )
     try:
         from sklearn.preprocessing import StandardScaler
@@ -102,7 +102,7 @@ def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, 
     Args:
         features: (rows, features).
         values: integers (rows,), or booleans (rows, classes).
-        centred: whether to take how mean codes differ from the mean of all codes: what all share hides that. A class that
+        centred: whether to subtract the mean of all codes, which hides how the mean codes differ. A class that
             differs by no more than rounding, or than three standard errors of its mean, is like no other, 0.
 
     Raises:
@@ -171,7 +171,7 @@ def _predict(train: np.ndarray, train_values: np.ndarray, features: np.ndarray) 
 def _statistics(values: np.ndarray, predicted: np.ndarray, train_values: np.ndarray) -> np.ndarray:
     """
     Sums over rows that scores are made of, row by row, so that resampled scores are a matrix product. Numbers: 1, value,
-    its square, squared error. Classes: 1, accuracy, then for all classes whether it holds, is predicted, and both.
+    its square, squared error. Classes: 1, accuracy, then for each class whether it is true, is predicted, and both.
     """
     if values.dtype.kind == "f":
         # Around the mean, where the variance loses no digits.
@@ -187,7 +187,7 @@ def _statistics(values: np.ndarray, predicted: np.ndarray, train_values: np.ndar
 
 
 def _classes(values: np.ndarray, train_values: np.ndarray) -> np.ndarray:
-    """The classes that occur, or indices of names that may hold together."""
+    """The classes that occur, or the indices of names that may be true together."""
     return np.arange(values.shape[1]) if values.dtype.kind == "b" else np.union1d(values, train_values)
 
 
@@ -209,7 +209,7 @@ def _f1_and_accuracy(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _independent(sums: np.ndarray, one_class: bool) -> dict[str, float]:
-    """What predictions of these frequencies score if they have nothing to do with the values; the mean over replicates."""
+    """What predictions of these frequencies score if they are independent of the values; the mean over replicates."""
     count = sums[:, :1]
     holds, predicted, _ = np.split(sums[:, 2:] / count, 3, axis=1)
     f1 = 2 * holds * predicted / np.maximum(holds + predicted, 1e-12)

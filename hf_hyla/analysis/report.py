@@ -1,4 +1,4 @@
-"""The report of `hyla probe`: codes of training tasks and of unseen combinations, what they tell, and its figures."""
+"""The report of `hyla probe`: what the codes of unseen combinations tell to probes fitted on training tasks, and its figures."""
 
 import importlib.util
 import json
@@ -43,24 +43,25 @@ def probe_report(
 
     Probes are fitted on the first `train_samples` of the split train, and scored on the first `num_samples` of `split`,
     layer by layer and on all layers together; see `Task.subjects` for what they ask and `Task.answer_keys` for the
-    codes they read. Standard errors take the samples of one combination for one observation. Ablations put the mean codes of those training samples in place of a head's.
+    codes they read. Standard errors take the samples of one combination for one observation. Ablations put the
+    mean codes of those training samples in place of a head's.
 
     Args:
         seed: of controls, bootstrap and t-SNE, and of the fixed query.
         fixed_query: whether every sample is asked for the same point, as fuzzy logic in the official analysis, so that codes
             differ by the combination alone. Ablations are scored on the task as it is.
-        about: what the report shall hold besides: the model's name, versions, hardware.
+        about: what else the report holds: the model's name, versions, hardware.
 
     Returns:
         `probes`, for each subject and layer (0 for the first, `None` for all) what `probe` returns, `f1_by_class` by name;
-        `answer_alone`, for each subject but the answer the scores of a probe that reads the right answer instead of codes;
+        `answer_alone`, for each subject except the answer, the scores of a probe that reads the right answer instead of codes;
         `similarity`, for each subject with classes `names` and a matrix per layer, `layers` of the mean codes as they are and
         `centred` of their differences from the mean of all; `ablation`, `None` or `metric`, `whole`, and by layer and head
         `without` and the `standard_error` of their difference; `figures`, the files; and all settings.
 
     Raises:
-        ValueError: before anything is computed, if a package is missing, model and task do not fit, the seed is none, or the
-            split is unknown, holds nothing that was trained, or has too few samples.
+        ValueError: before anything is computed, if a package is missing, model and task do not fit, the seed is out of range, or
+            the split is unknown, holds nothing that was trained, or has too few samples.
         OSError: if the folder cannot be written.
     """
     for module, package in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
@@ -129,7 +130,7 @@ def table(report: dict[str, Any]) -> str:
         layer, head = np.unravel_index(without.argmin(), without.shape)
         lines.append(
             f"{report['split']}/{ablation['metric']} {ablation['whole']:.4f}; {without.min():.4f} when head {head + 1} of "
-            f"layer {layer + 1} says the same of all samples, the largest loss"
+            f"layer {layer + 1} has its mean code for all samples, the largest loss"
         )
     return "\n".join(lines)
 
@@ -191,7 +192,7 @@ def _ablation(model, task: Task, split: str, train_samples: int, num_samples: in
 
     whole, without = ablate_heads(model, means, sizes_and_scores, progress)
     share, lost = whole[:, 0] / num_samples, without[..., 1] - whole[:, 1]
-    # Of the mean over clusters, which the samples of one combination are.
+    # The standard error of a mean over clusters; a cluster is the samples of one combination.
     spread = (lost - (lost @ share)[..., None]) * share
     error = np.sqrt((spread**2).sum(axis=-1) * len(share) / (len(share) - 1))
     return {

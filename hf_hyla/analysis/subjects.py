@@ -1,4 +1,4 @@
-"""What a task gives to probes: its batches, the values that codes may tell, and how many samples that takes."""
+"""What a task gives to probes: its batches, the values that codes may tell, and how many samples a probe needs."""
 
 from collections.abc import Iterator
 
@@ -9,11 +9,11 @@ from ..tasks import Subject, Task
 from .latents import Batch
 
 
-# A probe is fitted and scored on at least so many examples of every class.
+# A probe is fitted and scored on at least this many examples of every class.
 LEAST_PER_CLASS = 10
-# How far the samples of a split are searched for the number that would be enough.
+# How many samples of a split are searched to find out how many a probe needs.
 _SEARCHED = 20_000
-# Into how many classes numbers are divided where a probe reads the answer.
+# The number of classes into which a numeric answer is divided when a probe reads it.
 _ANSWER_BINS = 16
 
 
@@ -33,7 +33,7 @@ def task_batches(
 
 def subjects(task: Task, columns: dict[str, np.ndarray]) -> list[Subject]:
     """
-    What the codes of a task's answer tokens are asked for, see `Task.subjects`.
+    What probes read from the codes of a task's answer tokens, see `Task.subjects`.
 
     Raises:
         ValueError: if the columns lack what describes the samples.
@@ -46,14 +46,14 @@ def subjects(task: Task, columns: dict[str, np.ndarray]) -> list[Subject]:
 
 
 def combinations_of(task: Task, columns: dict[str, np.ndarray]) -> np.ndarray:
-    """A number (samples,) for each sample that samples of the same combination of parts have too."""
+    """The group (samples,) of each sample: a number that samples of the same combination of parts share."""
     return np.unique(np.sort(columns[task.parts_column], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def answer_features(train_target: Subject, target: Subject) -> tuple[np.ndarray, np.ndarray]:
     """
-    Features (rows, bins) of training and other samples that hold the right answer and nothing else, one-hot: what a probe is
-    to be compared with, since codes that tell the answer tell of the parts what the answer tells of them.
+    Features (rows, bins) of training and other samples that hold the right answer and nothing else, one-hot. A probe is
+    compared with these, since codes that hold only the answer tell of the parts what the answer tells of them.
 
     Numbers are told apart by the quantiles of the training samples' numbers.
     """

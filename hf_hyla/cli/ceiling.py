@@ -12,7 +12,7 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "ceiling",
         help="what an ideal observer reaches on SRAVEN",
-        description="Scores the ideal observer of SRAVEN, who knows how puzzles are made and answers with the most probable "
+        description="Scores the ideal observer of SRAVEN, which knows how puzzles are made and answers with the most probable "
         "panel: the highest accuracy that any model can expect.",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`hyla convert`: a checkpoint of the official implementation's parameters."""
+"""`hyla convert`: the official implementation's parameters as a checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,8 @@ from .parser import whole
 def add(commands) -> None:
     parser = commands.add_parser(
         "convert",
-        help="make a checkpoint of the official implementation's parameters",
-        description="Makes a folder that from_pretrained loads of the official JAX implementation's parameters.",
+        help="turn the official implementation's parameters into a checkpoint",
+        description="Turns the official JAX implementation's parameters into a folder that from_pretrained loads.",
     )
     parser.add_argument("--params", required=True, help="safetensors file with tensors named params.<path>")
     parser.add_argument("--config", required=True, help="JSON file with the official config and loss_fn")

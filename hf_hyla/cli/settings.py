@@ -37,7 +37,7 @@ SETTINGS = {
     "task": ["name", "data", *dict.fromkeys(name for names in TASKS.values() for name in names)],
     **{section: _NAMES[section].split() for section in ("model", "trainer", "expect")},
 }
-# So near is no key that a recipe refuses with a reason of its own.
+# Keys that a recipe refuses with a reason of its own are less similar than this.
 _MISSPELT = 0.9
 
 

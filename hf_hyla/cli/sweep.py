@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within it what would stop a run is an exception, so that the runs of a sweep are stopped with it."""
+    """Within the context, a signal that would stop a run raises an exception, so that a sweep stops its runs first."""
     from ..training.stopping import stop_signals
 
     before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in stop_signals()}

@@ -9,7 +9,7 @@ from .settings import TASKS
 
 
 def task_name(text: str) -> str:
-    """A type of arguments: the name of a task, or `module:Class` for a task of one's own."""
+    """A type of arguments: the name of a task, or `module:Class` for a user's own task."""
     return text if ":" in text else one_of(TASKS)(text)
 
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     except Stopped as stopped:
         PartialState().print(stopped, file=sys.stderr)
         code = stopped.exit_code
-    # Its threads may abort a process that ends before them.
+    # Otherwise its threads may abort the process at exit.
     PartialState().destroy_process_group()
     return code
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _quick(overrides: dict[str, str]) -> dict[str, str]:
     """The settings of a quick run of any recipe, of as many steps as the overrides name, if they do."""
     text = overrides.get("trainer.max_steps", str(_QUICK_STEPS))
-    steps = int(text) if text.isdecimal() else _QUICK_STEPS  # what is no number is refused with the recipe
+    steps = int(text) if text.isdecimal() else _QUICK_STEPS  # anything else is refused with the recipe
     tenth = str(max(1, steps // 10))
     return {
         "trainer.max_steps": str(steps),
@@ -94,7 +94,7 @@ def _quick(overrides: dict[str, str]) -> dict[str, str]:
 
 
 def _run_name(recipe: str, quick: bool, overrides: dict[str, str]) -> str:
-    """The folder of a run: its recipe and what was overridden, which a digest stands for where it is long."""
+    """The folder of a run: its recipe and its overrides, or their digest if they are long."""
     changed = "".join(f"-{key}={value}" for key, value in overrides.items()).replace("/", "_")
     if len(changed.encode()) > 150:  # file systems take 255 bytes
         changed = f"-{hashlib.sha256(changed.encode()).hexdigest()[:8]}"
@@ -102,7 +102,7 @@ def _run_name(recipe: str, quick: bool, overrides: dict[str, str]) -> str:
 
 
 def _report(recipe, record) -> str:
-    """Scores per split beside the paper's, and what share of the paper's budget they took."""
+    """Scores per split beside the paper's, and the share of the paper's budget that was used."""
     from ..runs.paper import paper_result
 
     paper = paper_result(recipe.settings)

@@ -1,4 +1,4 @@
-"""What all cards have: templates, licence, citation, snippets that are run, and the names of repositories."""
+"""What all cards share: templates, licence, citation, snippets that are run, and the names of repositories."""
 
 import contextlib
 import hashlib
@@ -36,8 +36,8 @@ def run_snippet(text: str, replacements: dict[str, str], names: dict[str, Any] |
 
     Args:
         text: the card.
-        replacements: what stands for what while it runs, so that it needs no network.
-        names: that the snippet finds defined.
+        replacements: texts of the snippet, and what replaces them while it runs, so that it needs no network.
+        names: variables that the snippet finds defined.
 
     Raises:
         ValueError: if it fails.
@@ -63,8 +63,8 @@ def sibling_repo(repo_id: str | None, name: str) -> str:
 
 def dataset_repo(task: Task, repo_id: str | None) -> str:
     """
-    The repository of a task's samples. Settings other than the paper's are in its name, since samples differ by them, or a
-    digest of them where that is no name of a repository.
+    The repository of a task's samples. Settings other than the paper's are in its name, since the samples depend on them, or
+    their digest if the name would not be valid.
     """
     settings = "".join(f"-{name}-{value}".lower() for name, value in differing_settings(task).items())
     try:

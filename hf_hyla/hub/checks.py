@@ -32,7 +32,7 @@ _PICKLE_STARTS = (
     *(bytes((0x80, protocol)) for protocol in range(2, 6)),
     *(b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf\x27\x1c", b"\x28\xb5\x2f\xfd"),
 )
-# Parquet and PNG, which are binary and none of them.
+# Parquet and PNG, which are binary but none of the above.
 _KNOWN_STARTS = (b"PAR1", b"\x89PNG\r\n\x1a\n")
 _SECRETS = {
     "a Hugging Face token": rb"(?:hf|api_org)_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[A-Za-z0-9._-]{20,})",
@@ -145,7 +145,7 @@ def check_format(run: Run) -> None:
 def check_weights(run: Run, files: dict[str, Path]) -> None:
     """
     Raises:
-        FileNotFoundError: if there are none.
+        FileNotFoundError: if the weights are missing.
         ValueError: if they are damaged, not those of the config's model, or not finite.
     """
     weights = [path for name, path in files.items() if name.endswith(".safetensors")]

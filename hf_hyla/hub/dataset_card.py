@@ -23,7 +23,7 @@ def write_dataset_card(task: Task, folder: Path) -> None:
 
 
 def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
-    """The card of a folder: how its splits differ, what is in them, examples, and the highest accuracy to expect."""
+    """The card of a folder: its splits and how they differ, fields, examples, and the highest accuracy to expect."""
     defaults = {field.name: field.default for field in dataclasses.fields(task)}
     return DatasetCard.from_template(
         _metadata(task, manifest),

@@ -79,8 +79,8 @@ def write_card(
 
 def check_card_before_training(name: str, settings: dict[str, Any], task: Task, config: HylaConfig) -> None:
     """
-    Renders and checks the card of a run that is yet to come, with zeros for results, so that no wrong field is found
-    after hours of training.
+    Renders and checks the card of a run that is yet to come, with zeros for results, so that a wrong field is found
+    before hours of training.
 
     Raises:
         ValueError: if the card would not be valid.
@@ -106,10 +106,10 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
 
 def _probe_of(run: Run) -> dict[str, Any] | None:
     """
-    The report of `hyla probe` in a run's folder, if there is one, with what the card shows of it.
+    The report of `hyla probe` in a run's folder, if there is one, and what the card shows of it.
 
     Raises:
-        ValueError: if it is none, or about other weights than the run's.
+        ValueError: if it is not a report, or is about other weights than the run's.
         OSError: if a figure of it is missing.
     """
     path = run.folder / PROBE_NAME
@@ -129,13 +129,13 @@ def _probe_of(run: Run) -> dict[str, Any] | None:
             "scored_on": report["num_samples"][report["split"]],
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no report of a probe ({type(error).__name__}: {error}): {again}") from None
+        raise ValueError(f"{path} is not a report of a probe ({type(error).__name__}: {error}): {again}") from None
     if weights != run.weights_digest:
         raise ValueError(f"{path} is about other weights than those of {run.folder}: {again}")
     if not figures:
         raise ValueError(f"{path} has no figures, since drawing them was not finished: {again}")
     for name in figures:
-        # A figure lies beside its report; any other path would publish a file of somewhere else.
+        # A figure lies beside its report; any other path would publish a file from elsewhere.
         if not (isinstance(name, str) and re.fullmatch(r"\w+\.png", name)):
             raise ValueError(f"{path} names the figure {name!r}, expected a plain name that ends with .png: {again}")
     last_map = next((name for name in reversed(figures) if name.startswith("map_layer_")), None)
@@ -144,8 +144,8 @@ def _probe_of(run: Run) -> dict[str, Any] | None:
 
 def _probe_table(probe: dict[str, Any]) -> list[list[str]]:
     """
-    Rows of a table: what is asked for, by which metric, and its score by each layer and by all, of the control and of the
-    answer alone. Of classes that may hold together not their accuracy, which is high for a probe that says no to all.
+    Rows of a table: what is asked for, the metric, and the scores of each layer, of all layers, of the control and of the answer
+    alone. Classes that can be true together are not scored by accuracy, which is high for a probe that always says no.
     """
 
     def cell(score: dict[str, float], chance: float) -> str:
@@ -186,7 +186,7 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
         tags=["hyla", f"{config.attention_type}-attention", "compositional-generalization", task.name],
         datasets=[dataset_repo(task, repo_id)],
         metrics=list(task.metric_names),
-        # A folder is no repository, which is what the Hub would take it for.
+        # The Hub would take a folder for a repository.
         base_model=None if base_model and Path(base_model).exists() else base_model,
         model_name=title,
         eval_results=_model_index(run, repo_id),
@@ -220,19 +220,19 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
 
 
 def _shown(value: Any) -> str:
-    """A setting as a reader would write it: the types of a recipe make floats of some whole numbers."""
+    """A setting as a reader would write it: the types of a recipe turn some whole numbers into floats."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _percent(share: float) -> str:
-    """A share in three digits; what is less than all does not read as all."""
+    """A share in three digits; less than all is never shown as all."""
     return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.3g} %"
 
 
 def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
-    """Every score as the card's metadata have it."""
+    """Every score, as the card's metadata hold it."""
     task = run.task
     title = task.words(task).title
     return [
@@ -252,7 +252,7 @@ def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
 
 
 def _eval_results(run: Run, repo_id: str | None) -> str:
-    """The headline metric of every split, each split being a task of the dataset, as .eval_results/ has it."""
+    """The headline metric of every split, as .eval_results/ holds it: each split is a task of the dataset."""
     if run.base_model:
         budget = f"trained further on {run.record.samples_seen:,} samples"
     elif not run.task.paper:

@@ -1,9 +1,8 @@
 """
 Repositories → the Hub.
 
-Everything is read and checked before the first call; then each repository gets one commit, so that whatever breaks
-leaves its files as they were or whole, and the same command resumes from there. A repository that is made for them may be
-left empty.
+Everything is read and checked before the first call; then each repository gets one commit, so that its files
+are as they were or complete, whatever breaks, and the same command resumes from there. A new repository may be left empty.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from .model_card import check_card_before_training
 from .repository import Repository, matches, plan
 
 
-# Files on the Hub that a publication may remove where it no longer has them; any other is left alone.
+# Files on the Hub that a publication removes if it no longer has them; any other is left alone.
 _OURS = {
     "model": ("*.safetensors", "model.safetensors.index.json", "*_hyla.py", ".eval_results/*.yaml", "probe/*"),
     "dataset": ("*.parquet", "*/*.parquet"),
@@ -39,7 +38,7 @@ def publish(
     token: str | None = None,
 ) -> list[str]:
     """
-    Publishes what `plan` returned; a line on each repository, and one on the collection.
+    Publishes what `plan` returned. Returns a line about each repository, and one about the collection.
 
     Args:
         private: whether the repositories are only for their organisation; `None` for its default.
@@ -47,8 +46,8 @@ def publish(
         token: default: the one of `hf auth login` or `HF_TOKEN`.
 
     Raises:
-        OSError: if the Hub refuses or cannot be reached; the files of each repository are then as they were or whole, and
-            the same call resumes from there.
+        OSError: if the Hub refuses or cannot be reached; the files of each repository are then as they were or complete,
+            and the same call resumes from there.
         ValueError: if a repository is public already, and `private` is set; nothing is sent then.
     """
     api = HfApi(token=token)
@@ -76,7 +75,7 @@ def publish(
 
 def publish_run(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
-    Publishes a finished run; a line on what it did. See `plan` and `publish`.
+    Publishes a finished run. Returns a line about what was done. See `plan` and `publish`.
 
     Raises:
         ValueError, OSError: as they do, saying too how to publish the run later.
@@ -157,7 +156,7 @@ def _is_public(api: HfApi, repository: Repository) -> bool:
 @contextlib.contextmanager
 def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
     """
-    Turns a failed or missing answer of the Hub into one sentence that says what to do and holds no word of the request. Any
+    Turns a failed or missing answer of the Hub into one sentence that says what to do and repeats nothing of the request. Any
     other error stays as it is.
 
     `state` says what may have become of `what`, and `done` what was published before.
@@ -189,7 +188,7 @@ _REASONS = {
     400: "the Hub refuses the card's metadata or the files (status 400): look at the top of the card",
     401: "the Hub does not accept your token (status 401): log in by `hf auth login`, or set HF_TOKEN",
     403: "your token may not write there (status 403): take one with write access, or another organisation",
-    409: "it is being changed by somebody else (status 409): see what they did",
+    409: "somebody else is changing it (status 409): see what they did",
     412: "somebody else has changed it in the meantime (status 412): see what they did",
     429: "the Hub has had too many requests (status 429): wait some minutes",
 }

@@ -40,14 +40,14 @@ _RUN_FILES = (
     RECIPE_NAME,
 )
 _DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
-# What the card of a dataset calls its own place, before it has one on the Hub.
+# How the card of a dataset names its own folder, before it is on the Hub.
 _DATASET_PLACE = "path/to/this/folder"
 
 
 @dataclasses.dataclass
 class Repository:
     """
-    What a repository is to hold.
+    What a repository will hold.
 
     Attributes:
         repo_id: `ORG/NAME`.
@@ -62,7 +62,7 @@ class Repository:
     left_out: list[str] = dataclasses.field(default_factory=list)
 
     def listing(self) -> str:
-        """The files and their sizes, one a line."""
+        """The files and their sizes, one per line."""
         sizes = {
             name: content.stat().st_size if isinstance(content, Path) else len(content)
             for name, content in self.files.items()
@@ -74,7 +74,7 @@ class Repository:
 
     def write(self, folder: Path) -> None:
         """
-        Writes what the repository is to hold into a folder.
+        Writes what the repository will hold into a folder.
 
         Raises:
             FileExistsError: if the folder holds other files.
@@ -130,7 +130,7 @@ def plan(
         repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
     if metric:
         repositories.append(Repository(metric_repo(task, repo_id), "space", encoded(metric_files(task, repo_id))))
-    # A card and code that lie in the folder are made and taken anew.
+    # A card in the folder is rendered again, and its code is taken from the package.
     left_out = [name for name in left_out if name not in card and name not in CODE]
     repositories.append(Repository(repo_id, "model", {**encoded(card), **found, **CODE}, left_out))
     if space:
@@ -148,11 +148,9 @@ def _check_repeatable(run: Run) -> None:
     check_base_model(run.base_model, str(run.folder))
     written = run.folder / RECIPE_NAME
     if not written.exists():
-        raise FileNotFoundError(f"{run.folder} lacks {RECIPE_NAME}, the recipe it was made by: train it again.")
+        raise FileNotFoundError(f"{run.folder} lacks {RECIPE_NAME}, the recipe that made it: train it again.")
     if yaml.safe_load(written.read_text(encoding="utf-8")) != run.record.recipe:
-        raise ValueError(
-            f"{written} is not the recipe that {RECORD_NAME} was made by: it was changed after the run; train again."
-        )
+        raise ValueError(f"{written} is not the recipe in {RECORD_NAME}: it was changed after the run; train again.")
 
 
 def _files_in(
@@ -162,8 +160,8 @@ def _files_in(
     The files that are published, by name, and the names of the others.
 
     Raises:
-        ValueError: for a secret or a pickle, which may lie in no published folder, published or not; the `skipped` ones
-            are local, and only searched for secrets.
+        ValueError: for a secret or a pickle anywhere in the folder, in files that are left out too; `skipped` folders are
+            local, and only searched for secrets.
     """
     found: dict[str, Any] = {}
     left_out = [f"{name}/" for name in skipped if (folder / name).is_dir()]

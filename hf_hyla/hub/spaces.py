@@ -19,11 +19,11 @@ def metric_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
     """
     What the metric's repository holds, by name.
 
-    Its code is this package's own; the script that `evaluate.load` reads names both files, since evaluate fetches what
-    the script imports and nothing further.
+    Its code is this package's own; the script that `evaluate.load` reads names both files, since evaluate fetches only
+    what the script itself imports.
 
     Raises:
-        ValueError: if the task's metric is none of this package's.
+        ValueError: if the task's metric does not belong to this package.
     """
     metric, metric_id = _metric_of(task), metric_repo(task, repo_id)
     arguments = ", ".join(f"{name}={values}" for name, values in metric.example.items())
@@ -63,7 +63,7 @@ def metric_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
 
 def _metric_of(task: Task) -> HubMetric:
     if task.words.metric is None:
-        raise ValueError(f"The metric of the task {task.name} is none of hf_hyla.metrics: leave out --metric.")
+        raise ValueError(f"The metric of the task {task.name} is not in hf_hyla.metrics: leave out --metric.")
     return task.words.metric
 
 

@@ -26,9 +26,9 @@ class SravenAccuracy(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         answers = datasets.Sequence(datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description="Fraction of SRAVEN puzzles of whose answer every feature is right, and fraction of right features.",
+            description="Fraction of SRAVEN puzzles whose answer is right in every feature, and fraction of right features.",
             citation=_CITATION,
-            inputs_description="predictions, references: lists of answers, each a list of integers, one a feature.",
+            inputs_description="predictions, references: lists of answers, each a list of integers, one per feature.",
             features=datasets.Features({"predictions": answers, "references": answers}),
             reference_urls=["https://arxiv.org/abs/2406.05816"],
         )
@@ -39,7 +39,7 @@ class SravenAccuracy(evaluate.Metric):
 
 class LogicR2(evaluate.Metric):
     """
-    `LogicR2().compute(predictions=..., references=..., base_mse=...)` with one number a sample gives `r2`, the mean of
+    `LogicR2().compute(predictions=..., references=..., base_mse=...)` with one number per sample gives `r2`, the mean of
     1 - squared error / base_mse.
     """
 
@@ -48,7 +48,7 @@ class LogicR2(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Mean over fuzzy-logic samples of 1 - squared error / variance of the sample's values.",
             citation=_CITATION,
-            inputs_description="predictions, references, base_mse: one number a sample.",
+            inputs_description="predictions, references, base_mse: one number per sample.",
             features=datasets.Features({"predictions": number, "references": number, "base_mse": number}),
             reference_urls=["https://arxiv.org/abs/2406.05816"],
         )

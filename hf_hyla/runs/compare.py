@@ -20,8 +20,8 @@ class Comparison:
     The runs of one recipe, which differ in their seeds.
 
     Attributes:
-        name: of the recipe, and what its runs were overridden with where several share the name.
-        metric: `split/name`: what is expected, or the task's headline.
+        name: of the recipe, and the overrides of its runs if several recipes share the name.
+        metric: `split/name`: the one that is expected, or the task's headline.
         values: one per run, sorted by seed.
         mean, standard_error: of the values; the latter needs two.
         expected, tolerance: of the recipe.
@@ -47,11 +47,11 @@ class Comparison:
 
 def find_records(paths: Iterable[str | Path]) -> list[RunRecord]:
     """
-    The records that these are, or lie in: JSON files, folders of runs, folders of either.
+    The records in these paths: JSON files, folders of runs, or folders of either.
 
     Raises:
         OSError: if there is no such file or folder.
-        ValueError: if a folder holds no record, or a file is none.
+        ValueError: if a folder holds no record, or a file is not a record.
     """
     found: dict[Path, RunRecord] = {}
     for path in map(Path, paths):
@@ -146,7 +146,7 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
     distance = mean - expect["value"]
     if abs(distance) <= expect["tolerance"]:
         return REACHED
-    # Also where the mean is not a number: a failed run has reached nothing.
+    # A mean of NaN is missed too: a failed run has reached nothing.
     return EXCEEDED if distance > 0 else MISSED
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and what they say, read once."""
+"""The folder of a run: the names of its files, and their content, read once."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ PROBE_NAME = "probe/probe.json"
 @dataclasses.dataclass
 class Run:
     """
-    A run's folder and its record. What else is asked of a run is read from the folder when it is first asked for, and kept.
+    A run's folder and its record. Everything else is read from the folder on first use, and kept.
 
     Attributes:
         folder: of the run.
@@ -47,7 +47,7 @@ class Run:
         folder = Path(folder)
         if not (folder / RECORD_NAME).exists():
             raise FileNotFoundError(
-                f"{folder} holds no finished run: expected {RECORD_NAME}; give the command that trains it (again)."
+                f"{folder} holds no finished run: expected {RECORD_NAME}; run the command that trains it (again)."
             )
         run = cls(folder, RunRecord.load(folder))
         run._check_finished()
@@ -64,13 +64,13 @@ class Run:
         The config of the run's model.
 
         Raises:
-            ValueError: if config.json is no config.
+            ValueError: if config.json is not a config.
             OSError: if it is missing.
         """
         try:
             return HylaConfig.from_pretrained(self.folder)
         except (StrictDataclassError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder / 'config.json'} is no config of a model: {one_line(error)}") from None
+            raise ValueError(f"{self.folder / 'config.json'} is not the config of a model: {one_line(error)}") from None
 
     @cached_property
     def paper(self) -> PaperResult | None:
@@ -100,7 +100,7 @@ class Run:
             )
         for split in (split for split in self.task.splits if split != "train"):
             scores = record.metrics.get(split, {})
-            # Other scores are left out where no sample can be measured by them.
+            # Other scores are left out if no sample can be measured by them.
             for name in dict.fromkeys((self.task.metric_names[0], "num_samples", *scores)):
                 if not math.isfinite(scores.get(name, math.nan)):
                     raise ValueError(

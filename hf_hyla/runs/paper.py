@@ -10,7 +10,7 @@ from ..tasks import Task, get_task
 _ROW_FIELDS = ("attention_type", "score_norm", "value_activation", "value_depth", "ffn_type")
 # The paper does not say how its mixtures of experts are made.
 _UNKNOWN_FIELDS = ("num_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
-# The rows of Table A1: what the fields above are in each, and the name by which tasks have its results.
+# The rows of Table A1: the values of the fields above, and the name of the row in the tasks' results.
 _ROWS = {
     ("softmax", "softmax", "none", 1, "mlp"): "softmax",
     ("linear", "none", "none", 1, "mlp"): "linear",
@@ -40,8 +40,8 @@ class PaperResult:
 
 def differing_settings(task: Task) -> dict[str, Any]:
     """
-    The settings of a task that make its samples others than the paper's, or where it is none of the paper's tasks others than
-    its default; the seed counts as one, from 0.
+    The settings of a task that differ from the paper's or, for a task that is not the paper's, from the defaults; a seed other
+    than 0 counts as a difference.
     """
     papers = {**type(task)().settings, **(task.paper.settings if task.paper else {}), "seed": 0}
     return {name: value for name, value in task.settings.items() if value != papers.get(name)}
@@ -49,9 +49,9 @@ def differing_settings(task: Task) -> dict[str, Any]:
 
 def paper_result(settings: dict[str, Any]) -> PaperResult | None:
     """
-    What Table A1 says of the model of a run with these settings, the sections `task` and `model` of a recipe. `None` where
-    the paper has no such row, where task or model differ from the paper's in anything else, and where training started from
-    a checkpoint, since the paper trains no model further.
+    What Table A1 says of the model of a run with these settings, the sections `task` and `model` of a recipe. `None` if the
+    paper has no such row, if task or model differ from the paper's in anything else, and if training started from a
+    checkpoint, since the paper trains no model further.
     """
     task = get_task(**settings["task"])
     if task.paper is None or "model_name_or_path" in settings["model"]:

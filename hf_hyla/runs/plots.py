@@ -1,4 +1,4 @@
-"""The pictures of runs and benchmarks, drawn from their records as PNG files. They need matplotlib, of the extra `analysis`."""
+"""The pictures of runs and benchmarks, drawn from their records as PNG files. They need matplotlib, from the extra `analysis`."""
 
 import io
 from importlib.util import find_spec
@@ -51,7 +51,7 @@ def learning_curve(record: RunRecord) -> bytes:
 
 def scores(record: RunRecord, metric: str, paper: PaperResult | None) -> bytes:
     """
-    A bar for each split's `metric`, and the paper's value with its standard error where it has one.
+    A bar for each split's `metric`, and the paper's value with its standard error, if it has one.
 
     Raises:
         ValueError: without matplotlib.
@@ -80,8 +80,8 @@ def scores(record: RunRecord, metric: str, paper: PaperResult | None) -> bytes:
 
 def length_curves(rows: list[dict]) -> bytes | None:
     """
-    Time and peak memory of forward and backward over the length, a line for each subject: the rows of `hyla bench` that have
-    a `length`; `None` where there are none.
+    Time and peak memory of forward and backward over the length, a line for each subject, from the rows of `hyla bench`
+    that have a `length`; `None` if none has one.
 
     Raises:
         ValueError: without matplotlib.

@@ -45,9 +45,9 @@ class RunRecord:
         curve: log entries in order; each has `step` and `seconds`, training entries `loss` and `learning_rate`, evaluation
             entries scores named `split/metric`.
         environment, hardware: see `environment` and `hardware`.
-        data_fingerprint: `Task.fingerprint`, which proves what was trained and scored on; `None` in records that were made
-            before there was one.
-        schema_version: of this format; it rises when a field goes or changes its meaning. New fields have a default, so
+        data_fingerprint: `Task.fingerprint`, which proves which data were trained and scored on; `None` in records that are
+            older than it.
+        schema_version: of this format; it rises when a field is removed or changes its meaning. New fields have a default, so
             that older records load.
     """
 
@@ -89,7 +89,7 @@ class RunRecord:
         return record
 
     def _check(self) -> None:
-        """What types cannot say of a record that was read."""
+        """Checks what types cannot express."""
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {self.schema_version}")
         for section, key, kind in (("task", "name", str), ("trainer", "max_steps", int)):
@@ -140,7 +140,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    # Of torch also what it was built for, which not every distribution of it says.
+    # torch's own version also names what it was built for, which not every distribution's metadata does.
     return versions | {"torch": str(torch.__version__), "git_commit": _git_commit()}
 
 

@@ -1,4 +1,4 @@
-"""The paper's compositional tasks, and tasks of one's own."""
+"""The paper's compositional tasks, and users' own tasks."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ def get_task(name: str, **settings: Any) -> Task:
     The task of that name.
 
     Args:
-        name: `"logic"`, `"sraven"`, or `"module:Class"`, a task of one's own in a module that has been imported.
+        name: `"logic"`, `"sraven"`, or `"module:Class"`, a user's own task in a module that has been imported.
         settings: see `LogicTask` and `SravenTask`.
 
     Raises:
@@ -66,15 +66,15 @@ def find_task(name: str, may_import: bool = False) -> type[Task]:
     module, _, class_name = name.partition(":")
     if module not in sys.modules and not may_import:
         raise ValueError(
-            f"The task {name} is code in the module {module}, which is not run because a file names it: if you trust that "
-            f"module, import it first, in a command by `hyla --import {module}`."
+            f"The task {name} is code in the module {module}, and a file that names it is no reason to run it: if you trust "
+            f"that module, import it first, in a command by `hyla --import {module}`."
         )
     import_module(module)
     task = getattr(sys.modules[module], class_name, None)
     if not isinstance(task, type) or not issubclass(task, Task):
         raise ValueError(f"{name} is no task: expected a subclass of hf_hyla.tasks.Task.")
     if left := sorted(task.__abstractmethods__):
-        raise ValueError(f"The task {name} is not whole: it lacks {', '.join(left)}.")
+        raise ValueError(f"The task {name} is incomplete: it lacks {', '.join(left)}.")
     if not re.fullmatch("[a-z][a-z0-9_]*", getattr(task, "name", "")) or task.name in TASKS:
         raise ValueError(
             f"The task {name} needs a name of its own, in lower case and without spaces, such as {class_name.lower()!r}; "

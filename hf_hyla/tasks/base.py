@@ -1,4 +1,4 @@
-"""What a task is: its splits, its samples, how they become batches, how answers are scored, and what is probed and said of it."""
+"""What a task is: its splits, samples and batches, how answers are scored, what probes ask for, and what cards say."""
 
 import dataclasses
 import hashlib
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import datasets
 
 
-# A split that leaves some part unseen is drawn again, this often at most.
+# A split that leaves some part unseen is drawn again, at most this many times.
 _MAX_SPLIT_DRAWS = 20_000
-# The samples of every split that the fingerprint is made of: its first 64, and the last 64 of 20 million.
+# The fingerprint is made of these samples of every split: its first 64, and the last 64 of 20 million.
 _FINGERPRINT_INDICES = np.r_[0:64, 19_999_936:20_000_000]
 
 
@@ -34,7 +34,7 @@ class PaperRuns:
     What the paper reports of a task.
 
     Attributes:
-        settings: of the task in its Table A1, where they are not the default.
+        settings: of the task in its Table A1.
         table_a1: mean and standard error over three seeds of the headline metric on `ood`, by the names of the table's rows,
             see `hf_hyla.runs.paper`.
     """
@@ -53,7 +53,7 @@ class Task(ABC):
     bit for bit, on every platform and for every batch size and order.
     """
 
-    # In lower case, as it stands in the names of repositories.
+    # In lower case, since it is part of the names of repositories.
     name: ClassVar[str]
     # Split: what it holds. The same names in every task that has them.
     splits: ClassVar[dict[str, str]] = {
@@ -97,13 +97,13 @@ class Task(ABC):
 
     @abstractmethod
     def draw(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns of the samples with these indices, each an array whose first axis are the samples; see `random_words`."""
+        """Columns of the samples with these indices: arrays whose first axis is that of the samples; see `random_words`."""
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
         """
-        Scores, by `metric_names`, of a model's logits on samples with these labels and inputs; one that has no sample to be
-        measured on is left out.
+        Scores, by `metric_names`, of a model's logits on samples with these labels and inputs. A score that no sample can be
+        measured by is left out.
         """
 
     def features(self) -> "datasets.Features":
@@ -119,7 +119,7 @@ class Task(ABC):
         return Features({name: feature(column) for name, column in self.samples("train", [0]).items()})
 
     def to_table(self, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Samples as the columns that `features` names: what somebody who does not train our models wants to see."""
+        """Samples as the columns that `features` names: what somebody wants to see who does not train our models."""
         return samples
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -132,11 +132,11 @@ class Task(ABC):
 
     def subjects(self, columns: dict[str, np.ndarray]) -> list[Subject]:
         """
-        What the codes of answer tokens are asked for, the answer itself last; by default, for the parts of the sample's
-        combination and the answer.
+        What probes read from the codes of answer tokens, the answer itself last; by default the parts of the sample's
+        combination, and the answer.
 
         Args:
-            columns: of `samples`, what a model reads left out.
+            columns: those of `samples` that describe the samples, and the labels.
         """
         labels = columns["labels"]
         trained = sorted({part for combination in self.combinations("train") for part in combination})
@@ -186,8 +186,8 @@ class Task(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """
-        The settings by name, as `get_task` takes them. `reference_split` is among them only where it is taken, so that they
-        equal those of records that are older than it.
+        The settings by name, as `get_task` takes them. `reference_split` is among them only if it is set, so that they equal
+        the settings in older records.
         """
         settings = dataclasses.asdict(self)
         if not self.reference_split:
@@ -196,11 +196,11 @@ class Task(ABC):
 
     def fingerprint(self) -> str:
         """
-        What shows that two machines draw the same data: `"sha256:"` and the digest, in hexadecimal, of the following bytes.
+        A digest that two machines share if they draw the same data: `"sha256:"` and, in hexadecimal, the digest of these bytes.
 
         For every split in the order of `splits`, and for every column of `samples(split, indices)` in its order, where
         indices are 0 to 63 and 19,999,936 to 19,999,999: the text `split/column dtype shape` and a line feed, such as
-        `train/labels int64 (128, 4)`, in ASCII; then the column in C order, its numbers little-endian.
+        `train/labels int64 (128, 4)`, in ASCII; then the column in C order, its elements little-endian.
         """
         digest = hashlib.sha256()
         for split in self.splits:
@@ -216,7 +216,7 @@ class Task(ABC):
 
     def samples(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """
-        The samples with these indices as columns: arrays whose first axis are the samples.
+        The samples with these indices as columns: arrays whose first axis is that of the samples.
 
         Raises:
             ValueError: for an unknown split.
@@ -229,7 +229,7 @@ class Task(ABC):
         return self.draw(split, indices)
 
     def dataset(self, split: str, num_samples: int | None = None) -> "TaskDataset":
-        """A map-style dataset that stores nothing; of the paper's length where `num_samples` is `None`."""
+        """A map-style dataset that stores nothing; of the paper's length if `num_samples` is `None`."""
         self._check_split(split)
         return TaskDataset(self, split, self.num_samples[split] if num_samples is None else num_samples)
 
@@ -275,9 +275,9 @@ class Task(ABC):
     def hold_out(self, combinations: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
         """
         Combinations (train, held out), by a random draw in which every part occurs in `train`, so that those held out
-        are new combinations of *known* parts; or as the reference holds them out, who draws once.
+        are new combinations of *known* parts; or as the reference does, which draws once.
         """
-        if not 0 < held_out < 1:  # which is also true of what is not a number
+        if not 0 < held_out < 1:  # NaN is refused too
             raise ValueError(f"held_out must lie between 0 and 1, got {held_out}.")
         parts = np.unique(combinations)
         count = int(len(combinations) * held_out)
@@ -318,7 +318,7 @@ class SampleList(Sequence):
 
 class TaskDataset(Dataset):
     """
-    The first `num_samples` samples of a split, drawn when they are asked for.
+    The first `num_samples` samples of a split, drawn on demand.
 
     Items are dicts of numpy arrays; `__getitems__` draws a whole batch at once and is what data loaders call.
     """

@@ -94,19 +94,21 @@ class Manifest:
 def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path) -> Manifest:
     """
     Writes the first samples of splits as Parquet files, beside a task.json; a folder that holds splits of the same task keeps
-    them, so that the same call resumes after an interruption.
+    them, so the same call resumes after an interruption.
 
     Args:
         task: whose samples.
         splits: names of splits.
-        num_examples: per split; the paper's number where it is `None`.
-        folder: is made where it does not exist.
+        num_examples: per split; the paper's number if it is `None`.
+        folder: is made if it does not exist.
 
     Raises:
         ValueError: for an unknown split, a number below 1, or a folder of another task.
         FileExistsError: if the folder holds something else, or one of the splits with another number of examples.
     """
-    lengths = {split: len(task.dataset(split, num_examples)) for split in splits}  # refuses what makes no split
+    lengths = {
+        split: len(task.dataset(split, num_examples)) for split in splits
+    }  # refuses unknown splits and lengths below 1
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         manifest.check(task, folder)
@@ -126,7 +128,7 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
             continue
         manifest.splits[split] = _write_split(task, split, length, folder / "data")
         manifest.splits = {name: manifest.splits[name] for name in task.splits if name in manifest.splits}
-        # Last, so that what it names is whole.
+        # Last, so that all it names is complete.
         write_whole(folder / MANIFEST_NAME, json.dumps(dataclasses.asdict(manifest), indent=2, allow_nan=False) + "\n")
     return manifest
 

@@ -33,7 +33,7 @@ class LogicWords(Words):
         function="logic_r2",
         description="The mean over samples of 1 - squared error / `base_mse`, where `base_mse` is the variance of the sample's values.",
         example={"predictions": [0.5, 0.2], "references": [0.5, 0.4], "base_mse": [0.02, 0.05]},
-        inputs="Each argument has one number a sample.",
+        inputs="Each argument has one number per sample.",
     )
 
     def model(self) -> str:
@@ -55,9 +55,9 @@ far below 0 for some functions whose values hardly vary."""
             if attention_type != "softmax":
                 point += ". In the first layer the code depends on the point only, so there it is always the same"
         return f"""\
-Probed is the code of the answer token for itself, for
-the terms that the function has (`term`, named by a digit for each variable, 1 for plain and 0 for negated) and its value
-(`target`){point}."""
+The probes read the code of the
+answer token for itself. They ask for the function's terms (`term`, named by a digit for each variable, 1 for plain and 0 for
+negated) and for its value (`target`){point}."""
 
     def limits(self) -> list[str]:
         return [
@@ -72,7 +72,7 @@ from transformers import pipeline
 
 solve = pipeline("symbolic-reasoning", model="{model_id}", trust_remote_code=True)
 
-# A combination of terms that was never trained: one row a term, 1 for a plain variable, 0 for a negated one.
+# A combination of terms that was never trained: one row per term, 1 for a plain variable, 0 for a negated one.
 terms = torch.tensor({terms})
 points = torch.rand({self.task.num_examples}, {self.task.num_variables}, generator=torch.Generator().manual_seed(0))
 values = torch.where(terms[:, None] == 1, points, 1 - points).amin(-1).amax(0)  # and = min, or = max
@@ -92,17 +92,17 @@ terms."""
 
     def splits(self) -> str:
         return f"""\
-{self.task.held_out * 100:g} % of the combinations of the terms that are not set aside are held out of training and make `ood`; every
-term of theirs occurs in training. What is of interest is the gap between `test` and `ood`.
+{self.task.held_out * 100:g} % of the combinations of the terms that are not set aside are held out of training and make `ood`; each of
+their terms occurs in training. The gap between `test` and `ood` is what matters.
 
-The official loaders draw their splits from one stream of random numbers:
-there, the points are the same in all splits. Here every split has a stream of its own."""
+The official loaders draw their splits from one stream of random numbers, so that
+the points are the same in all splits. Here every split has a stream of its own."""
 
     def fields(self) -> str:
         task = self.task
         return f"""\
-| `points` | {task.num_examples} × {task.num_variables} numbers | where the function is shown, and in the last row asked for |
-| `values` | {task.num_examples - 1} numbers | its values there, but for the last |
+| `points` | {task.num_examples} × {task.num_variables} numbers | the points at which the function is shown; in the last row, the point that is asked for |
+| `values` | {task.num_examples - 1} numbers | its values at these points, except the last |
 | `target` | number | the last value |
 | `terms` | {task.num_terms} class labels | the function's terms |
 | `base_mse` | number | variance of all {task.num_examples} values: R² of an example is 1 − squared error / `base_mse` |"""
@@ -255,7 +255,7 @@ class LogicTask(Task):
         return {"points": points, "values": values, "target": samples["labels"], **described}
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = np.pad(table["values"], ((0, 0), (0, 1)))  # the asked value is not shown
+        values = np.pad(table["values"], ((0, 0), (0, 1)))  # the value that is asked for is not shown
         input_values = np.concatenate([table["points"], values[..., None]], axis=-1)
         described = {"terms": table["terms"], "base_mse": table["base_mse"]}
         return {"input_values": input_values, "labels": table["target"], **described}

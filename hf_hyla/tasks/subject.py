@@ -1,4 +1,4 @@
-"""What the codes of a task's answer tokens are asked for."""
+"""What probes read from the codes of a task's answer tokens."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 @dataclasses.dataclass
 class Subject:
     """
-    A property of each answer that a probe reads from its codes.
+    A property of each answer that a probe reads from its code.
 
     Attributes:
         name: of the property.

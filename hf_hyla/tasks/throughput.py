@@ -16,11 +16,11 @@ def data_throughput(task: Task, batch_size: int = 128, seconds: float = 1.0) -> 
     Args:
         task: whose samples.
         batch_size: samples of a batch.
-        seconds: time to measure for, for each of the two orders.
+        seconds: how long to measure each of the two orders.
 
     Returns:
         `sequential` and `shuffled`, samples per second of the median batch, of consecutive samples and of samples from
-        anywhere in the training split; `batch_size` and `batches`, the number of batches of either that were timed.
+        anywhere in the training split; `batch_size` and `batches`, the number of batches timed in each order.
     """
     dataset = task.dataset("train")
     rng = np.random.default_rng(0)

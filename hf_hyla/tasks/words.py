@@ -1,4 +1,4 @@
-"""What cards say of a task, in Markdown. A task of its own words has a subclass of `Words`; these are what others get."""
+"""What cards say of a task, in Markdown. A task with words of its own has a subclass of `Words`; all others get these."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ class HubMetric:
         class_name, function: of `hf_hyla.metrics`.
         description: a sentence for its card.
         example: arguments, which the card shows with their result.
-        inputs: a sentence on the form of the arguments.
+        inputs: a sentence on what the arguments hold.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Words:
         return ""
 
     def probed(self, fixed_query: bool, attention_type: str) -> str:
-        """Which codes are probed, and for what. See `Task.query_point` for a fixed query."""
-        return "Probed is the code of each answer token for itself."
+        """Which codes the probes read, and what they ask for. See `Task.query_point` for a fixed query."""
+        return "The probes read the code of each answer token for itself."
 
     def limits(self) -> list[str]:
         """Sentences on what the model cannot do."""
@@ -84,14 +84,14 @@ print(f"logits {{logits[0].tolist()}}, right is {sample["labels"].tolist()}")"""
 
     def splits(self) -> str:
         """How the splits differ."""
-        return "What is of interest is the gap between `test` and `ood`."
+        return "The gap between `test` and `ood` is what matters."
 
     def fields(self) -> str:
         """The rows of a table: name, type and meaning of each column of the dataset."""
         return "\n".join(f"| `{name}` | {feature} | |" for name, feature in self.task.features().items())
 
     def dataset_notes(self) -> str:
-        """A section on anything else that a reader of the dataset's card must know, its heading included."""
+        """A section, with its heading, on anything else that a reader of the dataset's card must know."""
         return ""
 
     def page(self) -> dict[str, Any] | None:

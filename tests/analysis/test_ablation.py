@@ -1,4 +1,4 @@
-"""A head that says the same of all samples: exact where nothing is replaced, everything where it was all there was."""
+"""Heads whose code is replaced by its mean: exact if nothing is replaced, and all is lost if the head was the only one."""
 
 import numpy as np
 import pytest

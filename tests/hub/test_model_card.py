@@ -102,7 +102,7 @@ def test_a_model_that_was_trained_further_is_not_compared_with_the_paper(demo_ru
     files = card_files(copied(demo_run, recipe=recipe))
     text = files["README.md"]
     assert ModelCard(text).data.base_model == "org/base"
-    assert f"from the weights of `org/base`, commit `{'a' * 40}`, and went on for 512,000 samples" in text
+    assert f"from the weights of `org/base`, commit `{'a' * 40}`, and continued for 512,000 samples" in text
     assert "a model that was trained further" in text and "0.8113" not in text
     assert "WARNING" not in text and "of the paper's" not in text + files[".eval_results/logic.yaml"]
 
@@ -175,7 +175,7 @@ def test_the_spread_is_the_standard_error_over_the_seeds(logic_run, other_seed):
     expected = f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}"
     assert table_row(text, "`ood`")[3:5] == [f"{first:.4f}", expected]
     assert text == card_files(logic_run, others=[logic_run, other_seed])["README.md"]
-    assert "how far they vary from seed to seed is not known" not in text
+    assert "not known how far they vary from seed to seed" not in text
     # The two differ in the training's seed only, and each is listed.
     assert "runs that differ in their seeds only; this card's" in text
     assert "| 0 | 0 | " in text and re.search(rf"\| 0 \| 1 \| [-.\d]+ \| {second:.4f} \|", text)
@@ -220,9 +220,9 @@ def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(lo
         (report | {"figures": ["../run.png"]}, "names the figure"),
         (report | {"figures": [7]}, "names the figure 7"),
         (report | {"figures": []}, "drawing them was not finished"),
-        (report | {"probes": [{}]}, "is no report of a probe"),
-        ({"weights": report["weights"]}, "is no report of a probe"),
-        ([], "is no report of a probe"),
+        (report | {"probes": [{}]}, "is not a report of a probe"),
+        ({"weights": report["weights"]}, "is not a report of a probe"),
+        ([], "is not a report of a probe"),
     ]:
         (run / "probe" / "probe.json").write_text(json.dumps(spoilt))
         with pytest.raises(ValueError, match=re.escape(message)):

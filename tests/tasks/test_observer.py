@@ -117,9 +117,3 @@ def test_the_committed_record_is_what_the_observer_reaches(ood):
     assert re.fullmatch(r"[0-9a-f]{40}", record["environment"]["git_commit"])
     assert set(record["splits"]) == {"test", "ood"} and record["splits"]["test"]["num_samples"] >= 1000
     assert record["splits"]["ood"] == pytest.approx(ood)
-
-
-def test_the_readme_quotes_the_record():
-    readme, splits = (PROJECT / "README.md").read_text(), json.loads(RECORD.read_text())["splits"]
-    assert f"{splits['test']['accuracy']:.4f} of `test` and {splits['ood']['accuracy']:.4f} of `ood`" in readme
-    assert f"or {splits['ood']['accuracy_all_combinations']:.4f} of" in readme

@@ -180,7 +180,7 @@ def test_it_runs_where_the_user_names_it(run, new_process, monkeypatch, tmp_path
         ("no_such_module:Task", "no_such_module cannot be imported (ModuleNotFoundError"),
         ("my_sums:Missing", "is no task: expected a subclass of hf_hyla.tasks.Task"),
         ("my_sums:below", "is no task"),
-        ("my_sums:Task", "is not whole: it lacks draw, metrics, model_defaults"),
+        ("my_sums:Task", "is incomplete: it lacks draw, metrics, model_defaults"),
         ("os:system", "is no task"),
         ("my_sums", "There is no task 'my_sums': expected one of logic, sraven, or module:Class"),
         ("half:Taken", "needs a name of its own"),

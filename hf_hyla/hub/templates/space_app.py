@@ -9,10 +9,10 @@ EXAMPLE = """{{ example }}"""
 
 
 def answer(puzzle: str) -> str:
-    """The model's ninth panel for eight panels, one a line."""
+    """The model's ninth panel for eight panels, one per line."""
     lines = [line.split() for line in puzzle.strip().splitlines()]
     if len(lines) != 8 or not all(word.isdecimal() for line in lines for word in line):
-        raise gr.Error("Expected eight panels of whole numbers, one panel a line.")
+        raise gr.Error("Expected eight panels of whole numbers, one panel per line.")
     panels = [[int(word) for word in line] for line in lines]
     try:
         panel = solve([panels[:3], panels[3:6], [*panels[6:], None]])["answer"]

@@ -36,7 +36,7 @@ def ambiguity(cells: np.ndarray, num_values: int, permute: bool = True) -> tuple
         `official` and `strict`, each (puzzles,) of bool.
 
     Raises:
-        ValueError: if `cells` is not of that form.
+        ValueError: if `cells` has another shape.
     """
     if cells.ndim != 4 or cells.shape[1:3] != (3, 3):
         raise ValueError(f"Expected the cells of puzzles as (puzzles, 3, 3, features), got shape {cells.shape}.")
@@ -70,7 +70,7 @@ def _ambiguity(cells: np.ndarray, num_values: int, permute: bool) -> np.ndarray:
 
 def _extend(reached: np.ndarray, allowed: np.ndarray, size: int) -> np.ndarray:
     """
-    From which pairs of subsets of `size` features can be used up, to the same for one feature more.
+    Which pairs of subsets of `size` features can be used up, extended to one feature more.
 
     Args:
         reached: (subsets of the first column's features, of the second's, bits).

@@ -1,4 +1,4 @@
-"""The ideal observer of SRAVEN: who knows how puzzles are made, and answers with the most probable panel."""
+"""The ideal observer of SRAVEN, which knows how puzzles are made and answers with the most probable panel."""
 
 import math
 from collections import Counter, defaultdict
@@ -59,7 +59,7 @@ def posterior(
     explained: dict[tuple[Rules, Panel], int], combinations: list[Rules], permute: bool
 ) -> dict[Panel, float]:
     """
-    Probability of each ninth panel, where every one of the rule combinations is equally probable at first.
+    Probability of each ninth panel, if all rule combinations are equally probable beforehand.
 
     Args:
         explained: of one puzzle, from `explain`.
@@ -70,7 +70,7 @@ def posterior(
     panels: dict[Panel, int] = defaultdict(int)
     for (rules, panel), weight in explained.items():
         # Without permutations the features have the combination's order. With them, exchanging features of one rule
-        # makes the same puzzle of other permutations: there are so many ways to come by it.
+        # makes the same puzzle by other permutations: this many of them lead to it.
         combination = tuple(sorted(rules)) if permute else rules
         if combination in possible:
             panels[panel] += weight * (math.prod(map(math.factorial, Counter(rules).values())) if permute else 1)
@@ -89,7 +89,7 @@ def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:
     Scores of the ideal observer on the first samples of a split: the highest that any model can expect there.
 
     It knows the generator and the rule combinations of that split (those of training for `test`, the held-out ones for
-    `ood`), sees the eight panels, and answers with the most probable ninth, of equally probable ones the smallest.
+    `ood`), sees the eight panels, and answers with the most probable ninth, and with the smallest of equally probable ones.
 
     Returns:
         `num_samples`; `accuracy`, its `standard_error`, and `expected_accuracy`, the mean probability that the observer
@@ -101,7 +101,7 @@ def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown split or no samples.
     """
-    task.dataset(split, num_samples)  # refuses what makes no split
+    task.dataset(split, num_samples)  # refuses unknown splits and lengths below 1
     combinations = task.combinations(split)
     everything = sorted({combination for name in task.splits for combination in task.combinations(name)})
     columns: dict[str, list] = defaultdict(list)

@@ -7,7 +7,7 @@ import numpy as np
 
 GRID = 3
 # Of each rule: its name, what a row adds from column to column, and the sign of the second column in the third where the
-# second is free. A rule of another form, as the last, is drawn and recognised by functions of its own.
+# second is free. A rule that does not fit into this table, such as the last, is drawn and recognised by functions of its own.
 _RULES = (
     ("constant", 0, 0),
     ("progression +1", 1, 0),
@@ -28,7 +28,7 @@ def rule_fits(
     cells: np.ndarray, num_values: int, permute: bool = True, repeats: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Of each rule in turn: which triples of cells it fits, and what it then says of the last cell.
+    For each rule in turn: which triples of cells it fits, and which value of the last cell it then predicts.
 
     A triple (a, b, c) is feature a of the first column, b of the second and c of the third, over all rows. A rule fits
     it if it governs the first two rows and allows the first two cells of the third.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import datasets
 
 _ORDERS = np.array(list(itertools.permutations(range(GRID))))
-# Unambiguous tasks: a split without a unique puzzle among its first is refused, so that a sample hardly ever needs as
-# many draws as are made at most.
+# Unambiguous tasks: a split is refused if none of its first puzzles is unique, so that a sample hardly ever needs the
+# maximum of draws.
 _FIRST = 512
 _MAX_ATTEMPTS = 20_000
 
@@ -52,8 +52,8 @@ class SravenTask(Task):
         permute (`bool`, *optional*, defaults to `True`): whether columns permute the features.
         unambiguous (`bool`, *optional*, defaults to `False`):
             whether only puzzles with a unique answer are drawn, by the strict meaning of `ambiguity`. Sample i is then the
-            first such puzzle of those drawn for i, of which the first is sample i of the task as it is. Rules that are
-            mistaken for others more often become rarer.
+            first such puzzle among those drawn for i, beginning with sample i of the ambiguous task. Rules that are more
+            often mistaken for others become rarer.
         seed (`int`, *optional*, defaults to 0): of the held-out combinations and of all samples.
     """
 

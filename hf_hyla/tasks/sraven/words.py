@@ -17,9 +17,9 @@ class SravenWords(Words):
         name="hyla_sraven_accuracy",
         class_name="SravenAccuracy",
         function="sraven_accuracy",
-        description="The fraction of puzzles of whose answer every feature is right, and the fraction of right features.",
+        description="The fraction of puzzles whose answer is right in every feature, and the fraction of right features.",
         example={"predictions": [[1, 2, 3, 4], [5, 6, 7, 0]], "references": [[1, 2, 3, 4], [5, 6, 7, 1]]},
-        inputs="Each argument is a list of answers, each a list of integers, one a feature.",
+        inputs="Each argument is a list of answers, each a list of integers, one per feature.",
     )
 
     def model(self) -> str:
@@ -30,7 +30,7 @@ class SravenWords(Words):
                 "together"
             )
         return f"""\
-It reads a 3 × 3 grid of panels, each {task.num_features} numbers from 0 to {task.num_values - 1}, and answers with the last panel. One rule for each number
+It reads a 3 × 3 grid of panels, each {task.num_features} numbers from 0 to {task.num_values - 1}, and answers with the last panel. One rule per number
 governs every row{permuted}.
 Some combinations of rules are held out of training."""
 
@@ -41,8 +41,9 @@ of which guessing gets {1 / self.task.num_values:.4f}; `accuracy_unique` is the 
 
     def probed(self, fixed_query: bool, attention_type: str) -> str:
         return """\
-Probed are the codes with which an answer reads the two
-cells of its feature in the last row, for the rule of that feature (`rule`) and the answer (`target`)."""
+The probes read each
+answer token's codes for the two cells of its feature in the last row. They ask for the rule of that feature (`rule`) and for the
+answer (`target`)."""
 
     def limits(self) -> list[str]:
         return [
@@ -77,8 +78,8 @@ belong together."""
 A puzzle is a 3 × 3 grid of panels, each of {task.num_features} integers from 0 to {task.num_values - 1}. Eight panels are shown, the ninth is asked for.
 One rule per feature governs every row:
 
-- *constant*: one value per row, drawn anew in each;
-- *progression* +1, +2, −1 or −2 from column to column, with a start drawn anew in each row;
+- *constant*: one value per row;
+- *progression* +1, +2, −1 or −2 from column to column, from a start that each row draws for itself;
 - *sum* and *difference*: the third cell is the first plus, or minus, the second;
 - *distribute three*: three different symbols for the puzzle, in a fresh order in every row.
 
@@ -87,18 +88,18 @@ All arithmetic is modulo {task.num_values}. A task is the multiset of its {task.
 
     def splits(self) -> str:
         return f"""\
-{self.task.held_out * 100:g} % of the combinations are held out of training and make `ood`; every
-rule of theirs occurs in training. What is of interest is the gap between `test` and `ood`.
+{self.task.held_out * 100:g} % of the combinations are held out of training and make `ood`; each of
+their rules occurs in training. The gap between `test` and `ood` is what matters.
 
-The official loaders draw their splits from one stream of random numbers:
-there, batch i of the test data is batch i of the training data, bit for bit. Here every split has a stream of its own."""
+The official loaders draw their splits from one stream of random numbers, so that
+batch i of the test data is batch i of the training data, bit for bit. Here every split has a stream of its own."""
 
     def fields(self) -> str:
         features = self.task.num_features
         return f"""\
 | `panels` | 8 × {features} integers | the panels that are shown, row by row |
 | `answer` | {features} integers | the ninth panel |
-| `rules` | {features} class labels | the rule of each feature before it is permuted, sorted |
+| `rules` | {features} class labels | the rules of the features before these are permuted, sorted |
 | `permutations` | 3 × {features} integers | of each column: its feature j was feature `permutations[column][j]` |
 | `ambiguous_official` | bool | some explanation predicts another value for every feature of the answer |
 | `ambiguous_strict` | bool | some explanation predicts another value for at least one: the answer is not unique |"""
@@ -109,7 +110,7 @@ there, batch i of the test data is batch i of the training data, bit for bit. He
 
 The eight panels do not always determine the ninth. An *explanation* pairs the features of the columns and gives each triple a
 rule that fits it. The statistics above say how often some explanation predicts another panel. The official check counts only
-puzzles where an explanation is wrong in every feature, which is rare; a single other feature already makes an answer wrong.
+puzzles for which an explanation is wrong in every feature, which is rare; yet one wrong feature makes an answer wrong.
 
 {self._ceiling()}
 """
@@ -132,7 +133,7 @@ puzzles where an explanation is wrong in every feature, which is rare; a single 
             for split, scores in record["splits"].items()
         )
         return f"""\
-An ideal observer, who knows the generator and the rule combinations of the split, weighs all explanations exactly and answers with
+An ideal observer knows the generator and the rule combinations of the split, weighs all explanations exactly, and answers with
 the most probable panel. No model can expect to be right more often:
 
 | split | accuracy of the ideal observer | not knowing which combinations the split has | on unique puzzles | puzzles |
