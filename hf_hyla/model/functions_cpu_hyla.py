@@ -19,21 +19,20 @@ numbers, exact to rounding. Modules stay what they are, so hooks, adapters, quan
 a call that does not fit goes to torch.
 """
 
+import inspect
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .function_kernels_cpu_hyla import compiled_gelu, compiled_gelu_backward, compiled_transpose
-from .ops_cpu_hyla import as_array, run_jobs
+from .ops_cpu_hyla import as_array, run_jobs, shares
 from .vectors_cpu_hyla import VECTOR_BYTES, numba
 
 
@@ -188,8 +187,10 @@ def _transposed(matrix: torch.Tensor) -> torch.Tensor:
     target = matrix.new_empty(matrix.shape[::-1])
     source, copy = matrix.detach().numpy(), target.numpy()
     side = VECTOR_BYTES // matrix.itemsize
-    shares = np.linspace(0, -(-matrix.shape[0] // side), torch.get_num_threads() + 1).astype(int) * side
-    run_jobs([partial(compiled_transpose(), source, copy, first, last) for first, last in pairwise(shares.tolist())])
+    run_jobs([
+        partial(compiled_transpose(), source, copy, first * side, last * side)
+        for first, last in shares(-(-matrix.shape[0] // side), torch.get_num_threads())
+    ])  # fmt: skip
     return target
 
 
@@ -227,5 +228,12 @@ def _elementwise(compiled, *tensors: torch.Tensor) -> None:
     """Calls the kernel for their dtype with equal shares of the flattened tensors, one for each thread."""
     kernel = compiled(str(tensors[0].dtype).removeprefix("torch."))
     arrays = [as_array(tensor.view(-1)) for tensor in tensors]
-    bounds = np.linspace(0, arrays[0].size, torch.get_num_threads() + 1).astype(int)
-    run_jobs([partial(kernel, *(array[first:last] for array in arrays)) for first, last in pairwise(bounds)])
+    run_jobs([
+        partial(kernel, *(array[first:last] for array in arrays))
+        for first, last in shares(arrays[0].size, torch.get_num_threads())
+    ])  # fmt: skip
+
+
+# `apply` asks for the signature of every forward at every call, and parses it anew unless it lies there.
+for _function in (_Linear, _Gelu):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore

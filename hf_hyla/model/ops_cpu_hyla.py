@@ -93,8 +93,12 @@ def _prepare(
     # A row of the batch is one task; where rows are few, several tasks share a row, each with its own queries.
     threads = torch.get_num_threads()
     splits = 1 if batch >= 4 * threads else min(threads, query_length)
-    bounds = np.linspace(0, batch * splits, min(threads, batch * splits) + 1).astype(int).tolist()
-    return arguments, splits, list(pairwise(bounds))
+    return arguments, splits, shares(batch * splits, min(threads, batch * splits))
+
+
+def shares(count: int, parts: int) -> list[tuple[int, int]]:
+    """The first and last of `count` things that each of so many parts takes."""
+    return list(pairwise(count * part // parts for part in range(parts + 1)))
 
 
 @cache

@@ -70,7 +70,9 @@ class Run:
         try:
             return HylaConfig.from_pretrained(self.folder)
         except (StrictDataclassError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder / 'config.json'} is not the config of a model: {one_line(error)}") from None
+            raise ValueError(
+                f"{self.folder / 'config.json'} is not the config of a model: {one_line(error)}"
+            ) from None
 
     @cached_property
     def paper(self) -> PaperResult | None:

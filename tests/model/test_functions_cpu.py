@@ -23,6 +23,7 @@ def everything_is_served(monkeypatch):
     monkeypatch.setattr(functions, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(functions, "_SMALLEST_PRODUCT", 1)
     monkeypatch.setattr(functions, "_SMALLEST_ACTIVATION", 1)
+    monkeypatch.setattr(functions, "_SMALLEST_STATES", 1)
 
 
 @pytest.fixture
