@@ -333,10 +333,10 @@ def test_the_command_ends_with_what_failed(monkeypatch, result, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "logik"], "did you mean 'logic'"),
-        (["--threads", "0"], "threads must be at least 1, got 0"),
-        (["--repeats", "0"], "repeats must be at least 1, got 0"),
-        (["--lengths", "0"], "lengths must be at least 1, got 0"),
+        (["--task", "logik"], "did you mean logic?"),
+        (["--threads", "0"], "--threads must be an integer of at least 1, got 0"),
+        (["--repeats", "0"], "--repeats must be an integer of at least 1, got 0"),
+        (["--lengths", "0"], "--lengths must be an integer of at least 1, got 0"),
         (["--json", "/"], "--json must name a file, but / is a folder"),
         (["--against", "HEAD", "--task", "logic"], "--task has no use with --against"),
         (["--bf16"], "--bf16 belongs to --against COMMIT_OR_FOLDER"),

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         "say": lambda line: print(line, file=sys.stderr, flush=True),
     }
     if arguments.against:
-        result = compare_with(arguments.against, recipe=arguments.recipe or "sraven/hyla", bf16=arguments.bf16, **how)
+        result = compare_with(arguments.against, recipe=arguments.recipe, bf16=arguments.bf16, **how)
         save(result)
     else:
         parts = (arguments.task,) if arguments.task else PARTS
@@ -88,11 +88,16 @@ def _check(arguments: argparse.Namespace) -> None:
     """
     Raises:
         ValueError: for arguments that exclude each other.
+        OSError: if there is no such recipe.
     """
+    from ..paths import find_recipe
+
     if arguments.against:
+        arguments.recipe = arguments.recipe or "sraven/hyla"
         for name in ("task", "lengths"):
             if getattr(arguments, name):
                 raise ValueError(f"--{name} has no use with --against, which compares training steps: leave it out.")
+        find_recipe(arguments.recipe)
     else:
         for name in ("recipe", "bf16"):
             if getattr(arguments, name):
