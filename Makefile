@@ -1,12 +1,12 @@
-# Everything runs in .venv, made from requirements.lock. `make demo` and `make test` need Python, make and nothing else.
+# Everything runs in .venv, which is made from requirements.lock. `make demo` and `make test` need only Python and make.
 PYTHON ?= python3
 SHELL := bash
 BIN := .venv/bin
 
-# Where the CPU build of torch lies; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
+# The index of torch's CPU build; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-oldest test-common gpu gpu-rehearsal hub-cards lint format lock clean
+.PHONY: setup demo test test-fast test-oldest test-common gpu gpu-rehearsal hub-cards lint format lock clean
 
 setup: .venv/ready
 
@@ -22,10 +22,14 @@ demo: setup
 	$(BIN)/hyla train recipes/logic/demo.yaml --output runs/demo --overwrite
 	$(BIN)/python recipes/logic/ask.py runs/demo
 
-# Files of tests side by side, each process with one thread: those that tests start then have the cores to themselves.
+# Files of tests run side by side, each process with one thread, so that processes which tests start find free cores.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+# Without what trains, compiles or starts processes; in one process, for a look between two edits.
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 # The oldest transformers of pyproject.toml, and the huggingface_hub that it needs, in an environment of their own.
 test-oldest: .venv-oldest/ready
@@ -42,12 +46,12 @@ test-common: setup
 	HYLA_COMMON_TESTS=1 $(BIN)/python -m pytest tests/common
 
 # On a machine with a GPU, torch and transformers, without .venv and network: benchmark, the SRAVEN recipe in full, and tests.
-# `make gpu OUT=folder MAX_MINUTES=8` stops training in time, and given again goes on; recipes/gpu.sh has the other settings.
+# `make gpu OUT=folder MAX_MINUTES=8` stops training in time, and the same command resumes it; recipes/gpu.sh has the settings.
 gpu:
 	PYTHON="$(PYTHON)" recipes/gpu.sh
 
-# The same on a CPU in some minutes: the kernels interpreted, few repeats, few steps of a small model, which is stopped after
-# the first and goes on from what came back.
+# The same on a CPU in some minutes: interpreted kernels, few repeats, and few steps of a small model, which is stopped after the
+# first step and resumes from what came back.
 REHEARSAL := PYTHON="$(PYTHON)" REHEARSAL=1 OUT=runs/gpu-rehearsal RUN=runs/gpu-rehearsal-run recipes/gpu.sh
 SMALL := --trainer.max_steps 6 --trainer.warmup_steps 1 --trainer.save_steps 2 --trainer.eval_steps 3 \
 	--trainer.logging_steps 1 --trainer.eval_samples 64 --model.num_hidden_layers 1 --model.hidden_size 16 \
@@ -61,7 +65,7 @@ gpu-rehearsal:
 	grep 'Goes on from checkpoint-1' runs/gpu-rehearsal/report.txt
 	test -s runs/gpu-rehearsal/run.json -a -s runs/gpu-rehearsal/learning_curve.png
 
-# After a change of templates or of results: the cards of the trained models as they would be published now.
+# Renders the cards of the trained models again, after a change of templates or results.
 hub-cards: setup
 	@set -e; for run in hub_cards/*/run.json; do \
 		folder=$$(dirname $$run); \

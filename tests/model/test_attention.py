@@ -5,121 +5,18 @@ import math
 
 import pytest
 import torch
+from model_helpers import BATCH, HEADS, KEYS, QUERIES, ROW_IDS, ROWS, VALUE_WIDTH, WIDTH, Layer, loop, masks
 
 from hf_hyla.model.attention_hyla import (
-    RMS_HEAD_EPS,
-    activation_or_none,
     by_pair,
     eager_attention_forward,
     relative_position_buckets,
 )
 
 
-BATCH, HEADS, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 3, 4, 5, 2, 3
-
-# attention_type, score_norm, value_activation, value_depth
-ROWS = [
-    ("softmax", "softmax", "none", 1),
-    ("linear", "none", "none", 1),
-    ("hyla", "rms_head", "relu", 1),
-    ("linear", "rms_head", "none", 1),
-    ("linear", "rms_head", "relu", 1),
-    ("hyla", "none", "relu", 1),
-    ("hyla", "rms_head", "none", 1),
-    ("hyla", "none", "none", 1),
-    ("hyla", "softmax", "relu", 1),
-    ("hyla", "rms_head", "relu", 2),
-]
-
-
-class Layer:
-    """What attention functions read of a layer."""
-
-    training = False
-
-    def __init__(self, attention_type, score_norm, value_activation, value_mixing):
-        self.attention_type = attention_type
-        self.score_norm = score_norm
-        self.value_activation = activation_or_none(value_activation)
-        self.value_mixing = value_mixing
-
-
-def loop(row, query, key, value, mixing, attends, bias):
-    """Output (batch, query, heads, value width), by the paper's sums, one number at a time."""
-    attention_type, score_norm, activation, _ = row
-
-    def phi(vector):
-        return [x if activation == "none" else x.clamp(min=0.0) for x in vector]
-
-    out = torch.zeros(BATCH, QUERIES, HEADS, VALUE_WIDTH, dtype=torch.float64)
-    rows = []
-    for b, q in itertools.product(range(BATCH), range(QUERIES)):
-        score = [[None] * KEYS for _ in range(HEADS)]
-        for h, k in itertools.product(range(HEADS), range(KEYS)):
-            dot = sum(query[b, h, q, i] * key[b, h, k, i] for i in range(WIDTH)) / math.sqrt(WIDTH)
-            score[h][k] = dot if bias is None else dot + bias[0, h, q, k]
-        code = [[None] * KEYS for _ in range(HEADS)]
-        if score_norm == "softmax":
-            for h in range(HEADS):
-                seen = [k for k in range(KEYS) if attends[b, 0, q, k]]
-                total = sum(torch.exp(score[h][k]) for k in seen)
-                for k in range(KEYS):
-                    if not seen:
-                        code[h][k] = score[h][k] * 0 + 1 / KEYS
-                    else:
-                        code[h][k] = torch.exp(score[h][k]) / total if k in seen else score[h][k] * 0
-        else:
-            for k in range(KEYS):
-                column = [score[h][k] * (1.0 if attends[b, 0, q, k] else 0.0) for h in range(HEADS)]
-                if score_norm == "rms_head":
-                    root = torch.sqrt(sum(s * s for s in column) / HEADS + RMS_HEAD_EPS)
-                    column = [s / root for s in column]
-                for h in range(HEADS):
-                    code[h][k] = column[h]
-        row_out = [[out.new_zeros(()) for _ in range(VALUE_WIDTH)] for _ in range(HEADS)]
-        for k in range(KEYS):
-            if attention_type == "hyla":
-                hidden = phi([sum(code[h][k] * value[b, h, k, d] for h in range(HEADS)) for d in range(VALUE_WIDTH)])
-                if mixing is not None:
-                    hidden = phi(
-                        [
-                            sum(
-                                code[h][k] * mixing[h, e, d] * hidden[d]
-                                for h in range(HEADS)
-                                for d in range(VALUE_WIDTH)
-                            )
-                            for e in range(VALUE_WIDTH)
-                        ]
-                    )
-            for h in range(HEADS):
-                if attention_type != "hyla":
-                    hidden = phi([value[b, h, k, d] for d in range(VALUE_WIDTH)])
-                for d in range(VALUE_WIDTH):
-                    row_out[h][d] = row_out[h][d] + code[h][k] * hidden[d]
-        rows.append(torch.stack([torch.stack(h) for h in row_out]))
-    return torch.stack(rows).view(BATCH, QUERIES, HEADS, VALUE_WIDTH)
-
-
-def masks():
-    everything = torch.ones(BATCH, 1, QUERIES, KEYS, dtype=torch.bool)
-    causal = everything.tril(KEYS - QUERIES)
-    left, right = everything.clone(), everything.clone()
-    left[1, :, :, :2] = False
-    right[1, :, :, 3:] = False
-    no_key = everything.clone()
-    no_key[0, :, 1] = False
-    return {
-        "none": everything,
-        "causal": causal,
-        "left padding": left,
-        "right padding": right,
-        "fully masked row": no_key,
-    }
-
-
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("mask", masks())
-@pytest.mark.parametrize("row", ROWS, ids=["-".join(map(str, row)) for row in ROWS])
+@pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
 def test_attention_and_its_gradients_equal_a_plain_loop(row, mask, with_bias):
     torch.manual_seed(0)
 
@@ -161,7 +58,7 @@ def test_attention_and_its_gradients_equal_a_plain_loop(row, mask, with_bias):
                 torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=["-".join(map(str, row)) for row in ROWS])
+@pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite_and_close_with_large_scores(row, dtype):
     torch.manual_seed(0)

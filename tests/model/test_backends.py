@@ -1,13 +1,12 @@
 """Every way to compute attention against the eager implementation in float64: output and gradients, by name."""
 
-import dataclasses
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from test_attention import ROWS, Layer
+from model_helpers import HYLA, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, SOFTMAX, Case, Layer, filled_with_nan
 from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
@@ -17,55 +16,6 @@ from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
 
 
 pytest.importorskip("numba", reason="the fused CPU kernel is compiled by numba")
-
-ROW_IDS = ["-".join(map(str, row)) for row in ROWS]
-HYLA, HYLA_PLUS, LINEAR, SOFTMAX = (
-    ("hyla", "rms_head", "relu", 1),
-    ("hyla", "rms_head", "relu", 2),
-    ("linear", "none", "none", 1),
-    ("softmax", "softmax", "none", 1),
-)
-
-
-@dataclasses.dataclass
-class Case:
-    batch: int = 3
-    heads: int = 3
-    queries: int = 19
-    keys: int = 19
-    width: int = 5
-    value_width: int = 7
-    mask: str = "none"
-    dropout: float = 0.0
-
-    def tensors(self, row, dtype) -> dict[str, torch.Tensor]:
-        """Large random numbers, transposed as the projections of a model are."""
-        generator = torch.Generator().manual_seed(0)
-
-        def leaf(*shape):
-            return (1.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
-
-        tensors = {
-            "query": leaf(self.batch, self.queries, self.heads, self.width).transpose(1, 2),
-            "key": leaf(self.batch, self.keys, self.heads, self.width).transpose(1, 2),
-            "value": leaf(self.batch, self.keys, self.heads, self.value_width).transpose(1, 2),
-            "position_bias": leaf(self.heads, self.queries + self.keys - 1),
-        }
-        if row[3] == 2:
-            tensors["value_mixing"] = leaf(self.heads, self.value_width, self.value_width)
-        return tensors
-
-    def masked(self) -> torch.Tensor | None:
-        everything = torch.ones(self.batch, 1, self.queries, self.keys, dtype=torch.bool)
-        if self.mask == "causal":
-            return everything[:1].tril(self.keys - self.queries)
-        if self.mask == "padding":
-            return torch.arange(self.keys)[None, :] < torch.tensor([self.keys, 1, 4])[: self.batch, None, None, None]
-        if self.mask == "random":  # one query sees nothing, one key is never seen
-            mask = torch.rand(everything.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-            mask[:, :, self.queries // 2], mask[:, :, :, 0] = False, False
-            return mask
-        return None
 
 
 def differentiate(backend, row, case, dtype):
@@ -161,14 +111,6 @@ def test_cpu_kernel_hides_no_nan(row, keys):
     output, _ = BACKENDS["hyla_cpu"](Layer(*row[:3], None), query, key, value, None, 0.5)
     broken = output.isnan().any(-1)  # (batch, query, heads)
     assert broken[0, 7, 2] and not broken[0, :7].any() and not broken[0, 8:].any()
-
-
-def filled_with_nan(allocate):
-    def allocate_and_fill(*args, **kwargs):
-        tensor = allocate(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    return allocate_and_fill
 
 
 def test_cpu_kernel_gives_the_same_bits_again_and_none_stored_of_size_query_times_key():

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_modeling import ATTENTION_TYPES, SMALL, ids, make
+from model_helpers import ATTENTION_TYPES, SMALL, ids, make
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
 

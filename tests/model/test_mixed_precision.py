@@ -11,10 +11,25 @@ from collections import Counter
 import numba
 import numpy as np
 import pytest
-import test_attention
 import torch
-from test_attention import ROWS, Layer
-from test_backends import HYLA, HYLA_PLUS, ROW_IDS, SOFTMAX, Case, filled_with_nan
+from model_helpers import (
+    BATCH,
+    HEADS,
+    HYLA,
+    HYLA_PLUS,
+    KEYS,
+    QUERIES,
+    ROW_IDS,
+    ROWS,
+    SOFTMAX,
+    VALUE_WIDTH,
+    WIDTH,
+    Case,
+    Layer,
+    filled_with_nan,
+    loop,
+    masks,
+)
 from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
@@ -134,30 +149,27 @@ def test_sdpa_under_autocast_rounds_probabilities_and_biases_besides(mask, dtype
 
 
 @half
-@pytest.mark.parametrize("mask", test_attention.masks())
+@pytest.mark.parametrize("mask", masks())
 @pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
 def test_under_autocast_attention_equals_a_plain_loop(row, mask, dtype):
     torch.manual_seed(0)
-    sizes = test_attention
     shapes = {
-        "query": (sizes.BATCH, sizes.HEADS, sizes.QUERIES, sizes.WIDTH),
-        "key": (sizes.BATCH, sizes.HEADS, sizes.KEYS, sizes.WIDTH),
-        "value": (sizes.BATCH, sizes.HEADS, sizes.KEYS, sizes.VALUE_WIDTH),
-        "position_bias": (sizes.HEADS, sizes.QUERIES + sizes.KEYS - 1),
-        "value_mixing": (sizes.HEADS, sizes.VALUE_WIDTH, sizes.VALUE_WIDTH),
+        "query": (BATCH, HEADS, QUERIES, WIDTH),
+        "key": (BATCH, HEADS, KEYS, WIDTH),
+        "value": (BATCH, HEADS, KEYS, VALUE_WIDTH),
+        "position_bias": (HEADS, QUERIES + KEYS - 1),
+        "value_mixing": (HEADS, VALUE_WIDTH, VALUE_WIDTH),
     }
     leaves = {
         name: (3 * torch.randn(shape)).to(torch.float32 if name in PARAMETERS else dtype).requires_grad_()
         for name, shape in shapes.items()
         if name != "value_mixing" or row[3] == 2
     }
-    attends = test_attention.masks()[mask]
-    cotangent = torch.randn(sizes.BATCH, sizes.QUERIES, sizes.HEADS, sizes.VALUE_WIDTH).to(dtype)
+    attends = masks()[mask]
+    cotangent = torch.randn(BATCH, QUERIES, HEADS, VALUE_WIDTH).to(dtype)
     wide = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
-    bias = by_pair(wide["position_bias"], sizes.QUERIES, sizes.KEYS)[None]
-    output = test_attention.loop(
-        row, wide["query"], wide["key"], wide["value"], wide.get("value_mixing"), attends, bias
-    )
+    bias = by_pair(wide["position_bias"], QUERIES, KEYS)[None]
+    output = loop(row, wide["query"], wide["key"], wide["value"], wide.get("value_mixing"), attends, bias)
     gradients = torch.autograd.grad(output, list(wide.values()), cotangent.double())
     expected = {"output": output.detach(), **dict(zip(wide, gradients, strict=True))}
     for backend in ("hyla_cpu", "hyla_chunked"):
@@ -166,7 +178,7 @@ def test_under_autocast_attention_equals_a_plain_loop(row, mask, dtype):
                 Layer(*row[:3], leaves.get("value_mixing")),
                 *(leaves[name] for name in ("query", "key", "value")),
                 attends,
-                scaling=sizes.WIDTH**-0.5,
+                scaling=WIDTH**-0.5,
                 position_bias=leaves["position_bias"],
             )
         gradients = torch.autograd.grad(output, list(leaves.values()), cotangent)

@@ -4,32 +4,11 @@ import sys
 
 import pytest
 import torch
+from model_helpers import ATTENTION_TYPES, ids, make
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
-
-
-SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-ATTENTION_TYPES = ["hyla", "linear", "softmax"]
-
-
-def make(scale: float = 3.0, seed: int = 0, **settings) -> HylaForSequenceClassification:
-    """A model of which every parameter is large and random, so that none can be without effect."""
-    torch.manual_seed(seed)
-    model = HylaForSequenceClassification(HylaConfig(**{**SMALL, **settings})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * scale / max(parameter.shape[-1], 4) ** 0.5)
-            if name.endswith("norm.weight"):
-                parameter.add_(1.0)
-        if model.model.embed_tokens is not None and model.model.embed_tokens.padding_idx is not None:
-            model.model.embed_tokens.weight[model.model.embed_tokens.padding_idx] = 0
-    return model
-
-
-def ids(batch=3, length=10, vocab=9, seed=1):
-    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def test_parameter_counts_of_the_papers_models():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_modeling import ids, make
+from model_helpers import ids, make
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
