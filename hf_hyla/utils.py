@@ -48,3 +48,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, StrictDataclassError) and error.__cause__:
         error = error.__cause__
     return " ".join(str(error).split())
+
+
+def no_score(split: str) -> FloatingPointError:
+    """The error of a model whose answers on a split are not all finite."""
+    return FloatingPointError(
+        f"The model's answers on the split {split} are not all finite, so that they have no score: its weights are damaged, or "
+        "its training has diverged; take another checkpoint, or train it again."
+    )

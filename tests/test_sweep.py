@@ -21,7 +21,7 @@ BASE = {
     "task": {"name": "logic", "num_examples": 4},
     "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
     "trainer": {"max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "eval_samples": 16,
-                "per_device_train_batch_size": 4, "disable_tqdm": True},
+                "train_batch_size": 4, "disable_tqdm": True},
 }  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..model import HylaForSequenceClassification
 from ..tasks import Task
+from ..utils import no_score
 from .latents import run
 from .subjects import combinations_of, task_batches
 
@@ -41,6 +43,8 @@ def score_by_combination(
             if name in kept:
                 kept[name].append(column)
     columns = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
+    if not np.isfinite(columns["logits"]).all():
+        raise no_score(split)
     trained = Counter(part for combination in task.combinations("train") for part in set(combination))
     groups = combinations_of(task, columns)
     found = []

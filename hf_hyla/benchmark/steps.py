@@ -13,7 +13,7 @@ from transformers import set_seed
 from ..model.modeling_hyla import HylaForSequenceClassification
 from ..tasks import Task
 from ..tasks.throughput import data_throughput
-from ..training import HylaTrainer, HylaTrainingArguments, Recipe, load_recipe
+from ..training import HylaTrainer, Recipe, load_recipe
 from .meter import SEED, Meter, Work, in_a_line
 from .products import LinearShape, fastest_products, linear_shapes
 
@@ -84,9 +84,7 @@ class _TrainingStep:
             model.model.register_forward_pre_hook(
                 lambda module, args, kwargs: (args, kwargs | {"num_last": config.num_answers}), with_kwargs=True
             )
-        args = HylaTrainingArguments(
-            **recipe.trainer | {"output_dir": folder, "eval_strategy": "no", "report_to": "none"}
-        )
+        args = recipe.training_arguments(folder, eval_strategy="no", report_to="none")
         trainer = HylaTrainer(model=model, args=args)
         self._optimizer = trainer.create_optimizer()
         self._device, self._batch_size = trainer.args.device, batch_size

@@ -340,7 +340,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             logits = logits[:, 0]
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels.to(logits.device), num_items_in_batch)
+            loss = self.loss_function(logits, labels.to(logits.device), num_items_in_batch)
         aux_loss = self._balancing_loss(outputs.router_logits, attention_mask)
         if aux_loss is not None and loss is not None:
             # This batch's part of an update, so that accumulating batches does not multiply it.
@@ -411,7 +411,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             )
         return aux_loss
 
-    def _loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
+    def loss_function(self, logits, labels, num_items_in_batch=None) -> torch.Tensor:
         # transformers' ForSequenceClassificationLoss squeezes, writes into the config, knows no axis of answers, and
         # its callers drop num_items_in_batch, which makes gradients grow with accumulation and world size.
         problem_type = self.config.problem_type

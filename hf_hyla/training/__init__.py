@@ -1,4 +1,4 @@
-"""From a recipe to a run record. Imports neither datasets nor evaluate."""
+"""From a recipe to a run record."""
 
 from ..runs import RunRecord
 from .arguments import HylaTrainingArguments

@@ -4,20 +4,23 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+
+from .schedule import REFERENCE_FLOOR
 
 
 # The name of the optimiser of optimizers.py, beside transformers' own.
 MUON = "muon"
-# The share of the learning rate that the reference's schedule ends with.
-REFERENCE_FLOOR = 0.1
+# The name of the schedule of schedule.py, beside transformers' own.
+REFERENCE_SCHEDULE = "reference"
 
 
 @dataclass
 class HylaTrainingArguments(TrainingArguments):
     """
-    transformers' `TrainingArguments` with the reference's settings as defaults (AdamW 0.9 / 0.999 / 1e-8, batch 128, no
-    gradient clipping) and these besides.
+    transformers' `TrainingArguments` with the reference's settings as defaults (AdamW 0.9 / 0.999 / 1e-8, its learning-rate
+    curve, batches of 128 per device, no gradient clipping) and these besides.
 
     Args:
         optim (`str`, *optional*):
@@ -29,8 +32,10 @@ class HylaTrainingArguments(TrainingArguments):
             columns where there are more rows.
         muon_learning_rate_qk (`float`, *optional*, defaults to `muon_learning_rate`):
             Muon's learning rate for the projections of queries and keys.
+        lr_scheduler_type (`str`, *optional*, defaults to `"reference"`):
+            `"reference"`, see `reference_schedule`, or a schedule of transformers.
         schedule_floor (`float`, *optional*, defaults to 0.1):
-            The share of the learning rates that the schedule ends with, from 0 to 1; the reference's is 0.1.
+            The share of the learning rates that the reference's schedule ends with, from 0 to 1; its own is 0.1.
         eval_samples (`int`, *optional*, defaults to 2048):
             Samples per split for the curve during training. The evaluation at the end uses the paper's number.
 
@@ -47,8 +52,7 @@ class HylaTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = 128
     per_device_eval_batch_size: int = 1024
     max_grad_norm: float = 0.0
-    # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
-    train_sampling_strategy: str = "sequential"
+    lr_scheduler_type: SchedulerType | str = REFERENCE_SCHEDULE
     # Collators of tasks keep what the model reads, and need whole samples.
     remove_unused_columns: bool = False
     # All parameters have a part in every loss, and looking for others takes time in every step.
@@ -67,14 +71,19 @@ class HylaTrainingArguments(TrainingArguments):
     report_to: str | list[str] | None = "none"
 
     def __post_init__(self) -> None:
-        takes_muon = self.optim == MUON
+        takes_muon, takes_reference = self.optim == MUON, self.lr_scheduler_type == REFERENCE_SCHEDULE
         self._check_optimizer(takes_muon)
+        self._check_schedule(takes_reference)
+        # transformers takes the names of its own optimisers and schedules only.
         if takes_muon:
-            # transformers takes the names of its own optimisers only: AdamW is the part of ours that it knows.
             self.optim = OptimizerNames.ADAMW_TORCH
+        if takes_reference:
+            self.lr_scheduler_type = SchedulerType.LINEAR
         super().__post_init__()
         if takes_muon:
             self.optim = MUON
+        if takes_reference:
+            self.lr_scheduler_type = REFERENCE_SCHEDULE
 
     def _check_optimizer(self, takes_muon: bool) -> None:
         rates = {name: getattr(self, name) for name in ("muon_learning_rate", "muon_learning_rate_qk")}
@@ -83,7 +92,20 @@ class HylaTrainingArguments(TrainingArguments):
             raise ValueError(f"{given[0]} is of optim 'muon', but optim is {self.optim!s}: set optim, or remove it.")
         if takes_muon and self.muon_learning_rate is None:
             raise ValueError("optim 'muon' needs muon_learning_rate, such as 4e-3: learning_rate is AdamW's.")
-        if takes_muon and self.optim_args:
-            raise ValueError(f"optim_args has no effect with optim 'muon', got {self.optim_args!r}: remove it.")
+        for name in ("optim_args", "optim_target_modules"):
+            if takes_muon and getattr(self, name):
+                raise ValueError(f"{name} has no effect with optim 'muon', got {getattr(self, name)!r}: remove it.")
+
+    def _check_schedule(self, takes_reference: bool) -> None:
+        if takes_reference and self.lr_scheduler_kwargs:
+            raise ValueError(
+                f"lr_scheduler_kwargs has no effect with lr_scheduler_type 'reference', got {self.lr_scheduler_kwargs!r}: "
+                "remove it, or name a schedule of transformers."
+            )
+        if not takes_reference and self.schedule_floor != REFERENCE_FLOOR:
+            raise ValueError(
+                f"schedule_floor is of lr_scheduler_type 'reference', but lr_scheduler_type is {self.lr_scheduler_type!s}: "
+                "remove one of them."
+            )
         if not 0 <= self.schedule_floor <= 1:
             raise ValueError(f"schedule_floor must lie between 0 and 1, got {self.schedule_floor}.")

@@ -1,12 +1,16 @@
-"""Checkpoints that are whole or not there: written aside, sealed with sizes and hashes, then renamed."""
+"""Checkpoints that are whole or not there: a seal with the sizes and hashes of their files is written last."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils import fsync_folder, write_whole
 
@@ -20,18 +24,33 @@ except ImportError:  # Windows
 SEAL = "seal.json"
 # Locked by the process that trains in a folder.
 LOCK = ".lock"
-# Where a checkpoint lies while it is written.
-UNFINISHED = "unfinished"
+# Folders that this process has claimed: the system's lock keeps out other processes only.
+_claimed: set[Path] = set()
+_claiming = threading.Lock()
 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """
-    Keeps other processes out of the folder of a run, until the block ends or this process dies.
+    Keeps other processes and threads out of the folder of a run, until the block ends or this process dies.
 
     Raises:
-        FileExistsError: if another process trains there.
+        FileExistsError: if another process or thread trains there.
     """
+    place = folder.resolve()
+    with _claiming:
+        if place in _claimed:
+            raise FileExistsError(f"This process already trains in {folder}: choose another --output.")
+        _claimed.add(place)
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        _claimed.discard(place)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("w") as file:  # closing it gives the lock back
         try:
             if fcntl is not None:
@@ -45,18 +64,15 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def publish(written: Path, checkpoint: Path) -> None:
-    """Seals the folder `written`, all of whose files are on the disk before it takes the name `checkpoint`."""
+def seal(checkpoint: Path) -> None:
+    """Writes the seal of a checkpoint, all of whose files are on the disk before it."""
     files = {}
-    for path in _files(written):
+    for path in _files(checkpoint):
         with path.open("rb+") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(written).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
-    write_whole(written / SEAL, json.dumps(files, indent=2) + "\n")
-    if checkpoint.exists():
-        shutil.rmtree(checkpoint)
-    written.rename(checkpoint)
+        files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
+    write_whole(checkpoint / SEAL, json.dumps(files, indent=2) + "\n")
     fsync_folder(checkpoint.parent)
 
 
@@ -66,9 +82,11 @@ def fault(checkpoint: Path) -> str | None:
         files = json.loads((checkpoint / SEAL).read_bytes())
         expected = {name: (facts["size"], facts["sha256"]) for name, facts in files.items()}
     except FileNotFoundError:
-        return f"has no {SEAL}"
+        return f"has no {SEAL}, so it was not written to its end"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"has a damaged {SEAL}"
+    if TRAINER_STATE_NAME not in expected:
+        return f"has a {SEAL} that leaves out {TRAINER_STATE_NAME}"
     for name, (size, sha256) in expected.items():
         path = checkpoint / name
         if not path.is_file():
@@ -81,17 +99,18 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
+def newest_whole(checkpoints: Path) -> Path | None:
+    """The last checkpoint in a folder that is whole."""
+    return next((checkpoint for checkpoint in _newest_first(checkpoints) if fault(checkpoint) is None), None)
+
+
 def last_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """
     The last checkpoint of a run that is whole, and a line about each later one, which is put aside: what it held is
     computed again, but it may be somebody's only copy.
     """
     said = []
-    if (checkpoints / UNFINISHED).exists():
-        shutil.rmtree(checkpoints / UNFINISHED)
-        said.append("The last checkpoint was not written to its end.")
-    found = [folder for folder in checkpoints.glob("checkpoint-*") if _step(folder) >= 0]
-    for checkpoint in sorted(found, key=_step, reverse=True):
+    for checkpoint in _newest_first(checkpoints):
         problem = fault(checkpoint)
         if problem is None:
             return checkpoint, said
@@ -104,10 +123,15 @@ def last_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, said
 
 
+def _newest_first(checkpoints: Path) -> list[Path]:
+    found = [folder for folder in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step(folder) >= 0]
+    return sorted(found, key=_step, reverse=True)
+
+
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)

@@ -7,13 +7,12 @@ import time
 
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .arguments import HylaTrainingArguments
-from .processes import share_of_batch
 from .recipe import Recipe
-from .run import check_before_start, training_data, training_samples
+from .run import check_before_start, training_data
 from .trainer import HylaTrainer
 from .weights import initial_model
 
@@ -33,24 +32,21 @@ def dry_run(recipe: Recipe) -> str:
     check_before_start(recipe)
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        args = HylaTrainingArguments(**{**recipe.training_arguments, **quiet, "output_dir": folder})
-        num_samples = training_samples(args)
-        args.per_device_train_batch_size = share_of_batch(
-            args.per_device_train_batch_size, args.world_size, args.n_gpu
-        )
+        args = recipe.training_arguments(folder, PartialState().num_processes, **quiet)
         set_seed(args.seed)
         model = initial_model(recipe.settings["model"], recipe.config)
         watch = _StopWatch()
         trainer = HylaTrainer(
             model=model,
             args=args,
-            train_dataset=training_data(recipe, num_samples),
+            train_dataset=training_data(recipe),
             data_collator=recipe.task.collate,
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train()
+    num_samples = recipe.num_training_samples
     seconds = statistics.median(watch.seconds[_WARM_UP_STEPS:] or watch.seconds)
     return (
         f"{yaml.safe_dump(recipe.settings, sort_keys=False)}\n"

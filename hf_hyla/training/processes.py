@@ -79,22 +79,29 @@ def _ask_for_huge_pages(libc: ctypes.CDLL, largest: int) -> None:
         libc.madvise(start, end - start, use_huge_pages)
 
 
-def share_of_batch(batch_size: int, num_processes: int, num_devices: int) -> int:
+def check_devices(num_devices: int) -> None:
     """
-    Each process's share of a recipe's batch, so that an update is the same whatever it is computed on.
-
     Raises:
-        ValueError: if the processes cannot share the batch evenly, or one process would drive several devices.
+        ValueError: if this process would drive several devices.
     """
     if num_devices > 1:
         raise ValueError(
             f"This process sees {num_devices} devices, and a run takes one each: start it by accelerate launch (see "
             "recipes/accelerate), or set CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def share_of_batch(batch_size: int, num_processes: int) -> int:
+    """
+    Each process's share of a recipe's batch, so that an update is the same whatever it is computed on.
+
+    Raises:
+        ValueError: if the processes cannot share the batch evenly.
+    """
     if batch_size % num_processes:
         raise ValueError(
             f"{num_processes} processes cannot share batches of {batch_size} samples evenly: choose a number of processes "
-            "that divides trainer.per_device_train_batch_size."
+            "that divides trainer.train_batch_size."
         )
     return batch_size // num_processes
 

@@ -1,7 +1,7 @@
 """A recipe: one YAML file, one run, one model. Everything in it is checked before anything starts."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,21 @@ from ..runs.record import HUB_KEYS, tells_recipes_apart
 from ..tasks import TASKS, Task, find_task, get_task
 from ..utils import nearest, one_line
 from .arguments import MUON, HylaTrainingArguments
-from .trainer import check_schedule
+from .processes import check_devices, share_of_batch
+from .schedule import check_schedule
 from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 
 
+# Samples of a batch, which the processes share; transformers counts those of each device.
+BATCH_SIZE = "train_batch_size"
 SECTIONS = ("task", "model", "trainer", "expect")
 _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
 # The keys of `trainer`: those by which a run goes on exactly and is scored on all samples. transformers has a hundred
 # more, and a key that changes a score would do so without a word.
 _ALLOWED_TRAINER = {
     *_REQUIRED_TRAINER,
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
+    *(BATCH_SIZE, "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("muon_learning_rate", "muon_learning_rate_qk", "schedule_floor"),
     *("train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory"),
@@ -54,6 +57,7 @@ _REFUSED_TRAINER = {
         if field.name not in _ALLOWED_TRAINER
     },
     "output_dir": "is set by --output",
+    "per_device_train_batch_size": f"depends on the number of processes: write {BATCH_SIZE}, the samples of all of them, and",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _BY_THE_LAUNCH),
     **dict.fromkeys(
         (
@@ -103,8 +107,10 @@ _NAMES_TRAINER = {
     **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
 }
 _LEAST_TRAINER = {
-    **dict.fromkeys(("max_steps", "eval_steps", "save_steps", "logging_steps", "save_total_limit"), 1),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_steps", "eval_steps", "save_steps", "logging_steps"), 1),
+    # A single one would be removed before the next one is whole.
+    "save_total_limit": 2,
+    **dict.fromkeys((BATCH_SIZE, "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "seed"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0),
@@ -148,9 +154,24 @@ class Recipe:
     data: Path | None = None
 
     @property
-    def training_arguments(self) -> dict[str, Any]:
-        """What `HylaTrainingArguments` takes of `trainer`; the rest is for `hyla train`, which publishes the finished run."""
-        return {key: value for key, value in self.trainer.items() if key not in HUB_KEYS}
+    def num_training_samples(self) -> int:
+        """Samples that a run of the recipe is trained on."""
+        accumulated = self.trainer.get("gradient_accumulation_steps", 1)
+        return self.trainer["max_steps"] * _batch_size(self.trainer) * accumulated
+
+    def training_arguments(self, output: str | Path, num_processes: int = 1, **changes: Any) -> HylaTrainingArguments:
+        """
+        The arguments of a trainer that writes into `output`, for each of the processes that share the recipe's batch.
+
+        Args:
+            changes: of the recipe's settings, by their names in `HylaTrainingArguments`.
+
+        Raises:
+            ValueError: if the processes cannot share the batch evenly, or one of them would drive several devices.
+        """
+        args = _arguments(self.trainer, output, num_processes, **changes)
+        check_devices(args.n_gpu)
+        return args
 
 
 def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
@@ -254,7 +275,9 @@ def checked_task(
 
 
 def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
-    trainer = in_types(f"{source}: trainer", section, HylaTrainingArguments, refused=_REFUSED_TRAINER)
+    trainer = in_types(
+        f"{source}: trainer", section, HylaTrainingArguments, refused=_REFUSED_TRAINER, also={BATCH_SIZE: int}
+    )
     for required in _REQUIRED_TRAINER:
         if required not in trainer:
             raise ValueError(f"{source} lacks trainer.{required}.")
@@ -277,8 +300,24 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
             f"{trainer.get('hub_model_id')!r}."
         )
     # Refuses what only transformers can judge, such as settings that contradict each other.
-    _built(f"{source}: trainer", HylaTrainingArguments, {**trainer, "output_dir": "unused"})
+    _built(f"{source}: trainer", _arguments, {"trainer": trainer, "output": "unused"})
     return trainer
+
+
+def _batch_size(trainer: dict[str, Any]) -> int:
+    return trainer.get(BATCH_SIZE, HylaTrainingArguments.per_device_train_batch_size)
+
+
+def _arguments(
+    trainer: dict[str, Any], output: str | Path, num_processes: int = 1, **changes: Any
+) -> HylaTrainingArguments:
+    settings = {key: value for key, value in trainer.items() if key not in (BATCH_SIZE, *HUB_KEYS)}
+    share = share_of_batch(_batch_size(trainer), num_processes)
+    # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
+    own = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": share}
+    # By these a tracker that the recipe asks for finds one run again, in however many sittings.
+    own |= {"project": "hf_hyla", "run_name": str(output)}
+    return HylaTrainingArguments(**{**own, **settings, **changes, "output_dir": str(output)})
 
 
 def _checked_expectation(source: str, section: dict[str, Any], task: Task) -> Expectation:
@@ -294,7 +333,7 @@ def _checked_expectation(source: str, section: dict[str, Any], task: Task) -> Ex
     return Expectation(**expected)
 
 
-def _built(where: str, cls: type, settings: dict[str, Any]) -> Any:
+def _built(where: str, cls: Callable, settings: dict[str, Any]) -> Any:
     try:
         return cls(**settings)
     except (StrictDataclassError, ValueError) as error:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
@@ -21,13 +22,15 @@ from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
 from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, environment, first_difference, hardware
 from ..tasks import Task, TaskDataset
-from ..utils import one_line, write_whole
+from ..utils import no_score, one_line, write_whole
 from .arguments import HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
-from .processes import check_launch, on_main, share_of_batch
+from .processes import check_launch, on_main
+from .progress import RunProgress
 from .recipe import Recipe, read_sections
+from .sitting import sittings
 from .stopping import StopRequests
-from .trainer import HylaTrainer, RunProgress
+from .trainer import HylaTrainer
 from .weights import initial_model
 
 
@@ -62,11 +65,9 @@ def train(
     check_launch()
     stop = StopRequests(max_minutes)
     task = recipe.task
-    args = HylaTrainingArguments(output_dir=str(output / CHECKPOINTS), **_tracking(output) | recipe.training_arguments)
     check_before_start(recipe)
-    samples_seen = training_samples(args)
-    train_dataset = training_data(recipe, samples_seen)
-    args.per_device_train_batch_size = share_of_batch(args.per_device_train_batch_size, args.world_size, args.n_gpu)
+    args = recipe.training_arguments(output / CHECKPOINTS, PartialState().num_processes)
+    train_dataset = training_data(recipe)
     with contextlib.ExitStack() as until_the_end:
         resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, until_the_end))
         set_seed(args.seed)
@@ -78,7 +79,7 @@ def train(
             train_dataset=train_dataset,
             eval_dataset={split: task.dataset(split, args.eval_samples) for split in evaluated},
             data_collator=task.collate,
-            compute_metrics=_metrics_of(task),
+            compute_metrics=_metrics_of(task, model),
             callbacks=[stop],
         )
         if not args.disable_tqdm:
@@ -97,7 +98,7 @@ def train(
             seeds={"task": task.seed, "trainer": args.seed},
             num_parameters=model.num_parameters(),
             steps=trainer.state.global_step,
-            samples_seen=samples_seen,
+            samples_seen=recipe.num_training_samples,
             seconds=max((entry["seconds"] for entry in curve), default=0.0),
             metrics=metrics,
             curve=curve,
@@ -142,7 +143,9 @@ def evaluate(
     task.check_model(model.config)
     with tempfile.TemporaryDirectory() as folder:
         args = HylaTrainingArguments(output_dir=folder, per_device_eval_batch_size=batch_size, eval_strategy="no")
-        trainer = HylaTrainer(model=model, args=args, data_collator=task.collate, compute_metrics=_metrics_of(task))
+        trainer = HylaTrainer(
+            model=model, args=args, data_collator=task.collate, compute_metrics=_metrics_of(task, model)
+        )
         return _evaluate_split(trainer, task, split, num_samples)
 
 
@@ -167,6 +170,7 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end
                 "--overwrite."
             )
         elif (output / RECORD_NAME).exists():
+            _check_record(output)
             raise FileExistsError(f"{output} holds a finished run: choose another --output, or pass --overwrite.")
         write_whole(written, yaml.safe_dump(recipe.settings, sort_keys=False))
         checkpoint, said = last_whole(output / CHECKPOINTS)
@@ -177,6 +181,15 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end
     for line in said:
         _say(line)
     return checkpoint
+
+
+def _check_record(output: Path) -> None:
+    try:
+        RunRecord.load(output)
+    except ValueError as error:
+        raise ValueError(
+            f"{one_line(error).rstrip('.')}; to resume the run there remove that file, to begin again pass --overwrite."
+        ) from error
 
 
 def _written_recipe(path: Path) -> dict:
@@ -208,22 +221,22 @@ def _write_results(trainer: HylaTrainer, record: RunRecord, output: Path) -> Non
         ) from error
 
 
-def _tracking(output: Path) -> dict[str, str]:
-    """Runs are tracked by trackio, which keeps them on this machine, where it is installed; a recipe may say otherwise."""
-    tracker = "trackio" if "trackio" in get_available_reporting_integrations() else "none"
-    # One run of the tracker, in however many sittings.
-    return {"report_to": tracker, "project": "hf_hyla", "run_name": str(output)}
-
-
 def _say_how_it_goes_on(checkpoint: Path, num_processes: int) -> None:
-    before = len(list(checkpoint.glob("sitting_*.pt")))
-    if before == num_processes:
-        _say(f"Goes on from {checkpoint.name}.")
+    before = sittings(checkpoint)
+    threads = torch.get_num_threads()
+    # What an older checkpoint was written with is not known.
+    threads_before = before[0].get("threads", threads) if before else threads
+    if len(before) != num_processes:
+        then, now = f"{len(before)} process{'es' * (len(before) != 1)}", str(num_processes)
+    elif threads_before != threads:
+        then, now = f"{threads_before} thread{'s' * (threads_before != 1)}", str(threads)
     else:
-        _say(
-            f"Goes on from {checkpoint.name}, which was written with {before} process{'es' * (before > 1)}, with "
-            f"{num_processes}: the result will be equal to rounding, not bit by bit."
-        )
+        _say(f"Goes on from {checkpoint.name}.")
+        return
+    _say(
+        f"Goes on from {checkpoint.name}, which was written with {then}, with {now}: the result will be equal to rounding, not "
+        "bit by bit."
+    )
 
 
 def _say(line: str) -> None:
@@ -239,7 +252,7 @@ def _remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def training_data(recipe: Recipe, num_samples: int) -> TaskDataset:
+def training_data(recipe: Recipe) -> TaskDataset:
     """
     The samples that the recipe's run is trained on.
 
@@ -247,29 +260,37 @@ def training_data(recipe: Recipe, num_samples: int) -> TaskDataset:
         ValueError: if they are to be read from a folder that does not hold them.
     """
     if recipe.data is None:
-        return recipe.task.dataset("train", num_samples)
+        return recipe.task.dataset("train", recipe.num_training_samples)
     # datasets is slow to import and not needed otherwise.
     from ..tasks.data import FolderDataset
 
-    return FolderDataset(recipe.data, recipe.task, "train", num_samples)
+    return FolderDataset(recipe.data, recipe.task, "train", recipe.num_training_samples)
 
 
-def training_samples(args: HylaTrainingArguments) -> int:
-    """Samples of a run whose recipe has these arguments."""
-    return args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-
-
-def _metrics_of(task: Task):
+def _metrics_of(task: Task, model: HylaForSequenceClassification):
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return task.metrics(*map(np.asarray, (prediction.predictions, prediction.label_ids, prediction.inputs)))
+        logits, labels, inputs = map(
+            np.asarray, (_logits(prediction.predictions), prediction.label_ids, prediction.inputs)
+        )
+        # The Trainer's loss is a mean over batches, of which the last may be shorter or, with several processes, hold
+        # samples twice.
+        loss = model.loss_function(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+        return {"loss": loss, **task.metrics(logits, labels, inputs)}
 
     return compute_metrics
+
+
+def _logits(predictions) -> np.ndarray:
+    """Of what a model answers: a config may ask for hidden states too, which follow the logits."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def _evaluate_split(trainer: HylaTrainer, task: Task, split: str, num_samples: int | None = None) -> dict[str, float]:
     dataset = task.dataset(split, num_samples)
     # Not `trainer.evaluate`, which would log the scores into the curve.
     output = trainer.predict(dataset, metric_key_prefix=split)
+    if not np.isfinite(_logits(output.predictions)).all():
+        raise no_score(split)
     scores = {name.removeprefix(f"{split}_"): value for name, value in (output.metrics or {}).items()}
     # JSON has no word for what is not a number.
     scored = {name: value for name, value in scores.items() if name not in _TIMINGS and math.isfinite(value)}

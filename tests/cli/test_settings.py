@@ -42,7 +42,7 @@ def test_a_setting_that_a_recipe_refuses_with_a_reason_is_left_to_it():
         ("--lerning_rate", "--trainer.learning_rate"),
         ("--learning-rate=1", "--trainer.learning_rate"),
         ("--seed", "--task.seed or --trainer.seed"),
-        ("--batch_size", "--trainer.per_device_train_batch_size or --trainer.per_device_eval_batch_size"),
+        ("--batch_size", "--trainer.train_batch_size or --trainer.per_device_eval_batch_size"),
         ("--atention_type", "--model.attention_type"),
         ("--max_minute", "--max-minutes"),
         ("--trianer.seed", "--trainer.seed"),

@@ -18,7 +18,7 @@ from hf_hyla.tasks.data import write_data
 PROJECT = Path(__file__).parents[2]
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
 TRAINER = {
-    "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 1, "weight_decay": 0.1, "per_device_train_batch_size": 4,
+    "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 1, "weight_decay": 0.1, "train_batch_size": 4,
     "eval_steps": 3, "save_steps": 3, "logging_steps": 2, "eval_samples": 16, "disable_tqdm": True,
 }  # fmt: skip
 TASKS = {"logic": {"name": "logic", "num_examples": 4}, "sraven": {"name": "sraven", "num_features": 2}}

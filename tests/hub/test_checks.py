@@ -27,7 +27,12 @@ SRAVEN_DATA = "org/sraven-num_features-2"
 
 def spoil_weights(run):
     tensors = load_file(run / "model.safetensors")
-    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    max(tensors.values(), key=torch.numel).view(-1)[-1] = torch.inf  # one element of many
+    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+
+
+def add_weights(run):
+    tensors = load_file(run / "model.safetensors") | {"model.extra": torch.zeros(2)}
     save_file(tensors, run / "model.safetensors", {"format": "pt"})
 
 
@@ -54,6 +59,7 @@ def append(name, text):
 TOKEN = b"hf_" + b"Secret" * 6
 SPOILT = [
     (spoil_weights, "holds NaN or infinite numbers"),
+    (add_weights, "the weights are not those of config.json, model.extra is in one of the two only"),
     (spoil_config(value_depth=2), "the weights are not those of config.json"),
     (spoil_config(format_version=0), "was saved in format 0, but the code of this package"),
     (

@@ -139,7 +139,7 @@ def test_a_published_checkpoint_is_tuned_by_recipe_and_published_again_and_a_rev
         f"""
 task: {{name: logic, num_examples: 4}}
 model: {{model_name_or_path: {LOGIC}}}
-trainer: {{max_steps: 6, learning_rate: 0.05, warmup_steps: 1, weight_decay: 0.1, per_device_train_batch_size: 4,
+trainer: {{max_steps: 6, learning_rate: 0.05, warmup_steps: 1, weight_decay: 0.1, train_batch_size: 4,
           eval_samples: 16, disable_tqdm: true}}
 """
     )

@@ -148,7 +148,7 @@ def recipe_in(folder, **task):
         "task": {"name": "sraven", "num_features": 2, **task},
         "model": {"attention_type": "hyla", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
         "trainer": {
-            "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "per_device_train_batch_size": 4,
+            "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "train_batch_size": 4,
             "eval_steps": 3, "save_steps": 6, "logging_steps": 2, "eval_samples": 16, "disable_tqdm": True,
         },
     }  # fmt: skip

@@ -70,7 +70,7 @@ class SumTask(Task):
 RECIPE = """
 task: {name: my_sums:SumTask, num_values: 4}
 model: {}
-trainer: {max_steps: 150, learning_rate: 1.0e-2, warmup_steps: 5, weight_decay: 0.0, per_device_train_batch_size: 32,
+trainer: {max_steps: 150, learning_rate: 1.0e-2, warmup_steps: 5, weight_decay: 0.0, train_batch_size: 32,
           eval_steps: 150, save_steps: 150, logging_steps: 50, eval_samples: 64, disable_tqdm: true}
 """
 RECORDED = {"name": "my_sums:SumTask", "num_values": 4, "held_out": 0.2, "seed": 0}

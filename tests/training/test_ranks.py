@@ -15,11 +15,11 @@ from transformers import Trainer
 
 from hf_hyla.tasks.base import TaskDataset
 from hf_hyla.training import RunRecord
-from hf_hyla.training.processes import check_launch, share_of_batch
+from hf_hyla.training.processes import check_devices, check_launch, share_of_batch
 
 
 COMMAND = ["train", "recipe.yaml", "--output", "run"]
-BATCH = SECTIONS["trainer"]["per_device_train_batch_size"]
+BATCH = SECTIONS["trainer"]["train_batch_size"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,11 +152,11 @@ def test_what_the_first_process_refuses_all_refuse(one, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    assert share_of_batch(128, 4, 0) == 32
+    assert share_of_batch(128, 4) == 32
     with pytest.raises(ValueError, match="3 processes cannot share batches of 128 samples evenly"):
-        share_of_batch(128, 3, 1)
+        share_of_batch(128, 3)
     with pytest.raises(ValueError, match="This process sees 2 devices"):
-        share_of_batch(128, 1, 2)
+        check_devices(2)
 
 
 @pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])

@@ -176,8 +176,13 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         ("task:\n  name: logic\n  name: sraven\n", "not valid YAML: the key 'name' stands there twice.*line 3"),
         ("task: {}\ntask: {}\n", "not valid YAML: the key 'task' stands there twice"),
         ("task: \x00", "not valid YAML"),
-        (changed(trainer={"per_device_train_batch_size": 0}), "per_device_train_batch_size must be at least 1, got 0"),
+        (changed(trainer={"train_batch_size": 0}), "train_batch_size must be at least 1, got 0"),
         (changed(trainer={"learning_rate": -1.0}), "learning_rate must be at least 0"),
+        (
+            changed(trainer={"per_device_train_batch_size": 8}),
+            "write train_batch_size, the samples of all of them, and",
+        ),
+        (changed(trainer={"save_total_limit": 1}), "save_total_limit must be at least 2, got 1"),
         ({**GOOD, "task": {"name": ["logic"]}}, "There is no task"),
         (
             {**GOOD, "expect": {"metric": "ood/r3", "value": 1, "tolerance": 1, "source": "x"}},

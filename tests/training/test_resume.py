@@ -18,10 +18,11 @@ import yaml
 from forks import in_children
 from safetensors.torch import load_file
 from transformers import Trainer, modeling_utils
+from transformers import trainer as transformers_trainer
 
 from hf_hyla import HylaForSequenceClassification
 from hf_hyla.tasks import get_task
-from hf_hyla.training import RunRecord, Stopped, load_recipe, train, trainer
+from hf_hyla.training import RunRecord, Stopped, load_recipe, train
 from hf_hyla.training import checkpoint as checkpoints
 from hf_hyla.training.trainer import HylaTrainer
 
@@ -32,7 +33,7 @@ SECTIONS = {
     "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},  # attention dropout is on
     "trainer": {
         "max_steps": STEPS, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "disable_tqdm": True,
-        "per_device_train_batch_size": 4, "eval_samples": 16, "eval_steps": 4, "save_steps": 2, "logging_steps": 3,
+        "train_batch_size": 4, "eval_samples": 16, "eval_steps": 4, "save_steps": 2, "logging_steps": 3,
     },
 }  # fmt: skip
 # Where a run can die: at the n-th call of one of these.
@@ -40,8 +41,8 @@ PLACES = {
     "step": (Trainer, "training_step"),
     "save": (torch, "save"),
     "hash": (hashlib, "file_digest"),
-    "rename": (Path, "rename"),
-    "rotate": (trainer, "rotate_checkpoints"),
+    "rename": (Path, "replace"),
+    "rotate": (transformers_trainer, "rotate_checkpoints"),
     "weights": (HylaForSequenceClassification, "save_pretrained"),
     "predict": (Trainer, "predict"),
     "record": (RunRecord, "save"),
@@ -109,8 +110,8 @@ def without_seconds(curve):
     return [{name: value for name, value in point.items() if name != "seconds"} for point in curve]
 
 
-# In the middle of a step, between the files of a checkpoint, before its seal, before it has its name, before the old
-# ones are removed, and between training and record.
+# In the middle of a step, between the files of a checkpoint, before its seal, before the seal has its name, before the old
+# checkpoints are removed, and between training and record.
 @pytest.mark.parametrize(
     ("place", "count"),
     [("step", 6), ("save", 8), ("hash", 12), ("rename", 3), ("rotate", 3), ("weights", STEPS // 2 + 1), ("record", 1)],

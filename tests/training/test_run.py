@@ -3,24 +3,26 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
 from hf_hyla.training import RunRecord, evaluate, load_recipe, train
+from hf_hyla.training.checkpoint import claimed, seal
 
 
 SECTIONS = {
     "task": {"name": "logic", "num_examples": 4},
     "model": {"attention_type": "hyla", "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
     "trainer": {
-        "max_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "per_device_train_batch_size": 4,
+        "max_steps": 8, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "train_batch_size": 4,
         "eval_steps": 4, "save_steps": 4, "logging_steps": 2, "eval_samples": 16, "disable_tqdm": True,
     },
 }  # fmt: skip
@@ -189,17 +191,84 @@ def test_a_model_that_does_not_fit_the_task_is_refused(finished):
         evaluate(model, get_task("logic", num_variables=3), "ood")
 
 
-@pytest.mark.parametrize(
-    ("installed", "tracker"), [([], "none"), (["tensorboard", "wandb"], "none"), (["trackio"], "trackio")]
-)
-def test_only_a_tracker_that_keeps_runs_here_is_on_unasked(tmp_path, monkeypatch, installed, tracker):
-    monkeypatch.setattr("hf_hyla.training.run.get_available_reporting_integrations", lambda: installed)
-    made = []
+@pytest.mark.parametrize("asked", [None, "tensorboard"])
+def test_no_tracker_is_on_unless_the_recipe_names_it(tmp_path, monkeypatch, asked):
+    # Whatever is installed: transformers looks for trackers where a recipe asks for all.
     monkeypatch.setattr(
-        "hf_hyla.training.run.HylaTrainingArguments", lambda **settings: made.append(settings) or 1 / 0
+        "transformers.training_args.get_available_reporting_integrations", lambda: ["trackio"], raising=False
     )
-    for asked in ({}, {"report_to": "tensorboard"}):
-        with pytest.raises(ZeroDivisionError):
-            train(recipe_in(tmp_path, trainer=asked), tmp_path / "run")
-    assert [settings["report_to"] for settings in made] == [tracker, "tensorboard"]
-    assert made[0]["run_name"] == str(tmp_path / "run")
+    args = recipe_in(tmp_path, trainer={"report_to": asked} if asked else {}).training_arguments(tmp_path / "run")
+    assert args.report_to == ([asked] if asked else [])
+    assert args.run_name == str(tmp_path / "run")
+
+
+def test_the_samples_of_accumulated_batches_are_counted(tmp_path):
+    recipe = recipe_in(tmp_path, trainer={"gradient_accumulation_steps": 3, "max_steps": 4, "warmup_steps": 1})
+    record = train(recipe, tmp_path / "run")
+    assert record.samples_seen == recipe.num_training_samples == 4 * 3 * 4
+
+
+def test_the_seconds_before_a_resume_are_in_the_record(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoints/checkpoint-8")
+    sitting = run / "checkpoints/checkpoint-4/sitting_000.pt"
+    torch.save(torch.load(sitting, weights_only=True) | {"seconds": 1000.0}, sitting)
+    seal(run / "checkpoints/checkpoint-4")
+    assert 1000 < train(recipe_in(tmp_path), run).seconds < 1100
+
+
+def test_a_resume_with_another_number_of_threads_is_said(finished, tmp_path, capfd):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoints/checkpoint-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        train(recipe_in(tmp_path), run)
+    finally:
+        torch.set_num_threads(threads)
+    said = f"Goes on from checkpoint-4, which was written with {threads} thread{'s' * (threads > 1)}, with {threads + 1}: "
+    assert said + "the result will be equal to rounding" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"name": 3}'])
+def test_a_damaged_record_is_no_finished_run(finished, tmp_path, content):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json is not a run record .* to resume the run there remove that file"):
+        train(recipe_in(tmp_path), run)
+    (run / "run.json").unlink()
+    assert train(recipe_in(tmp_path), run).metrics == RunRecord.load(finished).metrics
+
+
+def test_two_threads_do_not_train_in_one_folder(tmp_path):
+    with ThreadPoolExecutor(1) as pool, claimed(tmp_path):
+        asked = pool.submit(lambda: claimed(tmp_path).__enter__())
+        assert isinstance(asked.exception(), FileExistsError)
+        assert "This process already trains in" in str(asked.exception())
+    with claimed(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--by-combination"]])
+def test_a_model_whose_answers_are_not_finite_has_no_score(finished, tmp_path, capsys, how):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    weights = load_file(run / "model.safetensors")
+    weights["classifier.bias"].fill_(float("nan"))
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+    assert main(["evaluate", str(run), *how]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "The model's answers on the split ood are not all finite" in err
+
+
+def test_a_model_whose_config_asks_for_hidden_states_is_scored(finished):
+    task = get_task("logic", num_examples=4)
+    model = AutoModelForSequenceClassification.from_pretrained(finished)
+    expected = evaluate(model, task, "ood")
+    model.config.output_hidden_states = True
+    assert evaluate(model, task, "ood") == pytest.approx(expected, rel=1e-5)

@@ -1,25 +1,29 @@
 """The optimiser's groups, the learning-rate curve and the update, against the reference's rules written out."""
 
 import copy
+import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, HylaTrainingArguments
-from hf_hyla.training.checkpoint import fault
-from hf_hyla.training.trainer import reference_schedule
+from hf_hyla.training.checkpoint import fault, last_whole, newest_whole, seal
+from hf_hyla.training.schedule import reference_schedule
 
 
 def make_trainer(folder, task=None, model=None, **arguments):
     task = task or get_task("logic", num_examples=4)
     model = model or HylaForSequenceClassification(HylaConfig(**task.model_defaults))
     defaults = {"max_steps": 6, "warmup_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.5, "eval_strategy": "no",
-                "save_strategy": "no", "per_device_train_batch_size": 8, "disable_tqdm": True}  # fmt: skip
+                "save_strategy": "no", "per_device_train_batch_size": 8, "disable_tqdm": True,
+                "train_sampling_strategy": "sequential"}  # fmt: skip
     args = HylaTrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
     return HylaTrainer(model=model, args=args, train_dataset=task.dataset("train"), data_collator=task.collate)
 
@@ -155,7 +159,7 @@ def test_the_step_at_fault_is_named_and_the_checkpoint_before_it_kept(tmp_path):
 
 @pytest.mark.parametrize("looks", ["log", "_save_checkpoint"])
 def test_an_accelerator_is_asked_seldom_and_names_the_step_all_the_same(tmp_path, monkeypatch, looks):
-    monkeypatch.setattr("hf_hyla.training.trainer._READ_AT_ONCE", ())
+    monkeypatch.setattr("hf_hyla.training.guard._READ_AT_ONCE", ())
     settings = {"log": {"logging_steps": 5}, "_save_checkpoint": {"save_strategy": "steps", "save_steps": 5}}[looks]
     trainer = make_trainer(tmp_path, **settings)
     trainer.add_callback(SpoilLoss(3))
@@ -206,3 +210,161 @@ def test_accumulating_four_batches_equals_one_large_batch(tmp_path, name):
         weights.append((norms, torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-3)
     torch.testing.assert_close(weights[0][1], weights[1][1], atol=1e-3, rtol=1e-3)
+
+
+def own_trainer(folder, **settings):
+    """A trainer on samples of one's own, four classes by their first token, with nothing of a task."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 9, (32, 6), generator=draw)
+    samples = [{"input_ids": row, "labels": row[0] % 4} for row in ids]
+    arguments = {
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer_settings = {name: settings.pop(name) for name in list(settings) if name not in FIELDS}
+    args = HylaTrainingArguments(
+        str(folder), **{**arguments, "per_device_train_batch_size": 4, "remove_unused_columns": True, **settings}
+    )
+    torch.manual_seed(0)
+    config = HylaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16, num_answers=1, num_labels=4
+    )
+    model = HylaForSequenceClassification(config)
+    return HylaTrainer(model, args, train_dataset=samples, eval_dataset=samples[:10], **trainer_settings)
+
+
+FIELDS = {field.name for field in dataclasses.fields(HylaTrainingArguments)}
+
+
+def test_ones_own_data_is_shuffled(tmp_path):
+    trainer = own_trainer(tmp_path)
+    drawn = torch.cat([batch["input_ids"] for batch in trainer.get_train_dataloader()])
+    stored = torch.stack([sample["input_ids"] for sample in trainer.train_dataset])
+    assert not torch.equal(drawn, stored) and torch.equal(drawn.unique(dim=0), stored.unique(dim=0))
+
+
+@pytest.mark.parametrize("save_total_limit", [2, 3])
+def test_the_best_weights_are_loaded_at_the_end_and_their_checkpoint_stays(tmp_path, save_total_limit):
+    scores = iter([0.1, 0.9, 0.2, 0.3])
+    trainer = own_trainer(
+        tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="score", save_total_limit=save_total_limit,
+        compute_metrics=lambda prediction: {"score": next(scores)},
+    )  # fmt: skip
+    trainer.train()
+    best = tmp_path / "checkpoint-4"
+    assert trainer.state.best_model_checkpoint == str(best) and fault(best) is None
+    saved = load_file(best / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in trainer.model.state_dict().items())
+    assert not all(
+        torch.equal(value, saved[name])
+        for name, value in load_file(tmp_path / "checkpoint-8/model.safetensors").items()
+    )
+
+
+def test_a_schedule_of_transformers_is_followed(tmp_path):
+    trainer = own_trainer(tmp_path, lr_scheduler_type="constant", logging_steps=1)
+    trainer.train()
+    assert {entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry} == {1e-2}
+
+
+def test_a_second_training_follows_the_schedule_from_its_beginning(tmp_path):
+    trainer = own_trainer(tmp_path, warmup_steps=2, logging_steps=1)
+    rates = []
+    for _ in range(2):
+        trainer.train()
+        rates.append([entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry])
+    assert rates[0] == rates[1] and len(set(rates[0])) > 3
+
+
+def test_the_loss_of_an_evaluation_is_that_of_training(tmp_path):
+    def loss_of_ones_own(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.square().mean() + 5
+
+    trainer = own_trainer(tmp_path, compute_loss_func=loss_of_ones_own)
+    logits = torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logits.square().mean().item() + 5, rel=1e-5)
+
+
+def test_an_evaluation_may_reduce_logits_and_return_hidden_states(tmp_path):
+    trainer = own_trainer(tmp_path, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == (10,)
+    trainer = own_trainer(tmp_path)
+    trainer.model.config.output_hidden_states = True
+    output = trainer.predict(trainer.eval_dataset)
+    assert output.predictions[0].shape == (10, 4) and np.isfinite(output.metrics["test_loss"])
+
+
+@pytest.mark.parametrize("first", [-3.0, 0.0])
+def test_a_loss_that_begins_at_zero_or_below_is_no_divergence(tmp_path, first):
+    steps = itertools.count()
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.sum() * 0 + first + next(steps)
+
+    trainer = own_trainer(tmp_path, compute_loss_func=loss, logging_steps=1)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [first + step for step in range(8)]
+
+
+def test_checkpoints_are_ordered_by_their_steps(tmp_path):
+    for step in (8, 9, 10, 100):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        if step != 100:
+            seal(folder)
+    assert newest_whole(tmp_path).name == "checkpoint-10"
+    checkpoint, said = last_whole(tmp_path)
+    assert checkpoint.name == "checkpoint-10" and "checkpoint-100 is damaged" in said[0]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model.safetensors": {"size": 1, "sha256": ""}}'])
+def test_a_seal_that_leaves_files_out_makes_nothing_whole(tmp_path, content):
+    (tmp_path / "seal.json").write_text(content)
+    assert fault(tmp_path) == "has a seal.json that leaves out trainer_state.json"
+
+
+def test_resuming_takes_the_last_checkpoint_that_is_whole_and_nothing_of_another_trainer_is_touched(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4, "logging_steps": 3}
+    whole = own_trainer(tmp_path / "a", **settings)
+    whole.train()
+    expected = copy.deepcopy(whole.model.state_dict())
+    (tmp_path / "a/checkpoint-8/seal.json").unlink()
+    (tmp_path / "a/checkpoint-6/optimizer.pt").write_bytes(b"")
+    resumed = own_trainer(tmp_path / "a", **settings)
+    steps = []
+    resumed.add_callback(OnStep(lambda state: steps.append(state.global_step)))
+    resumed.train(resume_from_checkpoint=True)
+    assert steps == [5, 6, 7, 8]
+    assert all(torch.equal(expected[name], value) for name, value in resumed.model.state_dict().items())
+
+    for seal_file in (tmp_path / "a").glob("*/seal.json"):
+        seal_file.unlink()
+    failing = own_trainer(tmp_path / "a", **settings)
+    with pytest.raises(ValueError, match="holds no whole checkpoint of a HylaTrainer"):
+        failing.train(resume_from_checkpoint=True)
+    failing.add_callback(OnStep(lambda state: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        failing.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-6"))
+    assert len(list((tmp_path / "a").iterdir())) == 4
+
+
+class OnStep(TrainerCallback):
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function(state)
+
+
+def test_an_error_while_saving_that_is_not_of_the_disk_stays_what_it_is(tmp_path, monkeypatch):
+    trainer = own_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    monkeypatch.setattr(torch, "save", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,9 @@
 """Runs that start from a checkpoint: its weights, its shape, and what does not go with it."""
 
+import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,12 @@ from transformers import BertConfig, BertModel
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.tasks import get_task
 from hf_hyla.training import load_recipe, train
-from hf_hyla.training.weights import initial_model
+from hf_hyla.training.weights import initial_model, load_model
 
 
 PROJECT = Path(__file__).parents[2]
 TRAINER = {
-    "max_steps": 4, "learning_rate": 0.0, "warmup_steps": 1, "weight_decay": 0.1, "per_device_train_batch_size": 4,
+    "max_steps": 4, "learning_rate": 0.0, "warmup_steps": 1, "weight_decay": 0.1, "train_batch_size": 4,
     "eval_steps": 4, "save_steps": 4, "logging_steps": 2, "eval_samples": 8, "disable_tqdm": True,
 }  # fmt: skip
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16}
@@ -135,3 +137,35 @@ def test_other_models_weights_that_are_missing_and_a_revision_of_nothing_are_ref
     path.write_text(yaml.safe_dump({"task": PUZZLES, "model": {"revision": "main"}, "trainer": TRAINER}))
     with pytest.raises(ValueError, match="revision is of a model_name_or_path, which is missing"):
         load_recipe(path)
+
+
+def save_as_pickle(checkpoint, folder):
+    model = HylaForSequenceClassification.from_pretrained(checkpoint)
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def test_pickled_weights_are_not_loaded(checkpoint, tmp_path):
+    save_as_pickle(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match=r"holds no weights: expected model\.safetensors"):
+        load_model(tmp_path)
+    # A file that satisfies the first look leaves from_pretrained to refuse them, as it does those of the Hub.
+    (tmp_path / "other.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises((ValueError, OSError), match="safetensors"):
+        load_model(tmp_path)
+
+
+def test_code_beside_weights_is_not_run(checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    entry = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": entry}))
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import PreTrainedConfig\nclass OwnConfig(PreTrainedConfig):\n    model_type = 'own'\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever sits there would allow it
+    with pytest.raises(ValueError, match=r"custom code|trust_remote_code"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
