@@ -61,7 +61,17 @@ def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
 
 
 def test_every_figure_is_tested():
-    assert len(FIGURES) == 7
+    assert len(FIGURES) == 8  # one is no figure of the paper
+
+
+def test_trials_are_the_same_for_every_attention():
+    points = [point.recipe for point in load_sweep("figures/sraven-muon-trials.yaml").points]
+    by_type = {}
+    for recipe in points:
+        settings = {**recipe.settings["trainer"], **recipe.settings["model"]}
+        by_type.setdefault(settings.pop("attention_type"), []).append(settings)
+    assert list(map(len, by_type.values())) == [10, 10, 10]
+    assert by_type["hyla"] == by_type["softmax"] == by_type["linear"]
 
 
 def test_heads_keep_their_width_all_together():
