@@ -27,6 +27,9 @@ from transformers.activations import ACT2FN
 
 
 RMS_HEAD_EPS = 1e-6
+# Scores are multiplied by this before RMSHead squares them, and epsilon by its square, so that scores of 1e30 stay finite in
+# float32. A power of two rounds nothing.
+RMS_HEAD_SCALE = 2.0**-42
 
 
 def relative_position_buckets(query_length: int, key_length: int, num_buckets: int, device=None) -> torch.Tensor:
@@ -153,9 +156,10 @@ def attention_codes(
     if attention_mask is not None:
         scores = scores.masked_fill(~attended(attention_mask), 0.0)
     if score_norm == "rms_head":
-        wide = scores.to(norm_dtype)
-        mean_square = wide.square().mean(dim=1, keepdim=True)
-        scores = (wide * torch.rsqrt(mean_square + RMS_HEAD_EPS)).to(query.dtype)
+        scaled = scores.to(norm_dtype) * RMS_HEAD_SCALE
+        mean_square = scaled.square().mean(dim=1, keepdim=True) + RMS_HEAD_EPS * RMS_HEAD_SCALE**2
+        # Not rsqrt, whose gradient has the cube of the result, which is 0 for large scores.
+        scores = (scaled * mean_square.sqrt().reciprocal()).to(query.dtype)
     return scores
 
 

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
@@ -70,17 +70,81 @@ class Call(NamedTuple):
     position_bias: torch.Tensor | None = None
 
 
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Its arguments as they are, with gradients that refuse to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        outputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
+        pairs = zip(outputs, ctx.needs_input_grad, strict=True)
+        ctx.mark_non_differentiable(*(x for x, needs in pairs if x is not None and not needs))
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        if not torch.is_grad_enabled():
+            return gradients
+        return _Refusing.apply(len(gradients), *gradients, *ctx.saved_tensors)
+
+
+class _Refusing(torch.autograd.Function):
+    """The first `count` of the tensors; a function of all of them, so that no way of differentiating it goes past it."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "Fused attention has no gradient of its gradient: set attn_implementation='eager' for gradient penalties and "
+            "Hessians."
+        )
+
+
 class Implementation(NamedTuple):
     """One way to compute attention."""
 
-    problem: Callable[[Call], str | None]  # why it cannot compute this call here, or `None` where it can
-    compute: Callable[
-        [Call], torch.Tensor
-    ]  # the output (batch, query, heads, value_head_dim), where there is no problem
+    # Why it cannot compute this call here, or `None` where it can.
+    problem: Callable[[Call], str | None]
+    # The output (batch, query, heads, value_head_dim), where there is no problem.
+    compute: Callable[[Call], torch.Tensor]
+
+
+def _fused(own_problem: Callable[[Call], str | None], compute: Callable[[Call], torch.Tensor]) -> Implementation:
+    """An implementation that can be differentiated once, by `backward` or `torch.autograd.grad`."""
+
+    def compute_once(call: Call) -> torch.Tensor:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return compute(call)
+        query, key, value, bias, mixing = _DifferentiatedOnce.apply(*_differentiable(call))
+        layer = SimpleNamespace(
+            attention_type=call.module.attention_type,
+            score_norm=call.module.score_norm,
+            value_activation=call.module.value_activation,
+            value_mixing=mixing,
+        )
+        return compute(call._replace(module=layer, query=query, key=key, value=value, position_bias=bias))
+
+    return Implementation(lambda call: _transform_problem(call) or own_problem(call), compute_once)
 
 
 def _no_problem(call: Call) -> None:
     return None
+
+
+def _transform_problem(call: Call) -> str | None:
+    """Of all implementations but the eager one, whose operators torch can differentiate and batch as it likes."""
+    if torch.compiler.is_compiling():
+        return None
+    if any(map(is_functorch_wrapped_tensor, filter(torch.is_tensor, (*call[1:5], *_differentiable(call))))):
+        return "it cannot be transformed by torch.func (vmap, grad, jvp); attn_implementation='eager' can"
+    return None
+
+
+def _differentiable(call: Call) -> tuple[torch.Tensor | None, ...]:
+    return call.query, call.key, call.value, call.position_bias, call.module.value_mixing
 
 
 def _eager(call: Call) -> torch.Tensor:
@@ -152,8 +216,14 @@ class _InChunks(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
+        with torch.no_grad():
+            gradients = _InChunks._gradients(ctx, grad_output)
+        # torch's once_differentiable would lose the way from here to what the output's gradient depends on.
+        return _Refusing.apply(len(gradients), *gradients, grad_output) if torch.is_grad_enabled() else gradients
+
+    @staticmethod
+    def _gradients(ctx, grad_output):
         inputs = ctx.saved_tensors
         wide: list[Any] = [_widened(tensor) for tensor in inputs]
         needed = [n for n, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
@@ -166,7 +236,7 @@ class _InChunks(torch.autograd.Function):
             of_chunk = grad_output[:, first : first + ctx.rows].to(output.dtype)
             for n, gradient in zip(needed, torch.autograd.grad(output, leaves, of_chunk), strict=True):
                 sums[n][where.get(n, ...)] += gradient
-        return None, None, *(sums[n].to(tensor.dtype) if n in sums else None for n, tensor in enumerate(inputs))
+        return None, None, *(sums[n].to(x.dtype) if n in sums else None for n, x in enumerate(inputs))
 
 
 def _chunks(rows: int, query, key, value, mask, bias, *others) -> Iterator[tuple[int, list, dict[int, tuple]]]:
@@ -199,19 +269,21 @@ def _autocast_off(device: str) -> AbstractContextManager:
 
 def _sdpa(call: Call) -> torch.Tensor:
     """torch's scaled_dot_product_attention, which takes the position bias as a mask, in the dtype of the queries."""
-    query, bias = call.query, call.position_bias
+    query, key, bias = call.query, call.key, call.position_bias
     if bias is not None:
-        bias = by_pair(bias, query.shape[2], call.key.shape[2])[None] if bias.ndim == 2 else bias
+        bias = by_pair(bias, query.shape[2], key.shape[2])[None] if bias.ndim == 2 else bias
         bias = bias.to(query.dtype)
     if call.attention_mask is not None:
         # Of numbers, not booleans: with those a row that sees nothing would be 0 instead of the uniform mean.
         seen = attended(call.attention_mask)
         bias = torch.where(seen, query.new_zeros(()) if bias is None else bias, torch.finfo(query.dtype).min)
-        # Nor does such a row give a gradient to queries and keys.
-        query = query * seen.any(dim=-1, keepdim=True)
-    output = nn.functional.scaled_dot_product_attention(
-        query, call.key, call.value, attn_mask=bias, scale=call.scaling
-    )
+        # Such a row has scores of 0, by a query of 0, which gives no gradient to queries and keys. Not of the minimum: added to
+        # it, the logarithm of the sum, which SDPA's gradient takes the codes from, would be rounded away.
+        sees = seen.any(dim=-1, keepdim=True)
+        bias, query = torch.where(sees, bias, 0.0), torch.where(sees, query, 0.0)
+        # What no query sees has scores of 0 too, NaN or not.
+        key = torch.where(seen.any(dim=-2).unsqueeze(-1), key, 0.0)
+    output = nn.functional.scaled_dot_product_attention(query, key, call.value, attn_mask=bias, scale=call.scaling)
     return output.transpose(1, 2)
 
 
@@ -279,10 +351,10 @@ def _kernel_problem(own_problem: Callable[..., str | None], call: Call) -> str |
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "eager": Implementation(_no_problem, _eager),
-    "hyla_chunked": Implementation(_no_problem, _chunked),
-    "hyla_cpu": Implementation(partial(_kernel_problem, cpu_problem), partial(_kernel, cpu_attention)),
-    "hyla_triton": Implementation(partial(_kernel_problem, triton_problem), partial(_kernel, triton_attention)),
-    "hyla_sdpa": Implementation(_sdpa_problem, _sdpa),
+    "hyla_chunked": _fused(_no_problem, _chunked),
+    "hyla_cpu": _fused(partial(_kernel_problem, cpu_problem), partial(_kernel, cpu_attention)),
+    "hyla_triton": _fused(partial(_kernel_problem, triton_problem), partial(_kernel, triton_attention)),
+    "hyla_sdpa": _fused(_sdpa_problem, _sdpa),
 }
 
 
@@ -357,7 +429,8 @@ def fastest_implementation(call: Call) -> str:
         return kernel
     if not torch.compiler.is_compiling():
         logger.warning_once(f"Attention is computed without a fused kernel: {problem}.")
-    return "hyla_chunked" if elements > _CHUNK else "eager"
+    chunked = elements > _CHUNK and IMPLEMENTATIONS["hyla_chunked"].problem(call) is None
+    return "hyla_chunked" if chunked else "eager"
 
 
 def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:

@@ -30,8 +30,8 @@ FORMAT_VERSION = 1
 _UNDECLARED_KEYWORDS = frozenset((
     "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
     "per_layer_config", "torch_dtype", "model_type", "auto_map", "custom_pipelines", "quantization_config",
-    "tie_word_embeddings", "tie_last_hidden_states", "tokenizer_class", "bos_token_id", "eos_token_id", "use_cache",
-    "_commit_hash",
+    "tie_word_embeddings", "tie_last_hidden_states", "tokenizer_class", "bos_token_id", "eos_token_id", "sep_token_id",
+    "use_cache", "_commit_hash",
 ))  # fmt: skip
 
 
@@ -169,6 +169,7 @@ class HylaConfig(PreTrainedConfig):
         _report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
         if self.id2label is None:
             kwargs.setdefault("num_labels", 8)
+            _refuse_too_large("num_labels", kwargs["num_labels"])
         if self.vocab_size is None:
             self.answer_token_id, self.embedding_bias = None, False
         # Every class is loadable from every repository, whichever of them was saved; set anew each time, since
@@ -192,6 +193,28 @@ class HylaConfig(PreTrainedConfig):
                         f"of {self.num_attention_heads}: set {name}, or change one of the two."
                     )
                 setattr(self, name, self.hidden_size // self.num_attention_heads)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As transformers', for what it stores: attributes of any name that were set on a config, too."""
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A config must be an object of names and values, got {type(config_dict).__name__}.")
+        if not isinstance(config_dict.get("id2label") or {}, dict):
+            raise ValueError(f"id2label must be an object of ids and names, got {config_dict['id2label']!r:.60}.")
+        for name in config_dict:
+            if callable(getattr(cls, name, None)):
+                raise ValueError(f"A config cannot set {name!r}, which is a method of HylaConfig: remove it.")
+        known = {*cls.__dataclass_fields__, *_UNDECLARED_KEYWORDS}
+        unread = {name: value for name, value in config_dict.items() if name not in known and name[:1] != "_"}
+        config_dict = {name: value for name, value in config_dict.items() if name not in unread}
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        for name, value in unread.items():
+            logger.warning(
+                f"HylaConfig has no field {name!r}{_nearest(name, known)}; it is kept, but nothing reads it."
+            )
+            setattr(config, name, value)
+        return found
 
     def to_dict(self) -> dict:
         # transformers puts classes, which are not JSON, into the entry of the config that it loads a pipeline by.
@@ -227,6 +250,9 @@ class HylaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+            _refuse_too_large(name, value)
+        _refuse_too_large("relative_attention_num_buckets", self.relative_attention_num_buckets)
+        self._refuse_too_many_weights()
         if self.position_type == "relative" and self.relative_attention_num_buckets < 2:
             raise ValueError(
                 f"relative_attention_num_buckets must be at least 2, got {self.relative_attention_num_buckets}."
@@ -283,6 +309,26 @@ class HylaConfig(PreTrainedConfig):
                 "with mixed values are attention_type='softmax', all others are 'linear'."
             )
 
+    def _refuse_too_many_weights(self):
+        # What a file asks for is refused before memory is: about as many as the largest matrices of every layer have.
+        heads = self.num_attention_heads * ((self.head_dim or 0) * 2 + (self.value_head_dim or 0) * 2)
+        experts = self.num_experts if self.ffn_type == "moe" else 1
+        layer = self.hidden_size * (heads + 2 * experts * self.intermediate_size)
+        layer += self.num_attention_heads * self.relative_attention_num_buckets
+        ends = self.hidden_size * ((self.vocab_size or self.input_size or 0) + self.num_labels)
+        weights = self.num_hidden_layers * layer + ends
+        if weights > _MOST_WEIGHTS:
+            raise ValueError(
+                f"This config asks for {weights:.1e} weights, more than the {_MOST_WEIGHTS:.0e} that a model of this family may "
+                "have: make its sizes smaller."
+            )
+
+
+def _refuse_too_large(name: str, value) -> None:
+    largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+    if isinstance(value, int) and value > largest:
+        raise ValueError(f"{name} must be at most {largest}, got {value}.")
+
 
 def _is_remote_code() -> bool:
     return __name__.startswith("transformers_modules.")
@@ -292,6 +338,10 @@ def _custom_pipelines() -> dict[str, dict]:
     implementation = "pipeline_hyla.SymbolicReasoningPipeline"
     return {"symbolic-reasoning": {"impl": implementation, "pt": ["AutoModelForSequenceClassification"]}}
 
+
+_LARGEST = 10**7  # of any one size
+_MOST_LAYERS = 1000  # each of which takes time to build
+_MOST_WEIGHTS = 10**11
 
 _LEAST = {
     "vocab_size": 1,
@@ -312,6 +362,10 @@ _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_labe
 
 
 def _nearest(name: str, known) -> str:
+    # A part of a field's name, such as num_heads, may have few letters in common with it.
+    longer = [field for field in known if set(name.split("_")) < set(field.split("_"))]
+    if "_" in name and longer:
+        return f"; did you mean {min(longer, key=len)!r}?"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -35,6 +35,7 @@ from .tiles_cpu_hyla import (
     drop,
     exponentiate_tile,
     find_factors,
+    finite,
     generate,
     generated_gradients,
     hidden_gradient,
@@ -143,13 +144,22 @@ def project(out, matrix, hidden):
 
 
 @jit
-def generate_again(deep, scores, factor, mixing, hidden, projected, relu):
+def find_code(code, scores, factor):
+    """code[k] = scores[k] · factor[k]"""
+    for k in range(code.shape[0]):
+        code[k] = scores[k] * factor[k]
+
+
+@jit
+def generate_again(deep, scores, factor, mixing, hidden, code, projected, relu):
     """deep[e, k] = φ(Σ_h code[h, k] · (mixing[h] hidden[:, k])[e]), the second hidden layer of HYLA+"""
     clear(deep)
     for h in range(scores.shape[0]):
         project(projected, mixing[h], hidden)
-        add_scaled(deep, scores[h], projected)
-    rectify_tile(deep, factor, relu)
+        find_code(code, scores[h], factor)  # first, since scores times a small layer may be too small a number
+        add_scaled(deep, code, projected)
+    if relu:
+        rectify_tile(deep)
 
 
 def compiled(signature, function):
@@ -186,7 +196,7 @@ def _sources() -> int:
     Of the files that the kernels are made of. A kernel mentions it so that it is part of the key under which numba keeps what it
     has compiled: numba itself looks at the date of one file only.
     """
-    names = ("vectors_cpu_hyla.py", "tiles_cpu_hyla.py", "kernels_cpu_hyla.py")
+    names = ("attention_hyla.py", "vectors_cpu_hyla.py", "tiles_cpu_hyla.py", "kernels_cpu_hyla.py")
     return zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in names))
 
 
@@ -212,6 +222,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
         hidden_2 = np.zeros((value_dim, tile), dtype)
         projected = np.zeros((value_dim, tile), dtype)
         factor = np.zeros(tile, dtype)
+        code = np.zeros(tile, dtype)
         square = np.zeros(tile, dtype)
         keep = np.zeros(tile, dtype)
         column_words = np.zeros(tile, np.int64)
@@ -230,11 +241,12 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                     count = min(tile, key_length - start)
                     load_tile(key, b, start, count, False, keys)
                     load_tile(value, b, start, count, relu and not generated, values)
+                    omissible = masked and norm != SOFTMAX and finite(values)
                     for k in range(tile):
                         keep[k] = 1 if k < count else 0
                         column_words[k] = mix((start + k) ^ seed[1])
                     for i in range(split, query_length, splits):
-                        if masked and not visible(mask, b, i, start, count, keep) and norm != SOFTMAX:
+                        if masked and not visible(mask, b, i, start, count, keep) and omissible:
                             continue
                         load_row(query, b, i, scaling, row)
                         score(scores, row, keys, bias, query_length - 1 - i + start, keep, masked_score)
@@ -253,7 +265,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                         if generated:
                             generate(hidden, scores, factor, values, relu)
                             if deep:
-                                generate_again(hidden_2, scores, factor, matrices, hidden, projected, relu)
+                                generate_again(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
                             last = hidden_2 if deep else hidden
                             read_out(read, scores, factor, last)
                         else:
@@ -291,9 +303,9 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
         grad_hidden_2 = np.zeros((value_dim, tile), dtype)
         projected = np.zeros((value_dim, tile), dtype)
         factor = np.zeros(tile, dtype)
+        code = np.zeros(tile, dtype)
         square = np.zeros(tile, dtype)
         keep = np.zeros(tile, dtype)
-        along = np.zeros(tile, dtype)
         column_words = np.zeros(tile, np.int64)
         row = np.zeros((padded, head_dim), dtype)
         grad_row = np.zeros((padded, head_dim), dtype)
@@ -313,6 +325,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                     count = min(tile, key_length - start)
                     load_tile(key, b, start, count, False, keys)
                     load_tile(value, b, start, count, relu and not generated, values)
+                    omissible = masked and norm != SOFTMAX and finite(values) and finite(keys)
                     for h in range(heads):
                         clear(grad_keys[h])
                         clear(grad_values[h])
@@ -320,7 +333,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                         keep[k] = 1 if k < count else 0
                         column_words[k] = mix((start + k) ^ seed[1])
                     for i in range(split, query_length, splits):
-                        if masked and not visible(mask, b, i, start, count, keep) and norm != SOFTMAX:
+                        if masked and not visible(mask, b, i, start, count, keep) and omissible:
                             continue
                         first = query_length - 1 - i + start
                         load_row(query, b, i, scaling, row)
@@ -338,7 +351,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                             generate(hidden, scores, factor, values, relu)
                             last, grad_last = hidden, grad_hidden
                             if deep:
-                                generate_again(hidden_2, scores, factor, matrices, hidden, projected, relu)
+                                generate_again(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
                                 last, grad_last = hidden_2, grad_hidden_2
                             hidden_gradient(grad_last, scores, factor, grad_read, last, relu)
                             if deep:
@@ -347,10 +360,9 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                                 for h in range(heads):
                                     project(projected, matrices[h], hidden)
                                     add_products(grad_codes[h], grad_hidden_2, projected)
-                                    for k in range(tile):
-                                        along[k] = scores[h, k] * factor[k]
+                                    find_code(code, scores[h], factor)
                                     clear(projected)
-                                    add_scaled(projected, along, grad_hidden_2)
+                                    add_scaled(projected, code, grad_hidden_2)
                                     for e in range(value_dim):
                                         if not survey:
                                             add_sums(grad_matrices[h, e], projected[e], hidden)

@@ -86,8 +86,10 @@ class Form(NamedTuple):
     value_chunks: int
     operand: Any  # dtype of the operands of products
     total: Any  # dtype of their sums
+    lowest: float  # number of that dtype
     index: Any  # dtype of offsets within a batch row
     block: Any  # queries and keys of a tile
+    score_scale: float  # of rms_head, see `attention_hyla.RMS_HEAD_SCALE`
     epsilon: float  # of rms_head
 
 
@@ -170,7 +172,7 @@ def _scores(x, batch, rows, columns, form: constexpr):
         attends = tl.load(x.mask.pointer + batch * strides[0] + offsets, mask=attends, other=0) != 0
     if form.score_norm == "softmax":
         # Finite, so that a row in which nothing attends becomes uniform over all keys.
-        scores = tl.where(attends[None, :, :], scores, -1.0e30)
+        scores = tl.where(attends[None, :, :], scores, form.lowest)
         scores = tl.where((columns < x.key_length)[None, None, :], scores, float("-inf"))
     else:
         scores = tl.where(attends[None, :, :], scores, 0.0)
@@ -183,8 +185,11 @@ def _codes(x, batch, rows, columns, form: constexpr):
     scores, attends = _scores(x, batch, rows, columns, form)
     inverse = 1.0
     if form.score_norm == "rms_head":
-        inverse = tl.rsqrt(tl.sum(scores * scores, 0) / form.heads + form.epsilon)[None, :, :]
+        scores *= form.score_scale
+        epsilon = form.epsilon * form.score_scale * form.score_scale
+        inverse = tl.rsqrt(tl.sum(scores * scores, 0) / form.heads + epsilon)[None, :, :]
         scores *= inverse
+        inverse *= form.score_scale
     elif form.score_norm == "softmax":
         offsets, valid = _row_offsets(x, batch, rows, form)
         maximum = tl.load(x.maximum + offsets, mask=valid, other=0.0)[:, :, None]

@@ -127,6 +127,33 @@ def _lecun_normal(tensor: torch.Tensor, fan_in: int) -> None:
     init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
+def _refuse_packed_rows(attention_mask, kwargs) -> None:
+    """
+    Several sequences in one row would attend to each other. Positions follow from where tokens stand, so that `position_ids` may
+    be given that count up by one over the tokens of a row, from any number on.
+    """
+    advice = "pass one sequence a row, padded, with an attention_mask (DataCollatorWithPadding)."
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"HYLA models do not read several sequences from one row, which {name} describes: {advice}"
+            )
+    position_ids = kwargs.pop("position_ids", None)
+    if position_ids is None:
+        return
+    if is_torchdynamo_compiling():
+        raise ValueError("position_ids cannot be checked while a model is compiled or exported: leave them out.")
+    continues = position_ids.diff(dim=-1) == 1
+    if attention_mask is not None and attention_mask.ndim == 2:
+        padding = attention_mask == 0
+        continues = continues | padding[:, 1:] | padding[:, :-1]
+    if not bool(continues.all()):
+        raise ValueError(
+            f"position_ids must count up by one over the tokens of a row, since HYLA models do not read several sequences from "
+            f"one row: {advice}"
+        )
+
+
 # trf-ignore: TRF057
 class HylaModel(HylaPreTrainedModel):
     """The stack of layers with its final LayerNorm, without a head."""
@@ -186,6 +213,7 @@ class HylaModel(HylaPreTrainedModel):
             `HylaModelOutput` with `last_hidden_state` (batch, sequence or num_last, hidden_size); on request `hidden_states`,
             `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key), and `router_logits`.
         """
+        _refuse_packed_rows(attention_mask, kwargs)
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
         mask = self._pair_mask(hidden_states, attention_mask)
         position_buckets = None
@@ -243,7 +271,8 @@ class HylaModel(HylaPreTrainedModel):
                     f"input_values must have the shape (batch, sequence, {self.config.input_size}), got "
                     f"{tuple(input_values.shape)}: the last number is the config's input_size."
                 )
-            return self.input_proj(input_values.to(self.input_proj.weight.dtype))
+            # Of a norm, which no quantisation touches: weights of the projection may be integers, or no tensor at all.
+            return self.input_proj(input_values.to(self.norm.weight.dtype))
         if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
@@ -267,9 +296,11 @@ class HylaModel(HylaPreTrainedModel):
         if input_ids.device.type != "cpu" or is_torchdynamo_compiling() or not input_ids.numel():
             return
         least, largest = int(input_ids.min()), int(input_ids.max())
-        if least < 0 or largest >= self.embed_tokens.num_embeddings:
+        # An adapter around the table has no size of its own.
+        size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+        if least < 0 or largest >= size:
             raise ValueError(
-                f"input_ids must lie in 0 to {self.embed_tokens.num_embeddings - 1}, got "
+                f"input_ids must lie in 0 to {size - 1}, got "
                 f"{least if least < 0 else largest}: encode the inputs for this model's vocabulary."
             )
 

@@ -22,6 +22,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from .attention_hyla import RMS_HEAD_SCALE
 from .kernels_cpu_hyla import compiled_backward, compiled_forward
 from .tiles_cpu_hyla import NONE, RMS_HEAD, SOFTMAX
 from .vectors_cpu_hyla import VECTOR_BYTES, numba
@@ -57,6 +58,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _score_scale(score_norm: str) -> float:
+    """What the kernels have scores multiplied by."""
+    return RMS_HEAD_SCALE if score_norm == "rms_head" else 1.0
+
+
 def as_array(tensor: torch.Tensor) -> np.ndarray:
     bits, tensor = _BITS[tensor.dtype], tensor.detach()
     return tensor.numpy() if bits is None else tensor.view(bits).numpy()
@@ -72,8 +78,10 @@ def _prepare(
 
     number = _wide(query.dtype)
     bias = query.new_zeros(heads, query_length + key_length - 1 + tile, dtype=number)
+    # Keys are multiplied by the same query in the backward, so that their gradient, and likewise the queries', is right.
+    scale = _score_scale(score_norm)
     if position_bias is not None:
-        bias[:, :-tile] = position_bias
+        bias[:, :-tile] = position_bias * scale
     shape = (batch, 1, query_length, key_length)
     seen = torch.ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
     seed = torch.zeros(2, dtype=torch.int64) if seed is None else seed
@@ -86,7 +94,7 @@ def _prepare(
         mask is not None,
         int(dropout * 2**32),
         bias.numpy().dtype.type(1 / (1 - dropout)),
-        bias.numpy().dtype.type(scaling),
+        bias.numpy().dtype.type(scaling * scale),
     )
     tensors = (seen.expand(shape), bias, mixing, seed)
     arguments = (*map(as_array, (query, key, value)), *(tensor.numpy() for tensor in tensors), *settings)
@@ -221,11 +229,12 @@ def _backward(
     for result, part in zip(results[1:], parts, strict=True):
         if part is not None:
             result.copy_(part.sum(0))
+    of_bias = grad_bias.sum(0)[:, : query_length + key_length - 1] * _score_scale(score_norm)
     return (
         grad_query.transpose(1, 2),
         grad_key.transpose(1, 2),
         grad_value.transpose(1, 2),
-        grad_bias.sum(0)[:, : query_length + key_length - 1].to(_dtype_of(position_bias, statistics)).contiguous(),
+        of_bias.to(_dtype_of(position_bias, statistics)),
         grad_mixing.sum(0).to(_dtype_of(value_mixing, statistics)),
     )
 

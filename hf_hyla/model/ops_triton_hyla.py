@@ -21,7 +21,7 @@ an operator with its gradient. No sum depends on the order in which programs run
 import torch
 from torch import Tensor
 
-from .attention_hyla import RMS_HEAD_EPS, position_of_first
+from .attention_hyla import RMS_HEAD_EPS, RMS_HEAD_SCALE, position_of_first
 from .kernels_triton_hyla import (
     Form,
     Inputs,
@@ -107,8 +107,10 @@ def _form(query, key, value, mask, scaling, score_norm, activation, generated, d
         value_chunks=-(-value_head_dim // value_block),
         operand=total if INTERPRETED else operand,  # the interpreter's bfloat16 products are wrong
         total=total,
+        lowest=torch.finfo(torch.promote_types(query.dtype, torch.float32)).min,
         index=tl.int64 if far >= 2**31 else tl.int32,
         block=size(BLOCK),
+        score_scale=RMS_HEAD_SCALE,
         epsilon=RMS_HEAD_EPS,
     )
 

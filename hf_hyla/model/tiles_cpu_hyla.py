@@ -23,6 +23,7 @@ import math
 
 import numpy as np
 
+from .attention_hyla import RMS_HEAD_EPS, RMS_HEAD_SCALE
 from .vectors_cpu_hyla import (
     VECTOR_BYTES,
     add,
@@ -44,7 +45,8 @@ from .vectors_cpu_hyla import (
 
 
 NONE, RMS_HEAD, SOFTMAX = 0, 1, 2
-_EPSILON = 1e-6  # of RMSHead
+# Under RMSHead scores come multiplied by `RMS_HEAD_SCALE`, and so does epsilon, squared.
+_EPSILON = RMS_HEAD_EPS * RMS_HEAD_SCALE**2
 
 
 @jit
@@ -64,6 +66,17 @@ def load_row(x, b, i, scale, row):
     for h in range(x.shape[1]):
         for d in range(x.shape[3]):
             row[h, d] = widened(x[b, h, i, d]) * scale
+
+
+@jit
+def finite(a):
+    """Whether a tile can be left out where it is masked: 0 times NaN or infinity would be NaN."""
+    total = a.dtype.type(0)
+    for h in range(a.shape[0]):
+        for d in range(a.shape[1]):
+            for k in range(a.shape[2]):
+                total += a[h, d, k] * 0
+    return total == 0
 
 
 @jit
@@ -216,12 +229,19 @@ def find_factors(scores, norm, num_heads, square, factor):
 
 
 @jit
-def rectify_tile(a, factor, relu):
-    """a[d, k] = φ(a[d, k] · factor[k])"""
+def rectify_tile(a):
+    """0 where a[d, k] < 0: NaN stays NaN"""
     for d in range(a.shape[0]):
         for k in range(a.shape[1]):
-            x = a[d, k] * factor[k]
-            a[d, k] = 0 if relu and x < 0 else x
+            a[d, k] = 0 if a[d, k] < 0 else a[d, k]
+
+
+@jit
+def scale_tile(a, factor):
+    """a[d, k] *= factor[k]"""
+    for d in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            a[d, k] *= factor[k]
 
 
 @jit
@@ -258,7 +278,7 @@ def generate(hidden, scores, factor, values, relu):
 @jit
 def read_out(read, scores, factor, hidden):
     """read[h, d] = Σ_k code[h, k] · hidden[d, k]; hidden becomes hidden · factor"""
-    rectify_tile(hidden, factor, False)
+    scale_tile(hidden, factor)
     for h in range(read.shape[0]):
         for d in range(0, hidden.shape[0], 4):
             a0 = a1 = a2 = a3 = zeros(scores)

@@ -31,6 +31,73 @@ def test_every_number_of_labels_survives_saving(tmp_path, num_labels):
     assert AutoConfig.from_pretrained(tmp_path).num_labels == num_labels
 
 
+def test_what_transformers_stores_loads_again(tmp_path, caplog):
+    config = HylaConfig()
+    config.sep_token_id = 3
+    config.num_hidden_layer = 7  # near a field, which a keyword would be refused for
+    config.note = "mine"
+    config.save_pretrained(tmp_path)
+    for loaded in (AutoConfig.from_pretrained(tmp_path), HylaConfig.from_pretrained(tmp_path)):
+        assert (loaded.sep_token_id, loaded.num_hidden_layer, loaded.note) == (3, 7, "mine")
+    assert "no field 'num_hidden_layer'; did you mean" in caplog.text
+    assert AutoConfig.from_pretrained(tmp_path, num_labels=3).num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("num_heads", "num_attention_heads"), ("num_layers", "num_hidden_layers"), ("head_width", None)],
+)
+def test_a_part_of_a_fields_name_is_refused_with_the_whole(name, field):
+    if field is None:
+        assert HylaConfig(**{name: 4}).head_width == 4
+        return
+    with pytest.raises(ValueError, match=f"no field '{name}'; did you mean '{field}'"):
+        HylaConfig(**{name: 4})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "value_head_dim", "intermediate_size",
+     "vocab_size", "num_labels", "num_answers", "relative_attention_num_buckets", "num_experts"],
+)  # fmt: skip
+def test_sizes_that_no_memory_holds_are_refused_at_once(tmp_path, name):
+    HylaConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text()) | {name: 10**9, "answer_token_id": None, "ffn_type": "moe"}
+    if name == "num_labels":
+        written.pop("id2label")
+    path.write_text(json.dumps(written))
+    with pytest.raises((ValueError, StrictDataclassError), match=f"{name} must be at most"):
+        AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises((ValueError, StrictDataclassError), match="weights, more than the 1e\\+11"):
+        HylaConfig(hidden_size=10**6, intermediate_size=10**6)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"id2label": ["a", "b"]}, "id2label must be an object"),
+        ({"to_dict": 1}, "cannot set 'to_dict'"),
+        ({"validate_architecture": None}, "cannot set 'validate_architecture'"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "128"}, "hidden_size"),
+        ({"attention_type": ["hyla"]}, "attention_type"),
+    ],
+)
+def test_a_file_of_wrong_types_is_refused_in_a_sentence(tmp_path, entries, message):
+    HylaConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_that_is_no_object_is_refused():
+    for config in (None, [], "hyla"):
+        with pytest.raises(ValueError, match="must be an object of names and values"):
+            HylaConfig.from_dict(config)
+
+
 def test_continuous_inputs_need_no_token_settings():
     config = HylaConfig(vocab_size=None, input_size=5)
     assert config.answer_token_id is None and config.embedding_bias is False

@@ -393,3 +393,41 @@ def test_tuples_by_config():
     model = make(return_dict=False)
     assert [type(model(ids())), type(model.model(ids()))] == [tuple, tuple]
     assert torch.equal(model(ids())[0], model(ids(), return_dict=True).logits)
+
+
+def test_lora_on_the_embedding_trains():
+    peft = pytest.importorskip("peft")
+    model = make(scale=1.0)
+    expected = model(ids()).logits.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    torch.testing.assert_close(adapted(ids()).logits, expected)
+    adapted(ids(), labels=ids(length=4, vocab=8)).loss.backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_embedding_B" in name)
+    with pytest.raises(ValueError, match="input_ids must lie in 0 to 8"):
+        adapted(ids() + 9)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_frozen_models_give_gradients_to_their_inputs_under_checkpointing(inputs, use_reentrant):
+    model = make(scale=1.0, attention_dropout=0.0, **INPUTS[inputs]).train().requires_grad_(False)
+
+    def gradient():
+        found = []
+        with torch.random.fork_rng():
+            batch = batch_of(3, inputs, masked=True)
+            if inputs == "input_values":
+                batch[inputs].requires_grad_()
+            hook = model.get_input_embeddings().register_forward_hook(
+                lambda *args: args[2].register_hook(found.append)
+            )
+            model(**batch).logits.square().sum().backward()
+            hook.remove()
+        return [batch[inputs].grad, *found] if inputs == "input_values" else found
+
+    model.enable_input_require_grads()
+    expected = gradient()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for tensor, other in zip(gradient(), expected, strict=True):
+        assert other.norm() > 0
+        torch.testing.assert_close(tensor, other)

@@ -221,3 +221,49 @@ def test_continuous_inputs_of_the_wrong_width_are_refused():
     assert model(input_values=torch.zeros(2, 6, 5)).logits.shape == (2, 1)
     with pytest.raises(ValueError, match=r"\(batch, sequence, 5\), got \(2, 6, 4\)"):
         model(input_values=torch.zeros(2, 6, 4))
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_packed_rows_are_refused_and_positions_that_only_count_are_not(attention_type):
+    model = make(attention_type=attention_type)
+    expected = model(ids()).logits
+    count = torch.arange(10).expand(3, 10)
+    assert torch.equal(model(ids(), position_ids=count).logits, expected)
+    assert torch.equal(model(ids(), position_ids=count + 5).logits, expected)
+    padding = torch.ones(3, 10, dtype=torch.long)
+    padding[1, :4] = 0
+    by_mask = (padding.cumsum(-1) - 1).clamp(min=0)
+    torch.testing.assert_close(
+        model(ids(), attention_mask=padding, position_ids=by_mask).logits, model(ids(), attention_mask=padding).logits
+    )
+    packed = torch.cat([torch.arange(6), torch.arange(4)])[None].expand(3, 10)
+    for arguments in (
+        {"position_ids": packed},
+        {"position_ids": packed, "attention_mask": torch.ones(3, 10).long()},
+        {"cu_seq_lens_q": torch.tensor([0, 6, 10])},
+        {"seq_idx": torch.tensor([[0] * 6 + [1] * 4])},
+    ):
+        with pytest.raises(ValueError, match="several sequences from one row"):
+            model(ids(), **arguments)
+
+
+@pytest.mark.parametrize("settings", [{}, {"vocab_size": None, "input_size": 5, "num_answers": 1, "num_labels": 1}])
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_models_of_integer_weights_compute_in_the_dtype_of_the_rest(attention_type, settings):
+    model = make(scale=1.0, attention_type=attention_type, **settings)
+    inputs = {"input_values": torch.rand(3, 10, 5)} if settings else {"input_ids": ids()}
+    expected = model(**inputs).logits
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert (quantised(**inputs).logits - expected).norm() < 0.2 * expected.norm()
+    if settings:
+
+        class Int8(nn.Linear):
+            def forward(self, x):
+                return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+        projection = model.model.input_proj
+        scale = projection.weight.detach().abs().max() / 127
+        whole = (projection.weight.detach() / scale).round().to(torch.int8)
+        projection.__class__, projection.scale = Int8, scale
+        projection.weight = nn.Parameter(whole, requires_grad=False)
+        assert (model(**inputs).logits - expected).norm() < 0.05 * expected.norm()

@@ -49,13 +49,21 @@ def fresh_memory_is_nan():
 @compiled
 def test_kernels_in_the_interpreter():
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            Path(__file__).with_name("test_extremes.py"),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert result.returncode == 0 and re.search(r"[3-9]\d passed", result.stdout), result.stdout + result.stderr
+    assert result.returncode == 0 and re.search(r"\d\d\d passed", result.stdout), result.stdout + result.stderr
 
 
 def kept(queries, keys, seed, dropout):
