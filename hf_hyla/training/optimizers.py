@@ -12,6 +12,47 @@ from ..model.layers_hyla import HylaLayer, HylaRouter
 from .arguments import HylaTrainingArguments
 
 
+class StackedMuon(Muon):
+    """
+    `torch.optim.Muon` with `adjust_lr_fn="original"`, whose matrices of one shape are orthogonalised together: one by one,
+    small matrices cost more in calls than in multiplications. Updates equal torch's to the rounding of bfloat16, and the
+    state is the same.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in by_shape.items():
+                directions = self._orthogonalised([self._momentum(p, group) for p in params], group)
+                for p, direction in zip(params, directions, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _momentum(self, p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)  # type: ignore[arg-type]
+        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        return p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # type: ignore[union-attr]
+
+    @staticmethod
+    def _orthogonalised(matrices: list[torch.Tensor], group: dict[str, Any]) -> torch.Tensor:
+        """Five steps of Newton and Schulz: (matrices, rows, columns) whose singular values lie around 1."""
+        a, b, c = group["ns_coefficients"]
+        x = torch.stack(matrices).bfloat16()
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT if tall else x
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+
 class MuonAdamW(Optimizer):
     """
     `torch.optim.Muon` and `torch.optim.AdamW` as one optimiser: one list of groups, which one scheduler sees, and one
@@ -102,7 +143,7 @@ def muon_adamw(model: nn.Module, args: HylaTrainingArguments, decayed: Collectio
     # By their projection's name, whatever wraps it.
     of_qk = {name: bool({"q_proj", "k_proj"} & set(name.split("."))) for name in matrices}
     rate_qk = args.muon_learning_rate if args.muon_learning_rate_qk is None else args.muon_learning_rate_qk
-    muon = Muon(
+    muon = StackedMuon(
         [
             {"params": [p for name, p in matrices.items() if not of_qk[name]], "lr": args.muon_learning_rate},
             {"params": [p for name, p in matrices.items() if of_qk[name]], "lr": rate_qk},

@@ -62,7 +62,10 @@ SPOILT = [
     (add_weights, "the weights are not those of config.json, model.extra is in one of the two only"),
     (spoil_config(value_depth=2), "the weights are not those of config.json"),
     (spoil_config(format_version=0), "was saved in format 0, but the code of this package"),
-    (lambda run: (run / "config.json").write_text('{"model_type": "hyla", "value_depth": 7}'), "not the config of a model"),
+    (
+        lambda run: (run / "config.json").write_text('{"model_type": "hyla", "value_depth": 7}'),
+        "not the config of a model",
+    ),
     (append("training_args.bin", b"x"), "training_args.bin is a pickle"),
     (append("notes.md", b""), None),
     (lambda run: (run / "notes.md").write_bytes(b"\x80\x04\x95x"), "notes.md is a pickle"),

@@ -11,13 +11,13 @@ from forks import on_ranks
 from test_trainer import make_trainer
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
-from torch.optim import SGD
+from torch.optim import SGD, Muon
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model.layers_hyla import HylaLayer
 from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, HylaTrainingArguments
-from hf_hyla.training.optimizers import muon_parameters
+from hf_hyla.training.optimizers import StackedMuon, muon_parameters
 
 
 MUON = {"optim": "muon", "muon_learning_rate": 2e-2}
@@ -333,3 +333,39 @@ def test_a_sharding_launch_is_refused_before_anything_is_made(tmp_path, monkeypa
     monkeypatch.setattr(HylaTrainer, "create_accelerator_and_postprocess", sharding)
     with pytest.raises(ValueError, match="needs whole matrices, but FSDP, DeepSpeed or a device mesh shards them"):
         make_trainer(tmp_path, **MUON)
+
+
+def muon_steps(cls, state=None):
+    """Weights and state after three steps on matrices of several shapes, one of which has no gradient in one step."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(16, 24), (24, 16), (16, 24), (16, 16), (24, 16), (16, 24)]
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    groups = [{"params": matrices[:4], "lr": 0.1}, {"params": matrices[4:], "lr": 0.3}]
+    optimizer = cls(groups, weight_decay=0.2, momentum=0.95, adjust_lr_fn="original")
+    if state:
+        optimizer.load_state_dict(copy.deepcopy(state))
+    for step in range(3):
+        for p in matrices:
+            p.grad = torch.randn(p.shape, generator=draw)
+        if step == 1:
+            matrices[2].grad = None
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in matrices]), optimizer.state_dict()
+
+
+def test_stacked_matrices_move_as_torchs_muon_moves_each(exact):
+    (ours, state), (theirs, their_state) = muon_steps(StackedMuon), muon_steps(Muon)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (
+        state["param_groups"] == their_state["param_groups"] and state["state"].keys() == their_state["state"].keys()
+    )
+    for number, values in their_state["state"].items():
+        assert torch.equal(state["state"][number]["momentum_buffer"], values["momentum_buffer"])
+    resumed, expected = muon_steps(StackedMuon, their_state)[0], muon_steps(Muon, their_state)[0]
+    torch.testing.assert_close(resumed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_stacked_matrices_move_as_torchs_to_the_rounding_of_bfloat16():
+    ours, theirs = muon_steps(StackedMuon)[0], muon_steps(Muon)[0]
+    # A direction has elements below 1, of which bfloat16 keeps 8 bits; three steps at a rate of 0.3 and less.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=3 * 0.3 * 2**-7)
