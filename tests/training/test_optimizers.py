@@ -343,7 +343,7 @@ def muon_steps(cls, state=None):
     groups = [{"params": matrices[:4], "lr": 0.1}, {"params": matrices[4:], "lr": 0.3}]
     optimizer = cls(groups, weight_decay=0.2, momentum=0.95, adjust_lr_fn="original")
     if state:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(copy.deepcopy(state))
     for step in range(3):
         for p in matrices:
             p.grad = torch.randn(p.shape, generator=draw)
