@@ -109,7 +109,7 @@ def last_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     The last checkpoint of a run that is whole, and a line about each later one, which is put aside: what it held is
     computed again, but it may be somebody's only copy.
     """
-    said = []
+    said: list[str] = []
     for checkpoint in _newest_first(checkpoints):
         problem = fault(checkpoint)
         if problem is None:

@@ -26,7 +26,7 @@ class Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._at_fault = {}
 
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if args.fp16:  # the scaler of its gradients skips such updates itself
             return
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -66,7 +66,7 @@ class Guard(TrainerCallback):
                 f"first log entry: training diverges, lower the learning rate; {INTACT}."
             )
 
-    def on_save(self, args, state, control, model, optimizer, **kwargs):
+    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Weights and moments that are not finite are in no whole checkpoint, whatever the loss has been."""
         self.check()
         moments = [value for moment in optimizer.state.values() for value in moment.values()]
