@@ -377,7 +377,7 @@ def score_gradients(grad_codes, scores, norm, num_heads, square, factor, keep):
         f, kept, along = load(factor, (k,)), load(keep, (k,)), zeros(scores)
         if norm == RMS_HEAD and num_heads == 1:
             # The difference below, of numbers that are equal but for epsilon.
-            f = multiply(multiply(f, load(square, (k,))), number(_EPSILON))
+            f = multiply(f, multiply(load(square, (k,)), number(_EPSILON)))
         elif norm == RMS_HEAD:
             for h in range(scores.shape[0]):
                 along = multiply_add(load(grad_codes, (h, k)), load(scores, (h, k)), along)
