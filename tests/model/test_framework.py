@@ -414,13 +414,15 @@ def test_frozen_models_give_gradients_to_their_inputs_under_checkpointing(inputs
 
     def gradient():
         found = []
+
+        def watch(module, arguments, output):
+            output.register_hook(lambda gradient: found.append(gradient))
+
         with torch.random.fork_rng():
             batch = batch_of(3, inputs, masked=True)
             if inputs == "input_values":
                 batch[inputs].requires_grad_()
-            hook = model.get_input_embeddings().register_forward_hook(
-                lambda *args: args[2].register_hook(found.append)
-            )
+            hook = model.get_input_embeddings().register_forward_hook(watch)
             model(**batch).logits.square().sum().backward()
             hook.remove()
         return [batch[inputs].grad, *found] if inputs == "input_values" else found
