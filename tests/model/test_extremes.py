@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_attention import ROWS, Layer
+from model_helpers import ROWS, Layer
 
 from hf_hyla.model import ops_triton_hyla
 from hf_hyla.model.attention_hyla import eager_attention_forward

@@ -158,7 +158,7 @@ def test_its_data_are_written_with_a_card_and_read_back(folder):
 def test_no_record_makes_its_code_run(run, new_process, capsys, command):
     assert main([command, str(run)]) == 2
     error = capsys.readouterr().err
-    assert "is not run because a file names it" in error and "hyla --import my_sums" in error
+    assert "a file that names it is no reason to run it" in error and "hyla --import my_sums" in error
     assert "my_sums" not in sys.modules
 
 

@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 from forks import on_ranks
-from test_trainer import make_trainer
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, Muon
+from training_helpers import make_trainer
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model.layers_hyla import HylaLayer

@@ -10,7 +10,7 @@ import torch
 import yaml
 from forks import in_children
 from safetensors.torch import load_file
-from test_resume import SECTIONS, STEPS, short_splits, signalling  # noqa: F401  the fixture
+from training_helpers import SECTIONS, STEPS, short_splits, signalling  # noqa: F401  the fixture
 from transformers import Trainer
 
 from hf_hyla.tasks.base import TaskDataset

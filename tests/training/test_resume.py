@@ -1,8 +1,6 @@
 """A run that dies at any moment ends, started again, with the weights, the curve and the scores of one that did not."""
 
 import functools
-import hashlib
-import itertools
 import multiprocessing
 import os
 import random
@@ -17,44 +15,13 @@ import torch
 import yaml
 from forks import in_children
 from safetensors.torch import load_file
-from transformers import Trainer, modeling_utils
-from transformers import trainer as transformers_trainer
+from training_helpers import SECTIONS, STEPS, at_call, short_splits, signalling  # noqa: F401  the fixture
+from transformers import modeling_utils
 
 from hf_hyla import HylaForSequenceClassification
-from hf_hyla.tasks import get_task
 from hf_hyla.training import RunRecord, Stopped, load_recipe, train
 from hf_hyla.training import checkpoint as checkpoints
 from hf_hyla.training.trainer import HylaTrainer
-
-
-STEPS = 12
-SECTIONS = {
-    "task": {"name": "logic", "num_examples": 4},
-    "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},  # attention dropout is on
-    "trainer": {
-        "max_steps": STEPS, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "disable_tqdm": True,
-        "train_batch_size": 4, "eval_samples": 16, "eval_steps": 4, "save_steps": 2, "logging_steps": 3,
-    },
-}  # fmt: skip
-# Where a run can die: at the n-th call of one of these.
-PLACES = {
-    "step": (Trainer, "training_step"),
-    "save": (torch, "save"),
-    "hash": (hashlib, "file_digest"),
-    "rename": (Path, "replace"),
-    "rotate": (transformers_trainer, "rotate_checkpoints"),
-    "weights": (HylaForSequenceClassification, "save_pretrained"),
-    "predict": (Trainer, "predict"),
-    "record": (RunRecord, "save"),
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_splits():
-    with pytest.MonkeyPatch.context() as patch:
-        sizes = property(lambda self: dict.fromkeys(self.splits, 64))
-        patch.setattr(type(get_task("logic")), "num_samples", sizes)
-        yield
 
 
 def recipe_in(folder: Path, **trainer):
@@ -76,25 +43,6 @@ def uninterrupted(tmp_path_factory):
 def in_child(folder: Path, prepare) -> tuple[int, str]:
     (result,) = in_children(folder, ["train", "recipe.yaml", "--output", "run"], prepare=lambda rank: prepare())
     return result
-
-
-def signalling(place: str, count: int, number: signal.Signals):
-    """Makes the `count`-th call at that place send this process a signal."""
-    return lambda: at_call(place, count, lambda: os.kill(os.getpid(), number))
-
-
-def at_call(place: str, count: int, function) -> None:
-    """Has `function` called before the `count`-th call at that place."""
-    owner, name = PLACES[place]
-    replaced = getattr(owner, name)
-    calls = itertools.count(1)
-
-    def call(*args, **kwargs):
-        if next(calls) == count:
-            function()
-        return replaced(*args, **kwargs)
-
-    setattr(owner, name, call)
 
 
 def assert_same_run(run: Path, expected: Path):

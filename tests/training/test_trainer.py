@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_helpers import make_trainer
 from transformers import TrainerCallback
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
@@ -16,16 +17,6 @@ from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, HylaTrainingArguments
 from hf_hyla.training.checkpoint import fault, last_whole, newest_whole, seal
 from hf_hyla.training.schedule import reference_schedule
-
-
-def make_trainer(folder, task=None, model=None, **arguments):
-    task = task or get_task("logic", num_examples=4)
-    model = model or HylaForSequenceClassification(HylaConfig(**task.model_defaults))
-    defaults = {"max_steps": 6, "warmup_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.5, "eval_strategy": "no",
-                "save_strategy": "no", "per_device_train_batch_size": 8, "disable_tqdm": True,
-                "train_sampling_strategy": "sequential"}  # fmt: skip
-    args = HylaTrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
-    return HylaTrainer(model=model, args=args, train_dataset=task.dataset("train"), data_collator=task.collate)
 
 
 def test_schedule_has_the_references_shape():
