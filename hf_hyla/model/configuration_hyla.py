@@ -314,7 +314,7 @@ class HylaConfig(PreTrainedConfig):
         heads = self.num_attention_heads * ((self.head_dim or 0) * 2 + (self.value_head_dim or 0) * 2)
         experts = self.num_experts if self.ffn_type == "moe" else 1
         layer = self.hidden_size * (heads + 2 * experts * self.intermediate_size)
-        layer += self.num_attention_heads * self.relative_attention_num_buckets
+        layer += self.num_attention_heads * (self.relative_attention_num_buckets or 0)
         ends = self.hidden_size * ((self.vocab_size or self.input_size or 0) + self.num_labels)
         weights = self.num_hidden_layers * layer + ends
         if weights > _MOST_WEIGHTS:
