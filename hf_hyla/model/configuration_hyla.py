@@ -315,7 +315,7 @@ class HylaConfig(PreTrainedConfig):
         experts = self.num_experts if self.ffn_type == "moe" else 1
         layer = self.hidden_size * (heads + 2 * experts * self.intermediate_size)
         layer += self.num_attention_heads * (self.relative_attention_num_buckets or 0)
-        ends = self.hidden_size * ((self.vocab_size or self.input_size or 0) + self.num_labels)
+        ends = self.hidden_size * ((self.vocab_size or self.input_size or 0) + (self.num_labels or 0))
         weights = self.num_hidden_layers * layer + ends
         if weights > _MOST_WEIGHTS:
             raise ValueError(
