@@ -7,15 +7,43 @@ from hub_server import HubServer
 
 # What `make test-fast` leaves out: files whose tests train, compile, or start processes of their own. Single tests of other files
 # are marked where they are.
-SLOW = """
-    analysis/test_report.py cli/test_commands.py cli/test_start_up.py hub/test_end_to_end.py
-    hub/test_hub_cards.py hub/test_model_card.py hub/test_publish.py model/test_backends.py
-    model/test_extremes.py model/test_framework.py model/test_functions_cpu.py model/test_mixed_precision.py
-    model/test_mutations.py model/test_remote.py model/test_triton.py tasks/test_own_task.py
-    test_bench_against.py test_bench_products.py test_benchmark.py test_readme.py test_sweep.py
-    training/test_optimizers.py training/test_processes.py training/test_ranks.py training/test_resume.py
-    training/test_run.py training/test_sharding.py training/test_trainer.py training/test_weights.py
-""".split()
+SLOW = [
+    "analysis/test_combinations.py",
+    "analysis/test_report.py",
+    "cli/test_commands.py",
+    "cli/test_start_up.py",
+    "hub/test_end_to_end.py",
+    "hub/test_hub_cards.py",
+    "hub/test_model_card.py",
+    "hub/test_publish.py",
+    "model/test_backends.py",
+    "model/test_extremes.py",
+    "model/test_framework.py",
+    "model/test_functions_cpu.py",
+    "model/test_mixed_precision.py",
+    "model/test_mutations.py",
+    "model/test_remote.py",
+    "model/test_triton.py",
+    "tasks/test_own_task.py",
+    "hub/test_checks.py",
+    "model/test_text.py",
+    "training/test_arguments.py",
+    "test_metrics.py",
+    "test_package.py",
+    "test_bench_against.py",
+    "test_bench_products.py",
+    "test_benchmark.py",
+    "test_readme.py",
+    "test_sweep.py",
+    "training/test_optimizers.py",
+    "training/test_processes.py",
+    "training/test_ranks.py",
+    "training/test_resume.py",
+    "training/test_run.py",
+    "training/test_sharding.py",
+    "training/test_trainer.py",
+    "training/test_weights.py",
+]
 
 
 def pytest_collection_modifyitems(items):
