@@ -16,7 +16,7 @@ from hf_hyla import utils
 
 PACKAGE = Path(hf_hyla.__file__).parent
 PROJECT = PACKAGE.parent
-OPTIONAL = ("numba", "triton", "sklearn", "matplotlib", "trackio", "gradio")
+OPTIONAL = ("numba", "llvmlite", "triton", "sklearn", "matplotlib", "trackio", "gradio")
 
 
 def python(script: str) -> subprocess.CompletedProcess:
@@ -43,7 +43,7 @@ def test_training_imports_neither_datasets_nor_evaluate():
 # Who may import whom: part of the package → what else of the project, and which libraries.
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "model": (set(), {"torch", "transformers", "huggingface_hub", "numpy", "numba", "triton"}),
+    "model": (set(), {"torch", "transformers", "huggingface_hub", "numpy", "numba", "llvmlite", "triton"}),
     "utils": (set(), {"huggingface_hub"}),
     "paths": ({"utils"}, {"huggingface_hub"}),
     "metrics": (set(), {"numpy", "evaluate", "datasets"}),

@@ -15,79 +15,79 @@ from pathlib import Path
 from typing import Any
 
 
-# Answers alone go to standard output, whatever else is printed.
-answers = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
+def main() -> None:
+    # Answers alone go to standard output, whatever else is printed.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
 
-import torch  # noqa: E402
-from transformers import AttentionInterface  # noqa: E402
+    import torch
+    from transformers import AttentionInterface
 
-import hf_hyla  # noqa: E402
-from hf_hyla.training import load_recipe  # noqa: E402
+    from hf_hyla.model import HylaForSequenceClassification
+    from hf_hyla.training import load_recipe
+
+    asked = json.loads(sys.argv[1])
+    imported = Path(sys.modules["hf_hyla"].__file__ or "").resolve()
+    if not imported.is_relative_to(Path.cwd().resolve()):
+        sys.exit(f"hf_hyla is imported from {imported}, not from {Path.cwd()}.")
+    torch.set_num_threads(asked["threads"])
+    torch.manual_seed(asked["seed"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe: Any = load_recipe(asked["recipe"], asked["overrides"])
+    size = asked["batch_size"]
+    dataset = recipe.task.dataset("train")
+    batches = [recipe.task.collate(dataset.__getitems__(range(n * size, (n + 1) * size))) for n in range(8)]
+    batches = [{name: column.to(device) for name, column in batch.items()} for batch in batches]
+    model: Any = HylaForSequenceClassification(recipe.config)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    endless = itertools.cycle(batches)
+
+    config, layer = recipe.config, model.model.layers[0].self_attn
+    length = batches[0][recipe.task.model_columns[0]].shape[1]
+    heads, width, value_width = config.num_attention_heads, config.head_dim, config.value_head_dim
+    dtype = torch.bfloat16 if asked["bf16"] else torch.float32
+    inputs = [
+        torch.randn(size, length, heads, each, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        for each in (width, width, value_width)
+    ]
+    bias = None
+    if config.position_type == "relative":
+        bias = torch.randn(heads, 2 * length - 1, device=device, requires_grad=True)
+    gradient = torch.randn(size, length, heads, value_width, device=device, dtype=dtype)
+    attention = AttentionInterface()["hyla"]
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=asked["bf16"])
+
+    def step() -> None:
+        with autocast():
+            loss = model(**next(endless)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def attend() -> None:
+        with autocast():
+            output, _ = attention(
+                layer, *inputs, None, scaling=layer.scaling, dropout=config.attention_dropout, position_bias=bias
+            )
+        leaves = [tensor for tensor in (*inputs, bias) if tensor is not None]
+        torch.autograd.grad(output, leaves, gradient.to(output.dtype))
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    works = {"step": step, "attention": attend}
+    print("ready", file=answers)
+    for line in sys.stdin:
+        wait()
+        started = time.perf_counter()
+        works[line.strip()]()
+        wait()
+        print(time.perf_counter() - started, file=answers)
 
 
-asked = json.loads(sys.argv[1])
-if not Path(hf_hyla.__file__).resolve().is_relative_to(Path.cwd().resolve()):
-    sys.exit(f"hf_hyla is imported from {hf_hyla.__file__}, not from {Path.cwd()}.")
-torch.set_num_threads(asked["threads"])
-torch.manual_seed(asked["seed"])
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-recipe: Any = load_recipe(asked["recipe"], asked["overrides"])
-size = asked["batch_size"]
-dataset = recipe.task.dataset("train")
-batches = [recipe.task.collate(dataset.__getitems__(range(n * size, (n + 1) * size))) for n in range(8)]
-batches = [{name: column.to(device) for name, column in batch.items()} for batch in batches]
-model: Any = hf_hyla.HylaForSequenceClassification(recipe.config)
-model.to(device).train()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-endless = itertools.cycle(batches)
-
-config, layer = recipe.config, model.model.layers[0].self_attn
-length = batches[0][recipe.task.model_columns[0]].shape[1]
-heads, width, value_width = config.num_attention_heads, config.head_dim, config.value_head_dim
-dtype = torch.bfloat16 if asked["bf16"] else torch.float32
-inputs = [
-    torch.randn(size, length, heads, each, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
-    for each in (width, width, value_width)
-]
-bias = None
-if config.position_type == "relative":
-    bias = torch.randn(heads, 2 * length - 1, device=device, requires_grad=True)
-gradient = torch.randn(size, length, heads, value_width, device=device, dtype=dtype)
-attention = AttentionInterface()["hyla"]
-
-
-def autocast() -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=asked["bf16"])
-
-
-def step() -> None:
-    with autocast():
-        loss = model(**next(endless)).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def attend() -> None:
-    with autocast():
-        output, _ = attention(
-            layer, *inputs, None, scaling=layer.scaling, dropout=config.attention_dropout, position_bias=bias
-        )
-    leaves = [tensor for tensor in (*inputs, bias) if tensor is not None]
-    torch.autograd.grad(output, leaves, gradient.to(output.dtype))
-
-
-def wait() -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-works = {"step": step, "attention": attend}
-print("ready", file=answers)
-for line in sys.stdin:
-    wait()
-    started = time.perf_counter()
-    works[line.strip()]()
-    wait()
-    print(time.perf_counter() - started, file=answers)
+if __name__ == "__main__":
+    main()
