@@ -156,8 +156,10 @@ def attention_codes(
     if attention_mask is not None:
         scores = scores.masked_fill(~attended(attention_mask), 0.0)
     if score_norm == "rms_head":
-        scaled = scores.to(norm_dtype) * RMS_HEAD_SCALE
-        mean_square = scaled.square().mean(dim=1, keepdim=True) + RMS_HEAD_EPS * RMS_HEAD_SCALE**2
+        # ONNX's optimiser takes so small a constant as the scaled epsilon for 0 and leaves it out.
+        scale = 1.0 if torch.compiler.is_exporting() else RMS_HEAD_SCALE
+        scaled = scores.to(norm_dtype) * scale
+        mean_square = scaled.square().mean(dim=1, keepdim=True) + RMS_HEAD_EPS * scale**2
         # Not rsqrt, whose gradient has the cube of the result, which is 0 for large scores.
         scores = (scaled * mean_square.sqrt().reciprocal()).to(query.dtype)
     return scores

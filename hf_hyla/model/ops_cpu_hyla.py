@@ -81,7 +81,7 @@ def _prepare(
     # Keys are multiplied by the same query in the backward, so that their gradient, and likewise the queries', is right.
     scale = _score_scale(score_norm)
     if position_bias is not None:
-        bias[:, :-tile] = position_bias * scale
+        bias[:, :-tile] = position_bias.to(number) * scale
     shape = (batch, 1, query_length, key_length)
     seen = torch.ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
     seed = torch.zeros(2, dtype=torch.int64) if seed is None else seed

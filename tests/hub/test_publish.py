@@ -178,7 +178,7 @@ FAULTS = [
     ("PUT /storage", 500, "in trouble (status 500)"),
     ("PUT /storage", "cut", "cannot be reached"),
     ("commit/main", 403, "may not write there"),
-    ("commit/main", 409, "changed by somebody else"),
+    ("commit/main", 409, "somebody else is changing it"),
     ("commit/main", 500, "in trouble (status 500)"),
     ("commit/main", "stale", "changed it in the meantime"),
     ("commit/main", "cut", "cannot be reached"),
