@@ -132,7 +132,7 @@ pages_of_steps()
 without = pages_of_steps()
 keep_freed_memory()
 pages_of_steps()
-print(pages_of_steps() / without)
+print(pages_of_steps() / max(without, 1))  # now and then glibc keeps the memory by itself
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.1
