@@ -62,7 +62,7 @@ gpu-rehearsal:
 	TRAIN="$(SMALL)" MAX_MINUTES=0.001 $(REHEARSAL)
 	rm -r runs/gpu-rehearsal-run
 	TRAIN="$(SMALL)" PARTS=train $(REHEARSAL)
-	grep 'Goes on from checkpoint-1' runs/gpu-rehearsal/report.txt
+	grep 'Resumes from checkpoint-1' runs/gpu-rehearsal/report.txt
 	test -s runs/gpu-rehearsal/run.json -a -s runs/gpu-rehearsal/learning_curve.png
 
 # Renders the cards of the trained models again, after a change of templates or results.

@@ -5,7 +5,6 @@ slow is imported.
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def find_model(word: str) -> str:
     if path.exists():
         return word
     missing = f"There is no run or model {word}{_did_you_mean(_near_paths(path))}"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", word):
+    if word.count("/") != 1:
         raise FileNotFoundError(
             f"{missing}: expected the folder of a run or a model, or a repository on the Hub as ORG/NAME."
         )

@@ -5,8 +5,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that after a crash holds either this text or what it held before."""
@@ -45,6 +43,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line, without the name of the validator that huggingface_hub puts before it."""
+    # Imported here: wrong arguments are answered before the tenth of a second that it takes.
+    from huggingface_hub.errors import StrictDataclassError
+
     if isinstance(error, StrictDataclassError) and error.__cause__:
         error = error.__cause__
     return " ".join(str(error).split())

@@ -6,8 +6,8 @@
 #
 #   OUT           folder of what is worth taking home: at most 8 files, none over 16 MiB
 #   RUN           folder of the training run
-#   MAX_MINUTES   training saves and stops in this time; the same command goes on
-#   FROM          checkpoint.tar of an earlier OUT, to go on from where RUN is gone
+#   MAX_MINUTES   training saves and stops in this time; the same command resumes
+#   FROM          checkpoint.tar of an earlier OUT, to resume from where RUN is gone
 #   TRAIN         more arguments of `hyla train`, the same every time (default: four processes draw data ahead, and torch
 #                 compiles the model where the benchmark has found that faster)
 #   PARTS         which of: bench train tests
@@ -49,7 +49,7 @@ run_train() {
         return 0
     fi
     if [ ! -d "$RUN" ] && [ -f "$FROM" ]; then
-        echo "Goes on from $FROM."
+        echo "Resumes from $FROM."
         mkdir -p "$RUN" && tar -xf "$FROM" -C "$RUN" || return
     fi
     local more
@@ -59,7 +59,7 @@ run_train() {
         --trainer.disable_tqdm true "${more[@]}"
 }
 
-# The argument for compilation, or nothing: as a run that goes on was begun, or as the benchmark has measured.
+# The argument for compilation, or nothing: as a run that resumes was begun, or as the benchmark has measured.
 compile() {
     if [ -e "$RUN/resolved_recipe.yaml" ]; then
         grep -q 'torch_compile: true' "$RUN/resolved_recipe.yaml"

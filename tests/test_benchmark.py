@@ -333,7 +333,7 @@ def test_the_command_ends_with_what_failed(monkeypatch, result, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "logik"], "did you mean logic?"),
+        (["--task", "logik"], "did you mean 'logic'?"),
         (["--threads", "0"], "--threads must be an integer of at least 1, got 0"),
         (["--repeats", "0"], "--repeats must be an integer of at least 1, got 0"),
         (["--lengths", "0"], "--lengths must be an integer of at least 1, got 0"),

@@ -106,6 +106,19 @@ def test_the_rows_of_table_a1_are_the_sweeps_points_with_the_papers_values():
             assert row[column] == f"{paper.mean:.4f} ± {paper.standard_error:.4f}"
 
 
+def test_the_table_of_trials_is_what_their_records_hold():
+    records = {
+        path.stem: json.loads(path.read_text()) for path in (PROJECT / "recipes/results/sraven-muon-trials").glob("*")
+    }
+    found = [
+        tuple(f"{record['metrics'][split]['accuracy']:.4f}" for split in ("ood", "test"))
+        for record in records.values()
+    ]
+    section = RECIPES.partition("### Trials with Muon on SRAVEN")[2].partition("###")[0]
+    shown = re.findall(r"^\| [^|]* \| [^|]* \| (0\.\d+) \| (0\.\d+) \|$", section, flags=re.MULTILINE)
+    assert sorted(shown) == sorted(found) != []
+
+
 def test_the_effect_of_held_out_draws_follows_from_the_committed_scores_by_combination():
     found = json.loads((PROJECT / "recipes" / "results" / "logic-by-combination" / "softmax.json").read_text())
     by_rarest = {}

@@ -1,4 +1,4 @@
-"""Sweeps: every point a valid recipe and a run of its own; what is finished is skipped, the rest goes on."""
+"""Sweeps: every point a valid recipe and a run of its own; what is finished is skipped, the rest resumes."""
 
 import os
 import signal

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..model.layers_hyla import HylaAttention
-from ..model.modeling_hyla import HylaForSequenceClassification
+from ..model.modeling_hyla import answer_states
 
 
 # Entries of a batch that a model reads; the others describe its samples.
@@ -192,5 +192,4 @@ def _answer_positions(model: nn.Module, batch: Batch) -> torch.Tensor:
         raise ValueError(f"A batch must hold input_ids, input_values or inputs_embeds, got {', '.join(batch)}.")
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape[:2]).unsqueeze(-1)
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    layer: Any = attention_layers(model)[0]
-    return HylaForSequenceClassification._answer_states(layer, positions, ids, mask).squeeze(-1)
+    return answer_states(attention_layers(model)[0].config, positions, ids, mask).squeeze(-1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -17,10 +17,10 @@ from ..model.layers_hyla import HylaAttention
 from .meter import SEED, Meter, available_bytes, in_a_line
 
 
-# What errors may be in float32, of the output and of gradients: norm by norm, since at the kink of a ReLU rounding decides the
-# side. Of the pairs of more than `_FEW_KINKS` tokens some stand so near to one that the eager gradients are off by 2e-4.
-_OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE, _LONG_GRADIENT_TOLERANCE = 1e-5, 1e-4, 1e-3
-_FEW_KINKS = 1024
+# What errors may be in float32, of the output and of gradients, norm by norm.
+_OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
+# A hidden unit that is closer to 0 than this share of the usual size stands at the kink of ReLU: rounding decides its gradient.
+_AT_KINK = 1e-5
 # In half precision rounding decides so often that only the eager implementation can say what is usual: another's error may be so
 # many times its, and a rounding.
 _TIMES_EAGER = 1.5
@@ -59,6 +59,8 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
     what, device = f"attention, {shape}", meter.device
     hyla, softmax = _layer(shape, "hyla").to(device), _layer(shape, "softmax").to(device)
     inputs = _inputs(shape, device)
+    if shape.dtype == torch.float32:
+        inputs = _without_kinks(hyla, inputs)
     plain = {name: tensor for name, tensor in inputs.items() if name != "position_bias"}
     with torch.no_grad():
         fixed = inputs | {
@@ -161,27 +163,11 @@ def _flash_attention(layer: nn.Module, query, key, value, mask, scaling: float, 
 
 
 def _definition(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    What `_differentiated` gives for the eager implementation in float64. Queries do not know of each other, so it is computed for
-    some of them at a time, which a long sequence needs.
-    """
+    """What `_differentiated` gives for the eager implementation in float64."""
     wide = {name: tensor.detach().double() for name, tensor in inputs.items()}
-    batch, _, length, _ = wide["query"].shape
-    per_query = largest_intermediate(layer, wide["query"][:1, :, :1], wide["key"], wide["value"])
-    queries = min(max(_BLOCK // per_query, 1), length)
-    sequences = max(_BLOCK // (per_query * queries), 1)
     result = {"output": torch.empty_like(wide["gradient"])}
     result |= {name: torch.zeros_like(tensor) for name, tensor in wide.items() if name != "gradient"}
-    for row, first in itertools.product(range(0, batch, sequences), range(0, length, queries)):
-        last = min(first + queries, length)
-        rows, columns = slice(row, row + sequences), slice(first, last)
-        where = {
-            "query": (rows, slice(None), columns),
-            "key": (rows,),
-            "value": (rows,),
-            "position_bias": (slice(None), slice(length - last, 2 * length - first - 1)),
-        }
-        where = {name: index for name, index in where.items() if name in wide}
+    for rows, columns, where in _parts(layer, wide):
         part = {name: wide[name][index].requires_grad_() for name, index in where.items()}
         part["gradient"] = wide["gradient"][rows, columns]
         found = _differentiated(eager_attention_forward, layer, part)
@@ -191,15 +177,52 @@ def _definition(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
     return result
 
 
+def _without_kinks(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The inputs, with an output's gradient of 0 for queries that have a hidden unit at the kink of ReLU. So whatever side rounding
+    chooses there changes nothing, and all other gradients can be held to what float32 can do.
+    """
+    wide = {name: tensor.detach().double() for name, tensor in inputs.items()}
+    gradient = inputs["gradient"].clone()
+    seen: list[torch.Tensor] = []
+    with layer.value_activation.register_forward_pre_hook(lambda _, args: seen.append(args[0])):  # type: ignore[union-attr]
+        for rows, columns, where in _parts(layer, wide):
+            _forward(eager_attention_forward, layer, {name: wide[name][index] for name, index in where.items()})
+            hidden = seen.pop()  # (batch, query, key, width)
+            at_kink = (hidden.abs() < _AT_KINK * hidden.square().mean().sqrt()).any(dim=(2, 3))
+            gradient[rows, columns] *= ~at_kink[:, :, None, None]
+    return inputs | {"gradient": gradient}
+
+
+def _parts(layer: nn.Module, wide: dict[str, torch.Tensor]) -> Iterator[tuple[slice, slice, dict[str, tuple]]]:
+    """
+    Rows of the batch and queries, so many that the eager implementation in float64 fits into memory, and the parts of the inputs
+    that they need: queries do not know of each other.
+    """
+    batch, _, length, _ = wide["query"].shape
+    per_query = largest_intermediate(layer, wide["query"][:1, :, :1], wide["key"], wide["value"])
+    queries = min(max(_BLOCK // per_query, 1), length)
+    sequences = max(_BLOCK // (per_query * queries), 1)
+    for row, first in itertools.product(range(0, batch, sequences), range(0, length, queries)):
+        last = min(first + queries, length)
+        rows, columns = slice(row, row + sequences), slice(first, last)
+        where = {
+            "query": (rows, slice(None), columns),
+            "key": (rows,),
+            "value": (rows,),
+            "position_bias": (slice(None), slice(length - last, 2 * length - first - 1)),
+        }
+        yield rows, columns, {name: index for name, index in where.items() if name in wide}
+
+
 def _bounds(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> _Bounds:
     """Of the output and of each gradient: the definition's, and the error of its norm that is allowed."""
     expected = _definition(layer, inputs)
     dtype = inputs["query"].dtype
     if dtype == torch.float32:
-        few = inputs["query"].shape[2] <= _FEW_KINKS
-        gradient = _GRADIENT_TOLERANCE if few else _LONG_GRADIENT_TOLERANCE
         return {
-            name: (tensor, _OUTPUT_TOLERANCE if name == "output" else gradient) for name, tensor in expected.items()
+            name: (tensor, _OUTPUT_TOLERANCE if name == "output" else _GRADIENT_TOLERANCE)
+            for name, tensor in expected.items()
         }
     eager = _differentiated(eager_attention_forward, layer, inputs)
     rounding = torch.finfo(dtype).eps

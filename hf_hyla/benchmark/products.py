@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..model.functions_cpu_hyla import onednn_is_available, onednn_product
 from .meter import SEED, Work
 
 
@@ -88,16 +89,8 @@ def fastest_products(shapes: list[LinearShape], device: torch.device) -> tuple[W
 def _paths(device: torch.device) -> dict[str, list[_Path]]:
     """By the name of the implementation. oneDNN may take the two factors in either order."""
     paths: dict[str, list[_Path]] = {"torch": [lambda a, b: torch.mm(a, b.mT)]}
-    if (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
-
-        def onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-        paths["oneDNN"] = [onednn, lambda a, b: onednn(b, a).mT]
+    if device.type == "cpu" and onednn_is_available():
+        paths["oneDNN"] = [onednn_product, lambda a, b: onednn_product(b, a).mT]
     return paths
 
 

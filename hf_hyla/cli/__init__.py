@@ -11,8 +11,9 @@ import re
 import sys
 
 from .. import __version__
+from ..utils import nearest
 from . import bench, card, ceiling, compare, convert, data, env, evaluate, probe, publish, recipes, sweep, train
-from .parser import Parser, nearest
+from .parser import Parser
 from .settings import check_settings, unknown_argument
 
 

@@ -1,11 +1,12 @@
 """What the commands' arguments have in common."""
 
 import argparse
-import difflib
 import math
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
+
+from ..utils import nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,9 +60,3 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {text!r}{nearest(text, names)}")
 
     return read
-
-
-def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
-    """`" (did you mean x?)"`, or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f" (did you mean {close[0]}?)" if close else ""

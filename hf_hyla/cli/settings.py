@@ -21,8 +21,8 @@ _NAMES = {
         label2id problem_type output_hidden_states chunk_size_feed_forward model_name_or_path revision
     """,
     "trainer": """
-        max_steps learning_rate warmup_steps weight_decay max_grad_norm seed full_determinism optim optim_args muon_learning_rate muon_learning_rate_qk schedule_floor adam_beta1
-        adam_beta2 adam_epsilon train_batch_size gradient_accumulation_steps train_sampling_strategy
+        max_steps learning_rate warmup_steps weight_decay max_grad_norm seed full_determinism optim optim_args
+        muon_learning_rate muon_learning_rate_qk schedule_floor adam_beta1 adam_beta2 adam_epsilon train_batch_size gradient_accumulation_steps train_sampling_strategy
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor bf16 fp16
         tf32 use_cpu gradient_checkpointing torch_empty_cache_steps torch_compile torch_compile_backend
         torch_compile_mode ddp_backend ddp_timeout eval_strategy eval_steps eval_delay eval_samples

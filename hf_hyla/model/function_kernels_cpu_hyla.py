@@ -23,17 +23,20 @@ from functools import cache
 
 import numpy as np
 
-from .kernels_cpu_hyla import compiled
-from .vectors_cpu_hyla import STORED, VECTOR_BYTES, jit_in_order, numba, rounded, store_transposed, widened
+from .vectors_cpu_hyla import (
+    STORED,
+    VECTOR_BYTES,
+    compiled,
+    exp_float32,
+    jit_in_order,
+    numba,
+    rounded,
+    store_transposed,
+    widened,
+)
 
 
 _LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # u = _LINEAR · (x + _CUBIC · x³)
-
-
-# exp(x) = 2^n · exp(r) with the integer n nearest to x / ln 2 and Taylor's polynomial for exp(r). ln 2 is the sum of two
-# numbers, of which n times the first is exact.
-_PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203094172e-06
-_TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7))
 
 
 @jit_in_order
@@ -41,20 +44,7 @@ def _parts(x):
     """u, exp(-|u|) and σ(|u|)"""
     number = np.float32
     u = number(_LINEAR) * x * (number(1) + number(_CUBIC) * x * x)
-    least = number(-87)  # below it, powers of two leave the normal numbers
-    exponent = max(-abs(u), least)
-    n = np.int32(exponent * number(_PER_LN2) - number(0.5))
-    r = exponent - number(n) * number(_LN2_HIGH) - number(n) * number(_LN2_LOW)
-    y = _TAYLOR[6]
-    y = y * r + _TAYLOR[5]
-    y = y * r + _TAYLOR[4]
-    y = y * r + _TAYLOR[3]
-    y = y * r + _TAYLOR[2]
-    y = y * r + _TAYLOR[1]
-    y = y * r + _TAYLOR[0]
-    # 2^n by its bits. Every integer has its type written out: a loop of two widths does not vectorise.
-    power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
-    small = number(0) if -abs(u) < least else y * power
+    small = exp_float32(-abs(u))
     return u, small, number(1) / (number(1) + small)
 
 

@@ -101,6 +101,11 @@ def _plain(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (tor
     )
 
 
+def onednn_is_available() -> bool:
+    """Whether this build of torch has `onednn_product`."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @cache
 def onednn_is_faster() -> bool:
     """
@@ -108,8 +113,7 @@ def onednn_is_faster() -> bool:
     only, oneDNN on all that have it. By rule and not by a measurement, so that a run gives the same bits every time.
     """
     return (
-        hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.mkldnn.is_available()
+        onednn_is_available()
         and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and "GenuineIntel" not in _vendor()
@@ -124,7 +128,7 @@ def _vendor() -> str:
         return platform.processor()
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def onednn_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a · bᵀ + bias, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
@@ -132,7 +136,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None)
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(input, weight, bias):
-        return _product(input, weight, bias)
+        return onednn_product(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +154,7 @@ class _Linear(torch.autograd.Function):
             grad_weight = gradient.mT @ rows if of_weight else None
         else:
             gradient = gradient.contiguous()
-            grad_input = _product(gradient, weight.mT) if of_input else None
+            grad_input = onednn_product(gradient, weight.mT) if of_input else None
             grad_weight = _product_over_rows(gradient, rows) if of_weight else None
         return (
             None if grad_input is None else grad_input.reshape(input.shape),
@@ -176,8 +180,8 @@ class _Linear(torch.autograd.Function):
 def _product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """aᵀ · b. oneDNN wants the first of its operands in order, so the narrower of the two is copied."""
     if a.shape[1] <= b.shape[1]:
-        return _product(_transposed(a), b.mT)
-    return _product(_transposed(b), a.mT).mT
+        return onednn_product(_transposed(a), b.mT)
+    return onednn_product(_transposed(b), a.mT).mT
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:

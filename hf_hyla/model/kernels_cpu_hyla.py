@@ -20,9 +20,7 @@ Nothing of size query * key is stored. Half precision is widened as it is loaded
 is rounded once, when it is complete.
 """
 
-import zlib
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
@@ -52,7 +50,7 @@ from .tiles_cpu_hyla import (
     survey_tile,
     visible,
 )
-from .vectors_cpu_hyla import OPTIONS, STORED, compiled_by_type, jit, numba, rounded
+from .vectors_cpu_hyla import STORED, compiled, compiled_by_type, jit, numba, rounded
 
 
 def _finish_row(sums, rows, first, step):
@@ -162,14 +160,6 @@ def generate_again(deep, scores, factor, mixing, hidden, code, projected, relu):
         rectify_tile(deep)
 
 
-def compiled(signature, function):
-    """From the cache on disk, or where there is none that can be written, compiled anew by every process."""
-    try:
-        return numba.njit(signature, cache=True, **OPTIONS)(function)
-    except (RuntimeError, OSError):  # numba's, and the system's
-        return numba.njit(signature, **OPTIONS)(function)
-
-
 def _signature(dtype_name: str, gradients: bool):
     """Types of the arguments; with them given, arrays of any strides share one compilation."""
     stored = getattr(numba.types, STORED[dtype_name])
@@ -191,16 +181,6 @@ def _signature(dtype_name: str, gradients: bool):
 
 
 @cache
-def _sources() -> int:
-    """
-    Of the files that the kernels are made of. A kernel mentions it so that it is part of the key under which numba keeps what it
-    has compiled: numba itself looks at the date of one file only.
-    """
-    names = ("attention_hyla.py", "vectors_cpu_hyla.py", "tiles_cpu_hyla.py", "kernels_cpu_hyla.py")
-    return zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in names))
-
-
-@cache
 def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype_name: str):
     """
     The forward for these sizes, which are constants to the compiler: loops over them vanish, and pointers are known to be
@@ -209,11 +189,11 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
     The output is added up in `sums`, (batch, query, heads, width) of zeros. In half precision all rows of the batch share the
     memory of one, which is rounded into `output`; otherwise both are one array.
     """
-    padded, sources = -(-heads // 4) * 4, _sources()
+    padded = -(-heads // 4) * 4
 
     def forward(query, key, value, mask, bias, mixing, seed, norm, relu, generated, deep, masked, threshold, survivor,
                 scaling, statistics, splits, first_task, last_task, sums, output):  # fmt: skip
-        dtype, _ = bias.dtype, sources
+        dtype = bias.dtype
         query_length, key_length = query.shape[2], key.shape[2]
         keys = np.zeros((padded, head_dim, tile), dtype)
         values = np.zeros((padded, value_dim, tile), dtype)
@@ -284,12 +264,12 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
     The backward for these sizes, see `compiled_forward`. Gradients of keys and values are added up apart for every split,
     (split, batch, key, heads, width), and rounded here where there is one.
     """
-    padded, sources = -(-heads // 4) * 4, _sources()
+    padded = -(-heads // 4) * 4
 
     def backward(query, key, value, mask, bias, mixing, seed, norm, relu, generated, deep, masked, threshold, survivor,
                  scaling, statistics, splits, first_task, last_task, grad_output, grad_query, grad_key, grad_value,
                  grad_bias, grad_mixing, query_out, key_out, value_out):  # fmt: skip
-        dtype, _ = bias.dtype, sources
+        dtype = bias.dtype
         query_length, key_length = query.shape[2], key.shape[2]
         keys = np.zeros((padded, head_dim, tile), dtype)
         values = np.zeros((padded, value_dim, tile), dtype)

@@ -366,7 +366,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.classifier(self._answer_states(outputs.last_hidden_state, input_ids, attention_mask))
+        logits = self.classifier(answer_states(self.config, outputs.last_hidden_state, input_ids, attention_mask))
         if self.config.num_answers == 1:
             logits = logits[:, 0]
         loss = None
@@ -401,30 +401,6 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         # trf-ignore: TRF051
         plain = self.config._attn_implementation == "eager"
         return None if padded or recorded or plain else self.config.num_answers
-
-    def _answer_states(self, hidden_states, input_ids, attention_mask) -> torch.Tensor:
-        """Hidden states (batch, num_answers, hidden_size) of each row's last `num_answers` tokens."""
-        num_answers, length = self.config.num_answers, hidden_states.shape[1]
-        if length < num_answers:
-            raise ValueError(
-                f"The model reads its answers at the last {num_answers} tokens (num_answers), but the sequences have "
-                f"{length}: append the answer slots."
-            )
-        if attention_mask is not None and attention_mask.ndim == 2:
-            is_token = attention_mask.bool()
-        elif self.config.pad_token_id is not None and input_ids is not None:
-            is_token = input_ids != self.config.pad_token_id
-        else:
-            return hidden_states[:, length - num_answers :]
-        is_token = is_token.to(hidden_states.device)
-        if not is_torchdynamo_compiling() and bool((is_token.sum(-1) < num_answers).any()):
-            raise ValueError(
-                f"The model reads its answers at the last {num_answers} tokens (num_answers), but a row has only "
-                f"{int(is_token.sum(-1).min())} that are not padding."
-            )
-        position = torch.arange(length, device=hidden_states.device)
-        last = torch.where(is_token, position, -1).topk(num_answers, dim=-1).values.flip(-1).clamp(min=0)
-        return hidden_states.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
     def _balancing_loss(self, router_logits, attention_mask) -> torch.Tensor | None:
         """The load-balancing loss of a mixture of experts; `None` where there are no router logits."""
@@ -479,6 +455,31 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         if num_items_in_batch is not None:
             loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
         return loss
+
+
+def answer_states(config: HylaConfig, hidden_states, input_ids, attention_mask) -> torch.Tensor:
+    """Hidden states (batch, num_answers, hidden_size) of each row's last `num_answers` tokens."""
+    num_answers, length = config.num_answers, hidden_states.shape[1]
+    if length < num_answers:
+        raise ValueError(
+            f"The model reads its answers at the last {num_answers} tokens (num_answers), but the sequences have "
+            f"{length}: append the answer slots."
+        )
+    if attention_mask is not None and attention_mask.ndim == 2:
+        is_token = attention_mask.bool()
+    elif config.pad_token_id is not None and input_ids is not None:
+        is_token = input_ids != config.pad_token_id
+    else:
+        return hidden_states[:, length - num_answers :]
+    is_token = is_token.to(hidden_states.device)
+    if not is_torchdynamo_compiling() and bool((is_token.sum(-1) < num_answers).any()):
+        raise ValueError(
+            f"The model reads its answers at the last {num_answers} tokens (num_answers), but a row has only "
+            f"{int(is_token.sum(-1).min())} that are not padding."
+        )
+    position = torch.arange(length, device=hidden_states.device)
+    last = torch.where(is_token, position, -1).topk(num_answers, dim=-1).values.flip(-1).clamp(min=0)
+    return hidden_states.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
 # The names under which saving copies this file, and everything it imports, beside the weights.

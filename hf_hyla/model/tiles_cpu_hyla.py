@@ -19,8 +19,6 @@ probabilities under softmax; `factor[k]`, what RMSHead and dropout multiply the 
 `scores[h, k] * factor[k]`. Heads and widths are filled up to multiples of 4 with zeros, and tiles are whole vectors.
 """
 
-import math
-
 import numpy as np
 
 from .attention_hyla import RMS_HEAD_EPS, RMS_HEAD_SCALE
@@ -28,8 +26,9 @@ from .vectors_cpu_hyla import (
     VECTOR_BYTES,
     add,
     divide,
+    exp_float32,
+    exp_float64,
     jit,
-    jit_in_order,
     load,
     multiply,
     multiply_add,
@@ -128,47 +127,11 @@ def score(scores, query, keys, bias, first, keep, masked):
             store(scores, (h, k), where_positive(load(keep, (k,)), s, masked))
 
 
-# The exponential of x is 2^n exp(r), with the integer n nearest to x / ln 2 and a polynomial, Taylor's, for exp(r): terms are
-# below the rounding where they end. ln 2 is the sum of two numbers, of which n times the first is exact.
-_PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203094172e-06
-_TAYLOR = tuple(1 / math.factorial(n) for n in range(14))
-
-
-@jit_in_order
+@jit
 def _exponentiate(a, largest):
-    """
-    a[k] = exp(a[k] - largest), which is 0 below the normal numbers. As vector instructions, which a call of the C library in
-    the loop would prevent.
-    """
-    number = a.dtype.type
-    least = number(-87) if a.itemsize == 4 else number(-708)
+    """a[k] = exp(a[k] - largest)"""
     for k in range(a.shape[0]):
-        x = a[k] - largest
-        inside = least if x < least else x  # NaN stays NaN
-        n = np.int32(inside * number(_PER_LN2) - number(0.5))  # towards 0, and x is not positive
-        r = inside - number(n) * number(_LN2_HIGH) - number(n) * number(_LN2_LOW)
-        y = number(_TAYLOR[7])
-        if a.itemsize == 8:
-            y = number(_TAYLOR[13])
-            y = y * r + number(_TAYLOR[12])
-            y = y * r + number(_TAYLOR[11])
-            y = y * r + number(_TAYLOR[10])
-            y = y * r + number(_TAYLOR[9])
-            y = y * r + number(_TAYLOR[8])
-            y = y * r + number(_TAYLOR[7])
-        y = y * r + number(_TAYLOR[6])
-        y = y * r + number(_TAYLOR[5])
-        y = y * r + number(_TAYLOR[4])
-        y = y * r + number(_TAYLOR[3])
-        y = y * r + number(_TAYLOR[2])
-        y = y * r + number(_TAYLOR[1])
-        y = y * r + number(_TAYLOR[0])
-        # 2^n by its bits. Every integer has its type written out: a loop of two widths is not vectorised.
-        if a.itemsize == 4:
-            power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
-        else:
-            power = np.int64(np.int64(np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)
-        a[k] = number(0) if x < least else y * power
+        a[k] = exp_float32(a[k] - largest) if a.itemsize == 4 else exp_float64(a[k] - largest)
 
 
 @jit

@@ -21,7 +21,11 @@ memory. With vectors as values the sums are local variables, and stay in registe
 Half precision is only a way to store numbers. bfloat16 comes as int16 and float16 as uint16, and both are computed in float32.
 """
 
+import math
+import zlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -56,6 +60,27 @@ def compiled_by_type(function):
     if numba is None:
         return lambda choose: choose
     return overload(function, jit_options={"forceinline": True, **OPTIONS})
+
+
+def compiled(signature, function):
+    """
+    The function compiled for these types: from the cache on disk or, where there is none that can be written, anew by every
+    process.
+    """
+    # numba asks whether the function's own file has changed, and no other; by its name the function asks for the rest.
+    function.__qualname__ = f"{function.__name__}_{_sources():08x}"
+    try:
+        return numba.njit(signature, cache=True, **OPTIONS)(function)
+    except (RuntimeError, OSError):  # numba's, and the system's
+        return numba.njit(signature, **OPTIONS)(function)
+
+
+@cache
+def _sources() -> int:
+    """A checksum of the files that kernels are made of."""
+    folder = Path(__file__).parent
+    paths = [folder / "attention_hyla.py", *sorted(folder.glob("*_cpu_hyla.py"))]
+    return zlib.crc32(b"".join(path.read_bytes() for path in paths))
 
 
 def _vector_bytes() -> int:
@@ -250,6 +275,58 @@ def _totals(builder, vectors):
         total = builder.fadd(pick(total, total, low), pick(total, total, [k + size // 2 for k in low]), flags=_FLAGS)
         size //= 2
     return total
+
+
+# The exponential of x is 2^n exp(r), with the integer n nearest to x / ln 2 and a polynomial, Taylor's, for exp(r): terms are
+# below the rounding where they end. ln 2 is the sum of two numbers, of which n times the first is exact. 2^n is made of its
+# bits. A call of the C library would keep a loop from becoming vector instructions, and so would integers of two widths, so
+# each has its type written out.
+_PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203094172e-06
+_TAYLOR = tuple(1 / math.factorial(n) for n in range(14))
+
+
+@jit_in_order
+def exp_float32(x):
+    """The exponential of a float32 that is not positive; 0 below the normal numbers."""
+    number, least = np.float32, np.float32(-87)
+    inside = least if x < least else x  # NaN stays NaN
+    n = np.int32(inside * number(_PER_LN2) - number(0.5))  # towards 0
+    r = inside - number(n) * number(_LN2_HIGH) - number(n) * number(_LN2_LOW)
+    y = number(_TAYLOR[7])
+    y = y * r + number(_TAYLOR[6])
+    y = y * r + number(_TAYLOR[5])
+    y = y * r + number(_TAYLOR[4])
+    y = y * r + number(_TAYLOR[3])
+    y = y * r + number(_TAYLOR[2])
+    y = y * r + number(_TAYLOR[1])
+    y = y * r + number(_TAYLOR[0])
+    power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
+    return number(0) if x < least else y * power
+
+
+@jit_in_order
+def exp_float64(x):
+    """The exponential of a float64 that is not positive, likewise."""
+    least = -708.0
+    inside = least if x < least else x
+    n = np.int32(inside * _PER_LN2 - 0.5)
+    r = inside - n * _LN2_HIGH - n * _LN2_LOW
+    y = _TAYLOR[13]
+    y = y * r + _TAYLOR[12]
+    y = y * r + _TAYLOR[11]
+    y = y * r + _TAYLOR[10]
+    y = y * r + _TAYLOR[9]
+    y = y * r + _TAYLOR[8]
+    y = y * r + _TAYLOR[7]
+    y = y * r + _TAYLOR[6]
+    y = y * r + _TAYLOR[5]
+    y = y * r + _TAYLOR[4]
+    y = y * r + _TAYLOR[3]
+    y = y * r + _TAYLOR[2]
+    y = y * r + _TAYLOR[1]
+    y = y * r + _TAYLOR[0]
+    power = np.int64(np.int64(np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)
+    return 0.0 if x < least else y * power
 
 
 def widened(x):

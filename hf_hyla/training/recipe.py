@@ -23,7 +23,7 @@ from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 BATCH_SIZE = "train_batch_size"
 SECTIONS = ("task", "model", "trainer", "expect")
 _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
-# The keys of `trainer`: those by which a run goes on exactly and is scored on all samples. transformers has a hundred
+# The keys of `trainer`: those by which a run resumes exactly and is scored on all samples. transformers has a hundred
 # more, and a key that changes a score would do so without a word.
 _ALLOWED_TRAINER = {
     *_REQUIRED_TRAINER,

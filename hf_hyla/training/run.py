@@ -50,7 +50,7 @@ def train(
     run.json and learning_curve.png into `output`. Several processes share the recipe's batch. The recipe's `push_to_hub` is
     for `hyla train`, which publishes the finished run: nothing is published here.
 
-    A run that was interrupted goes on from its last whole checkpoint, under `output/checkpoints`.
+    A run that was interrupted resumes from its last whole checkpoint, under `output/checkpoints`.
 
     Args:
         max_minutes: stop, with a checkpoint saved, before training has taken so long.
@@ -60,7 +60,7 @@ def train(
         FileExistsError: if `output` holds a finished run, or one of another recipe, and `overwrite` is not set.
         ValueError, OSError: if something cannot be used or written.
         FloatingPointError: if loss, gradient or weights are not finite, or the loss grows a hundredfold.
-        Stopped: if it was stopped by SIGTERM, SIGHUP or `max_minutes`; the same call goes on.
+        Stopped: if it was stopped by SIGTERM, SIGHUP or `max_minutes`; the same call resumes.
     """
     check_launch()
     stop = StopRequests(max_minutes)
@@ -231,10 +231,10 @@ def _say_how_it_goes_on(checkpoint: Path, num_processes: int) -> None:
     elif threads_before != threads:
         then, now = f"{threads_before} thread{'s' * (threads_before != 1)}", str(threads)
     else:
-        _say(f"Goes on from {checkpoint.name}.")
+        _say(f"Resumes from {checkpoint.name}.")
         return
     _say(
-        f"Goes on from {checkpoint.name}, which was written with {then}, with {now}: the result will be equal to rounding, not "
+        f"Resumes from {checkpoint.name}, which was written with {then}, with {now}: the result will be equal to rounding, not "
         "bit by bit."
     )
 

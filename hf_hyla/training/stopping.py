@@ -21,13 +21,13 @@ _REASONS = {_OUT_OF_TIME: 0, "by SIGHUP": 129, "by SIGTERM": 143}
 
 
 class Stopped(Exception):
-    """A run that was stopped before its end, and goes on when it is started again."""
+    """A run that was stopped before its end, and resumes when it is started again."""
 
     def __init__(self, reason: str, step: int, max_steps: int):
         share = f"{step / max_steps:.0%}"
         super().__init__(
             f"Stopped {reason} after step {step:,} of {max_steps:,} ({share}), whose checkpoint is saved: the same command "
-            "goes on from there."
+            "resumes from there."
         )
         self.exit_code = _REASONS[reason]
 

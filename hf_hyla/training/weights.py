@@ -68,7 +68,7 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
     Args:
         where: what errors call the section.
         settings: the section; its `revision` is replaced by the commit of the repository that was found, so that a run
-            goes on from the same weights.
+            resumes from the same weights.
 
     Raises:
         ValueError: if there is no such checkpoint, or settings or task do not go with it.

@@ -142,7 +142,7 @@ def test_env_is_json(capsys):
         (["evaluate", "{run}", "--task.num_examples", "["], "is not valid YAML"),
         (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
         (["evaluate", "{run}", "--num-samples", "0"], "--num-samples must be an integer of at least 1, got 0"),
-        (["data", "ravens", "--output", "{run}"], "did you mean sraven?"),
+        (["data", "ravens", "--output", "{run}"], "did you mean 'sraven'?"),
         (["data", "sraven", "--split", "odd", "--output", "{run}"], "has no split 'odd'"),
         (
             ["data", "sraven", "--num-examples", "0", "--output", "{run}"],

@@ -1,12 +1,15 @@
 """What a CPU computes faster than torch does by itself: products by oneDNN, GELU by numba."""
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.model import function_kernels_cpu_hyla, vectors_cpu_hyla
 from hf_hyla.model import functions_cpu_hyla as functions
 from hf_hyla.model.functions_cpu_hyla import cpu_functions
 
@@ -17,7 +20,7 @@ linear, gelu = nn.functional.linear, nn.functional.gelu
 @pytest.fixture(autouse=True)
 def everything_is_served(monkeypatch):
     """On any processor that has the operator, and however small the work."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not functions.onednn_is_available():
         pytest.skip("this build of torch lacks oneDNN's operator")
     pytest.importorskip("numba")
     monkeypatch.setattr(functions, "onednn_is_faster", lambda: True)
@@ -269,7 +272,7 @@ def test_autocast_goes_to_torch(served):
     assert not served
 
 
-def test_where_torch_has_no_such_operator_its_own_products_serve(monkeypatch, served):
+def test_where_onednn_is_not_faster_torchs_products_serve(monkeypatch, served):
     monkeypatch.setattr(functions, "onednn_is_faster", lambda: False)
     x, weight, bias = given()
     with cpu_functions(x):
@@ -292,6 +295,22 @@ def test_the_rule_by_which_onednn_is_chosen(vendor, capability, faster, monkeypa
     monkeypatch.setattr(functions, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert functions.onednn_is_faster.__wrapped__() == faster
+
+
+def test_a_build_of_torch_without_the_operator_keeps_torchs_products(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert not functions.onednn_is_available() and not functions.onednn_is_faster.__wrapped__()
+
+
+def test_kernels_are_compiled_anew_when_another_file_that_they_are_made_of_changes(monkeypatch):
+    compile_anew = function_kernels_cpu_hyla.compiled_gelu.__wrapped__
+    before = compile_anew("float32").py_func.__qualname__  # by which numba names what it keeps on disk
+    assert compile_anew("float32").py_func.__qualname__ == before
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "tiles_cpu_hyla.py"))
+    monkeypatch.setattr(vectors_cpu_hyla, "_sources", vectors_cpu_hyla._sources.__wrapped__)
+    assert compile_anew("float32").py_func.__qualname__ != before
 
 
 @pytest.mark.parametrize("shape", [(40, 16), (64, 33), (17, 5), (1, 1)])

@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +137,23 @@ print(pages_of_steps() / max(without, 1))  # now and then glibc keeps the memory
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.1
+
+
+def huge_pages() -> str:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text() if setting.exists() else "[never]"
+
+
+@pytest.mark.skipif("[never]" in huge_pages(), reason="this system has no transparent huge pages")
+def test_memory_of_a_step_comes_in_huge_pages():
+    code = """
+import re, torch
+from pathlib import Path
+from hf_hyla.training.processes import keep_freed_memory
+
+keep_freed_memory()
+tensors = [torch.ones(2**21) for _ in range(16)]  # 128 MiB
+print(*re.findall(r"AnonHugePages: *(\\d+) kB", Path("/proc/self/smaps_rollup").read_text()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) > 64 * 1024

@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(uninterrupted,
     train(recipe_in(tmp_path), run)
     lines = capfd.readouterr().err.splitlines()
     assert any(f"checkpoint-{STEPS} is damaged and not used: it {said}" in line for line in lines)
-    assert f"Goes on from checkpoint-{STEPS - 2}." in lines
+    assert f"Resumes from checkpoint-{STEPS - 2}." in lines
     assert_same_run(run, uninterrupted)
     aside = run / "checkpoints" / f"damaged-checkpoint-{STEPS}"
     assert aside.name in lines[0] and (aside / "trainer_state.json").exists()
@@ -297,7 +297,7 @@ def test_a_run_goes_on_when_only_what_is_expected_of_it_has_changed(uninterrupte
     expect = {"metric": "ood/r2", "value": 0.8, "tolerance": 0.1, "source": "ours"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SECTIONS, "expect": expect}))
     record = train(load_recipe(tmp_path / "recipe.yaml"), run)
-    assert f"Goes on from checkpoint-{STEPS}." in capfd.readouterr().err
+    assert f"Resumes from checkpoint-{STEPS}." in capfd.readouterr().err
     assert record.recipe["expect"]["value"] == 0.8
     assert_same_run(run, uninterrupted)
 

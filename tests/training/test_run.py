@@ -230,7 +230,7 @@ def test_a_resume_with_another_number_of_threads_is_said(finished, tmp_path, cap
         train(recipe_in(tmp_path), run)
     finally:
         torch.set_num_threads(threads)
-    said = f"Goes on from checkpoint-4, which was written with {threads} thread{'s' * (threads > 1)}, with {threads + 1}: "
+    said = f"Resumes from checkpoint-4, which was written with {threads} thread{'s' * (threads > 1)}, with {threads + 1}: "
     assert said + "the result will be equal to rounding" in capfd.readouterr().err
 
 
