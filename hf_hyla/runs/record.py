@@ -40,7 +40,7 @@ class RunRecord:
         seeds: `task`, of held-out combinations and samples; `trainer`, of initial weights and dropout.
         num_parameters: of the model.
         steps, samples_seen: updates made and training samples they used.
-        seconds: wall time of training, evaluations during it included, over all sittings.
+        seconds: wall time of training, including evaluations during it and what came before interruptions.
         metrics: per split, the scores and `num_samples`, the number of samples they were measured on.
         curve: log entries in order; each has `step` and `seconds`, training entries `loss` and `learning_rate`, evaluation
             entries scores named `split/metric`.

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: a seal with the sizes and hashes of their files is written last."""
+"""Whole checkpoints: a seal with the sizes and hashes of a checkpoint's files is written last."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ except ImportError:  # Windows
 SEAL = "seal.json"
 # Locked by the process that trains in a folder.
 LOCK = ".lock"
-# Folders that this process has claimed: the system's lock keeps out other processes only.
+# Folders that this process has claimed, since the system's lock keeps out other processes only.
 _claimed: set[Path] = set()
 _claiming = threading.Lock()
 
@@ -32,7 +32,7 @@ _claiming = threading.Lock()
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """
-    Keeps other processes and threads out of the folder of a run, until the block ends or this process dies.
+    Keeps other processes and threads out of a run's folder until the block ends or this process dies.
 
     Raises:
         FileExistsError: if another process or thread trains there.
@@ -51,7 +51,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / LOCK).open("w") as file:  # closing it gives the lock back
+    with (folder / LOCK).open("w") as file:  # closing the file releases the lock
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,7 +65,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def seal(checkpoint: Path) -> None:
-    """Writes the seal of a checkpoint, all of whose files are on the disk before it."""
+    """Writes the seal of a checkpoint once all of its files have reached the disk."""
     files = {}
     for path in _files(checkpoint):
         with path.open("rb+") as file:
@@ -77,7 +77,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; `None` if it is whole."""
+    """What is wrong with a checkpoint, as the end of a sentence; `None` if it is whole."""
     try:
         files = json.loads((checkpoint / SEAL).read_bytes())
         expected = {name: (facts["size"], facts["sha256"]) for name, facts in files.items()}
@@ -100,14 +100,14 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def newest_whole(checkpoints: Path) -> Path | None:
-    """The last checkpoint in a folder that is whole."""
+    """The last whole checkpoint in a folder."""
     return next((checkpoint for checkpoint in _newest_first(checkpoints) if fault(checkpoint) is None), None)
 
 
 def last_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """
-    The last checkpoint of a run that is whole, and a line about each later one, which is put aside: what it held is
-    computed again, but it may be somebody's only copy.
+    The last whole checkpoint of a run, and a line about each later one. A damaged checkpoint is renamed, not removed, since
+    it may be the only copy of its weights.
     """
     said: list[str] = []
     for checkpoint in _newest_first(checkpoints):

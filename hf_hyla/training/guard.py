@@ -1,4 +1,4 @@
-"""Stopping at numbers from which a run does not come back."""
+"""Stopping a run that cannot recover: values that are not finite, or a diverging loss."""
 
 import torch
 from torch import nn
@@ -6,9 +6,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 
-# Devices whose numbers are there as soon as they are asked for.
+# Devices on which reading a value does not wait for a queue of work.
 _READ_AT_ONCE = ("cpu",)
-# A run whose mean loss grows to this many times that of its beginning will not come back.
+# A run is taken to diverge when its mean loss reaches this multiple of the first log entry's.
 _DIVERGED = 100
 INTACT = "checkpoints before this step are intact"
 
@@ -16,11 +16,11 @@ INTACT = "checkpoints before this step are intact"
 class Guard(TrainerCallback):
     """
     Stops a run whose loss, gradient, weights or moments are not finite, or whose loss grows a hundredfold. The gradient is
-    looked at before the update, so that weights stay those of the step before.
+    checked before the update, so that the weights stay those of the step before.
     """
 
     def __init__(self):
-        # On an accelerator, where looking at a number waits for it: the first step at fault, and the number.
+        # For accelerators: by quantity, the first step whose value was not finite, and that value. It is read in `check`.
         self._at_fault: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -32,32 +32,32 @@ class Guard(TrainerCallback):
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         self.watch("norm of the gradient", norm.full_tensor() if isinstance(norm, DTensor) else norm, state)
 
-    def watch(self, what: str, number: torch.Tensor, state) -> None:
-        """Stops at a number that is not finite: at once where looking costs nothing, elsewhere when `check` is called."""
+    def watch(self, what: str, value: torch.Tensor, state) -> None:
+        """Raises if the value is not finite: at once on a CPU, and in the next `check` on an accelerator."""
         step = state.global_step + 1
-        if number.device.type in _READ_AT_ONCE:
-            if not torch.isfinite(number):
-                raise _not_finite(what, number.item(), step)
+        if value.device.type in _READ_AT_ONCE:
+            if not torch.isfinite(value):
+                raise _not_finite(what, value.item(), step)
             return
-        found = torch.stack([torch.full_like(number, step), number]).detach()
+        found = torch.stack([torch.full_like(value, step), value]).detach()
         known = self._at_fault.get(what, torch.zeros_like(found))
-        self._at_fault[what] = torch.where((known[0] > 0) | torch.isfinite(number), known, found)
+        self._at_fault[what] = torch.where((known[0] > 0) | torch.isfinite(value), known, found)
 
     def check(self) -> None:
         """
         Raises:
-            FloatingPointError: if a number that was watched was not finite.
+            FloatingPointError: if a watched value was not finite.
         """
         for what, found in self._at_fault.items():
-            step, number = found.tolist()
+            step, value = found.tolist()
             if step:
-                raise _not_finite(what, number, int(step))
+                raise _not_finite(what, value, int(step))
 
     def check_growth(self, loss: float, state) -> None:
         """
         Raises:
-            FloatingPointError: if the loss of a log entry is a hundred times that of the first. Only a positive loss grows
-                so: others say nothing by their ratio.
+            FloatingPointError: if the loss of a log entry is more than a hundred times that of the first. Losses that are
+                not positive are not compared, since their ratio means nothing.
         """
         first = next((entry["loss"] for entry in state.log_history if "loss" in entry), loss)
         if loss > _DIVERGED * first > 0:
@@ -67,7 +67,7 @@ class Guard(TrainerCallback):
             )
 
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Weights and moments that are not finite are in no whole checkpoint, whatever the loss has been."""
+        """Refuses to seal a checkpoint whose weights or moments are not finite."""
         self.check()
         moments = [value for moment in optimizer.state.values() for value in moment.values()]
         tensors = [value for value in (*model.parameters(), *moments) if torch.is_tensor(value)]
@@ -80,8 +80,8 @@ class Guard(TrainerCallback):
             )
 
 
-def _not_finite(what: str, number: float, step: int) -> FloatingPointError:
+def _not_finite(what: str, value: float, step: int) -> FloatingPointError:
     return FloatingPointError(
-        f"The {what} is {number} in step {step}: look for numbers in the inputs that are not finite, or lower the learning "
+        f"The {what} is {value} in step {step}: look for inputs that are not finite, or lower the learning "
         f"rate; {INTACT}."
     )

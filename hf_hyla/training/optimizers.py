@@ -14,9 +14,9 @@ from .arguments import HylaTrainingArguments
 
 class StackedMuon(Muon):
     """
-    `torch.optim.Muon` with `adjust_lr_fn="original"`, whose matrices of one shape are orthogonalised together: one by one,
-    small matrices cost more in calls than in multiplications. Updates equal torch's to the rounding of bfloat16, and the
-    state is the same.
+    `torch.optim.Muon` with `adjust_lr_fn="original"` that orthogonalises all matrices of one shape together, since calls
+    cost more than multiplications for small matrices. Updates equal torch's to the rounding of bfloat16, and the state is
+    the same.
     """
 
     @torch.no_grad()
@@ -55,12 +55,11 @@ class StackedMuon(Muon):
 
 class MuonAdamW(Optimizer):
     """
-    `torch.optim.Muon` and `torch.optim.AdamW` as one optimiser: one list of groups, which one scheduler sees, and one
-    state, which is saved and loaded as that of any other. AdamW's groups come first. Each group names its `algorithm`,
-    `"muon"` or `"adamw"`.
+    `torch.optim.Muon` and `torch.optim.AdamW` as one optimiser, with one list of groups for the scheduler and one state to
+    save and load. AdamW's groups come first. Each group names its `algorithm`, `"muon"` or `"adamw"`.
 
     Args:
-        muon (`Muon`), adamw (`AdamW`): of different parameters, and without a state so far.
+        muon (`Muon`), adamw (`AdamW`): optimisers of different parameters that have made no step yet.
     """
 
     def __init__(self, muon: Muon, adamw: AdamW):
@@ -92,7 +91,7 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for algorithm, part in self._parts.items():
-            # In every step, since loading a state replaces groups and state.
+            # Set again in every step, since loading a state dict replaces groups and state.
             part.param_groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
             part.state = self.state
             part.step()
@@ -103,13 +102,13 @@ def muon_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     The parameters that Muon takes, by name: the trained weights of the linear maps inside the layers.
 
-    Muon makes the singular values of an update alike, which suits maps from hidden states to hidden states. Not among them:
+    Muon makes the singular values of an update equal, which suits maps from hidden states to hidden states. It does not take
     - embeddings, input projections, heads and routers, since their rows belong to single symbols, answers or experts;
-    - biases, norms and tables of positions, which are no maps;
+    - biases, norms and tables of positions, which are not linear maps;
     - `value_mixing` and the weights of experts, which are stacks of matrices, and torch's Muon takes only matrices.
 
-    The two matrices of a LoRA adapter are linear maps inside a layer, so Muon takes them. Their rate has to be found
-    anew.
+    The two matrices of a LoRA adapter are linear maps inside a layer, so Muon takes them. They need a learning rate of
+    their own.
     """
     parameters = {}
     for path, layer in model.named_modules():
@@ -124,8 +123,7 @@ def muon_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def muon_adamw(model: nn.Module, args: HylaTrainingArguments, decayed: Collection[str]) -> MuonAdamW:
     """
-    The optimiser of `optim="muon"`. Muon decays all of its parameters; of the rest, AdamW decays those that are named in
-    `decayed`.
+    The optimiser of `optim="muon"`. Muon decays all of its parameters, and AdamW those of its own that `decayed` names.
 
     Raises:
         ValueError: if the model has no parameter for Muon, or parameters are sharded.
@@ -140,7 +138,7 @@ def muon_adamw(model: nn.Module, args: HylaTrainingArguments, decayed: Collectio
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in taken}
     refuse_shards(any(isinstance(p, DTensor) for p in (*taken, *rest.values())))
 
-    # By their projection's name, whatever wraps it.
+    # Found by the name of the projection, which wrappers such as LoRA keep.
     of_qk = {name: bool({"q_proj", "k_proj"} & set(name.split("."))) for name in matrices}
     rate_qk = args.muon_learning_rate if args.muon_learning_rate_qk is None else args.muon_learning_rate_qk
     muon = StackedMuon(

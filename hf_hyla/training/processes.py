@@ -1,4 +1,4 @@
-"""What a run needs of its processes besides the Trainer."""
+"""Processes of a run: how they were launched, how they share a batch, and their memory."""
 
 import contextlib
 import ctypes
@@ -17,27 +17,26 @@ Result = TypeVar("Result")
 
 # Bytes of the heap for which huge pages are asked: more than a step of the paper's models takes, and less than glibc keeps.
 _RESERVED = 7 * 2**28
-# What accelerate's launcher sets, and what it stands for.
+# Environment variables of accelerate's launcher, and what each asks for.
 _SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 def check_launch() -> None:
     """
-    To be called before anything asks accelerate how this process was launched.
+    Checks how this process was launched. Call it before anything creates accelerate's state.
 
     Raises:
-        ValueError: if the launcher asks for what would not happen: accelerate trains unsharded, without a word, where
-            there is no accelerator.
+        ValueError: if the launcher asks for sharding and there is no accelerator, where accelerate would silently train
+            unsharded.
     """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     asked = [name for variable, name in _SHARDED.items() if parse_flag_from_env(variable)]
     if asked and on_cpu:
         raise ValueError(
-            f"{asked[0]} needs an accelerator, and there is none here, where training would go on unsharded: launch with "
-            "recipes/accelerate/ddp_cpu.yaml."
+            f"{asked[0]} needs an accelerator, and there is none here: launch with recipes/accelerate/ddp_cpu.yaml."
         )
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Without it every process would train for itself, into the same folder.
+        # Otherwise every process would train alone, into the same folder.
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
@@ -45,16 +44,13 @@ def keep_freed_memory() -> None:
     """
     Has glibc, where that is the C library, keep the memory that a training step frees for the next one, and take it in huge pages.
 
-    By default glibc gives most of it back to the system and takes it again, page by page, in every step. Blocks above 32 MiB
-    are given back as before. Huge pages spare the processor most of its look-ups of addresses, which take a tenth of a step.
+    By default glibc returns most of it to the system and asks for it again, page by page, in every step. Blocks above 32 MiB
+    are returned as before. Huge pages save most address look-ups, which take a tenth of a step.
     """
     if sys.platform != "linux":
         return
-    trim_threshold, mmap_threshold, largest = (
-        -1,
-        -3,
-        32 * 2**20,
-    )  # by their numbers in malloc.h; the largest that it takes
+    trim_threshold, mmap_threshold = -1, -3  # by their numbers in malloc.h
+    largest = 32 * 2**20  # that glibc accepts for the second
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, largest)
@@ -64,7 +60,7 @@ def keep_freed_memory() -> None:
 
 @functools.cache
 def _ask_for_huge_pages(libc: ctypes.CDLL, largest: int) -> None:
-    """Asks for them on the heap to come, which is reserved here and stays untouched until it is needed."""
+    """Reserves the heap that training will use, without touching it, and asks the system to back it by huge pages."""
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     libc.free.argtypes = (ctypes.c_void_p,)
@@ -107,7 +103,7 @@ def share_of_batch(batch_size: int, num_processes: int) -> int:
 
 
 def on_main(function: Callable[[], Result]) -> Result:
-    """What `function` returns on the main process, on every process; what it raises there is raised on every one."""
+    """Calls `function` on the main process, and returns its result, or raises its error, on every process."""
     processes = PartialState()
     result: Result | None = None
     error: Exception | None = None

@@ -6,12 +6,12 @@ from tqdm import tqdm
 from transformers.trainer_callback import ProgressCallback
 
 
-# Of a log entry, what the progress bar leaves out.
+# Ends of the names that the progress bar leaves out.
 _NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")
 
 
 class RunProgress(ProgressCallback):
-    """transformers' progress bar, with one readable line for each log entry, and redrawn seldom where nobody watches."""
+    """transformers' progress bar with one readable line per log entry, redrawn rarely where the output is no terminal."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -22,7 +22,7 @@ class RunProgress(ProgressCallback):
         self.current_step = state.global_step
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self.training_bar is None:  # the evaluations of the curve are short and have none of their own
+        if self.training_bar is None:  # evaluations of the curve are short and have no bar
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

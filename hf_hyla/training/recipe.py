@@ -23,8 +23,8 @@ from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 BATCH_SIZE = "train_batch_size"
 SECTIONS = ("task", "model", "trainer", "expect")
 _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
-# The keys of `trainer`: those by which a run resumes exactly and is scored on all samples. transformers has a hundred
-# more, and a key that changes a score would do so without a word.
+# Keys that `trainer` may hold: with any of them, a run resumes exactly and is scored on all samples. transformers has a
+# hundred more, some of which would change a score silently.
 _ALLOWED_TRAINER = {
     *_REQUIRED_TRAINER,
     *(BATCH_SIZE, "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
@@ -39,16 +39,16 @@ _ALLOWED_TRAINER = {
     *("save_strategy", "save_steps", "save_total_limit"),
     *("logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
     *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
-    *HUB_KEYS,  # which `hyla train` reads when the run is finished, and no Trainer
+    *HUB_KEYS,  # read by `hyla train` when the run is finished, never by the Trainer
 }
-# Why others are not.
+# Why each of the others is refused, as the end of a sentence.
 _BY_THE_RUN = "is set by the run itself"
 _BY_MAX_STEPS = "has no effect: a run is max_steps long and follows the reference's schedule"
 _PUBLISHED_ONCE = (
     "has no effect: a run is published once, when it is finished, and never its checkpoints, which hold pickles"
 )
 _BY_THE_LAUNCH = "belongs to the launch: write it into the --config_file of accelerate launch"
-_NOT_EXACT = "is not supported: an interrupted run would not go on exactly"
+_NOT_EXACT = "is not supported: an interrupted run would not resume exactly"
 _OTHER_SCORES = "is not supported: scores would be of other samples, or mean something else"
 _REFUSED_TRAINER = {
     **{
@@ -91,24 +91,24 @@ _REFUSED_TRAINER = {
     **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _PUBLISHED_ONCE),
     "hub_token": "must never lie in a file: log in by `hf auth login`, or set HF_TOKEN",
 }
-# Fields of a config that say what was saved, not what to build.
+# Fields of a config that describe a saved model.
 _REFUSED_MODEL = dict.fromkeys(
     ("architectures", "transformers_version", "dtype", "return_dict", "is_encoder_decoder", "format_version"),
     "says what was saved, not what to build",
 )
 _LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
 _NAMES_TRAINER = {
-    # Samples are all of one length, by which transformers could also group them.
+    # Grouping by length is left out, since all samples of a task have the same length.
     "train_sampling_strategy": ("sequential", "random"),
     **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("no", "steps", "epoch")),
-    # Those that need no other package.
+    # Those that need no further package.
     "optim": (MUON, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
 }
 _LEAST_TRAINER = {
     **dict.fromkeys(("max_steps", "eval_steps", "save_steps", "logging_steps"), 1),
-    # A single one would be removed before the next one is whole.
+    # A single checkpoint would be removed before the next one is whole.
     "save_total_limit": 2,
     **dict.fromkeys((BATCH_SIZE, "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
@@ -117,7 +117,7 @@ _LEAST_TRAINER = {
     **dict.fromkeys(("muon_learning_rate", "muon_learning_rate_qk"), 0),
 }
 _BELOW_TRAINER = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
-# What transformers takes for shares of the run where they lie below 1.
+# Values below 1 would mean a share of the run to transformers.
 _WHOLE_TRAINER = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
 
 
@@ -140,9 +140,9 @@ class Recipe:
     """
     A checked recipe. `settings` is what the run record keeps: the four sections, overrides applied.
 
-    `expect` is `None` where the recipe names nothing, or an override other than of a seed made it another run than the one
-    it is about. `data` is the folder that training samples are read from, made by `hyla data`; `None` where they are drawn.
-    It is not among the settings: what is read is what would be drawn, so it is the same run.
+    `expect` is `None` if the recipe has no such section, or if an override changed anything but a seed, since the
+    expectation is then about another run. `data` is the folder, made by `hyla data`, that training samples are read from;
+    `None` if they are drawn. It is not part of `settings`, since both give the same samples and so the same run.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Recipe:
         The arguments of a trainer that writes into `output`, for each of the processes that share the recipe's batch.
 
         Args:
-            changes: of the recipe's settings, by their names in `HylaTrainingArguments`.
+            changes: settings that replace the recipe's, by their names in `HylaTrainingArguments`.
 
         Raises:
             ValueError: if the processes cannot share the batch evenly, or one of them would drive several devices.
@@ -227,7 +227,7 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     trainer = _checked_trainer(source, sections["trainer"])
     task_settings = dict(sections["task"])
     data = in_type(f"{source}: task.data", task_settings.pop("data", None), str | None)
-    # A recipe is given by the user, who may have written a task of their own too.
+    # The recipe is the user's own, so it may name a module with a task of theirs.
     task = checked_task(f"{source}: task", task_settings, may_import=True)
     if "model_name_or_path" in model_settings:
         config = config_of_checkpoint(f"{source}: model", model_settings, task)
@@ -299,7 +299,7 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
             f"{source}: trainer.push_to_hub needs trainer.hub_model_id, the repository as ORG/NAME, got "
             f"{trainer.get('hub_model_id')!r}."
         )
-    # Refuses what only transformers can judge, such as settings that contradict each other.
+    # transformers refuses the rest, such as settings that contradict each other.
     _built(f"{source}: trainer", _arguments, {"trainer": trainer, "output": "unused"})
     return trainer
 
@@ -315,7 +315,7 @@ def _arguments(
     share = share_of_batch(_batch_size(trainer), num_processes)
     # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
     own = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": share}
-    # By these a tracker that the recipe asks for finds one run again, in however many sittings.
+    # A tracker that the recipe asks for recognises a resumed run by these.
     own |= {"project": "hf_hyla", "run_name": str(output)}
     return HylaTrainingArguments(**{**own, **settings, **changes, "output_dir": str(output)})
 

@@ -28,13 +28,13 @@ from .checkpoint import LOCK, claimed, last_whole
 from .processes import check_launch, on_main
 from .progress import RunProgress
 from .recipe import Recipe, read_sections
-from .sitting import sittings
+from .resume_state import resume_states
 from .stopping import StopRequests
 from .trainer import HylaTrainer
 from .weights import initial_model
 
 
-# Of what the Trainer reports, what is no score.
+# Metrics of the Trainer that are not scores.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -47,13 +47,13 @@ def train(
 ) -> RunRecord:
     """
     Trains the recipe's model, evaluates every split but the one it trained on, and writes weights, code, recipe,
-    run.json and learning_curve.png into `output`. Several processes share the recipe's batch. The recipe's `push_to_hub` is
-    for `hyla train`, which publishes the finished run: nothing is published here.
+    run.json and learning_curve.png into `output`. Several processes share the recipe's batch. Nothing is published here:
+    `hyla train` publishes the finished run where the recipe says `push_to_hub`.
 
     A run that was interrupted resumes from its last whole checkpoint, under `output/checkpoints`.
 
     Args:
-        max_minutes: stop, with a checkpoint saved, before training has taken so long.
+        max_minutes: training saves a checkpoint and stops before it has taken so many minutes.
         num_samples: samples per split of the evaluation at the end; the paper's number where it is `None`.
 
     Raises:
@@ -86,7 +86,7 @@ def train(
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(RunProgress)
         if resume_from:
-            _say_how_it_goes_on(resume_from, args.world_size)
+            _say_how_it_resumes(resume_from, args.world_size)
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             stop.check(trainer.state)
@@ -151,8 +151,8 @@ def evaluate(
 
 def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end: contextlib.ExitStack) -> Path | None:
     """
-    Makes the folder, claims it for the time of the `ExitStack`, and writes the recipe into it; the checkpoint to go on
-    from, if there is one.
+    Makes the folder, claims it until the `ExitStack` closes, and writes the recipe into it. Returns the checkpoint to
+    resume from, or `None`.
     """
     written = output / RECIPE_NAME
     ours = {LOCK, f"{RECIPE_NAME}.tmp"}
@@ -175,7 +175,7 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end
         write_whole(written, yaml.safe_dump(recipe.settings, sort_keys=False))
         checkpoint, said = last_whole(output / CHECKPOINTS)
     except OSError as error:
-        if error.errno is None:  # ours
+        if error.errno is None:  # raised above
             raise
         raise OSError(f"{output} cannot be used ({error.strerror}): choose another --output.") from error
     for line in said:
@@ -197,7 +197,7 @@ def _written_recipe(path: Path) -> dict:
         return read_sections(path)
     except ValueError:
         raise ValueError(
-            f"{path} is damaged, so that nobody can say whether the run there is of this recipe: choose another --output, or "
+            f"{path} is damaged, so it is unknown whether the run there is of this recipe: choose another --output, or "
             "pass --overwrite."
         ) from None
 
@@ -221,10 +221,10 @@ def _write_results(trainer: HylaTrainer, record: RunRecord, output: Path) -> Non
         ) from error
 
 
-def _say_how_it_goes_on(checkpoint: Path, num_processes: int) -> None:
-    before = sittings(checkpoint)
+def _say_how_it_resumes(checkpoint: Path, num_processes: int) -> None:
+    before = resume_states(checkpoint)
     threads = torch.get_num_threads()
-    # What an older checkpoint was written with is not known.
+    # Older checkpoints do not say how many threads wrote them.
     threads_before = before[0].get("threads", threads) if before else threads
     if len(before) != num_processes:
         then, now = f"{len(before)} process{'es' * (len(before) != 1)}", str(num_processes)
@@ -244,7 +244,7 @@ def _say(line: str) -> None:
 
 
 def _remove_run(output: Path) -> None:
-    """Removes what a run writes, and nothing else."""
+    """Removes the files that a run writes, and no others."""
     for folder in (CHECKPOINTS, Path(PROBE_NAME).parent):
         shutil.rmtree(output / folder, ignore_errors=True)
     code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
@@ -261,7 +261,7 @@ def training_data(recipe: Recipe) -> TaskDataset:
     """
     if recipe.data is None:
         return recipe.task.dataset("train", recipe.num_training_samples)
-    # datasets is slow to import and not needed otherwise.
+    # Imported here because datasets is slow to import.
     from ..tasks.data import FolderDataset
 
     return FolderDataset(recipe.data, recipe.task, "train", recipe.num_training_samples)
@@ -272,8 +272,8 @@ def _metrics_of(task: Task, model: HylaForSequenceClassification):
         logits, labels, inputs = map(
             np.asarray, (_logits(prediction.predictions), prediction.label_ids, prediction.inputs)
         )
-        # The Trainer's loss is a mean over batches, of which the last may be shorter or, with several processes, hold
-        # samples twice.
+        # The Trainer's own loss is a mean over batches. The last batch may be shorter or, with several processes, repeat
+        # samples.
         loss = model.loss_function(torch.from_numpy(logits), torch.from_numpy(labels)).item()
         return {"loss": loss, **task.metrics(logits, labels, inputs)}
 
@@ -281,7 +281,7 @@ def _metrics_of(task: Task, model: HylaForSequenceClassification):
 
 
 def _logits(predictions) -> np.ndarray:
-    """Of what a model answers: a config may ask for hidden states too, which follow the logits."""
+    """The logits among a model's outputs, which hidden states follow if the config asks for them."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
@@ -292,7 +292,7 @@ def _evaluate_split(trainer: HylaTrainer, task: Task, split: str, num_samples: i
     if not np.isfinite(_logits(output.predictions)).all():
         raise no_score(split)
     scores = {name.removeprefix(f"{split}_"): value for name, value in (output.metrics or {}).items()}
-    # JSON has no word for what is not a number.
+    # JSON cannot hold NaN and infinity.
     scored = {name: value for name, value in scores.items() if name not in _TIMINGS and math.isfinite(value)}
     return {**scored, "num_samples": len(dataset)}
 

@@ -1,4 +1,4 @@
-"""Stopping before the end, at the end of a step and with its checkpoint saved: signals and a limit of time."""
+"""Stopping a run early, by a signal or a time limit, at the end of a step and with a checkpoint saved."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 
 
-# Steps between two questions of several processes whether one of them wants to stop: each waits for all.
+# Steps between the points at which several processes agree whether to stop, for which all wait.
 _STEPS_PER_QUESTION = 10
-# Reasons to stop, as the sentence about it has them, and the exit code of each; the last is the strongest.
+# Reasons to stop, in the words of the message, with their exit codes. A later one takes precedence.
 _OUT_OF_TIME = "at --max-minutes"
 _REASONS = {_OUT_OF_TIME: 0, "by SIGHUP": 129, "by SIGTERM": 143}
 
 
 class Stopped(Exception):
-    """A run that was stopped before its end, and resumes when it is started again."""
+    """Raised when a run was stopped before its end. The same command resumes it."""
 
     def __init__(self, reason: str, step: int, max_steps: int):
         share = f"{step / max_steps:.0%}"
@@ -33,21 +33,21 @@ class Stopped(Exception):
 
 
 def stop_signals() -> list[signal.Signals]:
-    """SIGTERM, and SIGHUP, the end of the terminal, where the system has it and nohup does not have it ignored."""
+    """SIGTERM, and SIGHUP where the system has it and it is not ignored, as under nohup."""
     hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGHUP] if hangs_up else [signal.SIGTERM]
 
 
 class StopRequests(TrainerCallback):
     """
-    Saves and stops at the end of a step when the process was sent one of `stop_signals`, or when `max_minutes` would be
-    over before the next chance to do so. transformers' own callback for SIGTERM saves in the middle of a step, from where
-    a run does not go on exactly.
+    Saves and stops at the end of a step when the process was sent one of `stop_signals`, or when `max_minutes` would pass
+    before the next step ends. transformers' own callback for SIGTERM saves in the middle of a step, from where a run does
+    not resume exactly.
     """
 
     def __init__(self, max_minutes: float | None = None):
         self.reason: str | None = None
-        self._signalled: str | None = None  # apart from `reason`, which a signal must not lose a race with
+        self._signalled: str | None = None  # separate from `reason`, so that a signal cannot be lost in a race
         self.step = self.max_steps = 0
         self._in_training = True
         self._deadline = float("inf") if max_minutes is None else monotonic() + 60 * max_minutes
@@ -56,7 +56,7 @@ class StopRequests(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it a signal is a request; Python lets only the main thread listen."""
+        """Turns signals into requests within the block. Python lets only the main thread handle signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -71,7 +71,7 @@ class StopRequests(TrainerCallback):
     def _requested(self, number, frame) -> None:
         self._signalled = f"by {signal.Signals(number).name}"
         if self._signalled == "by SIGHUP":
-            # What is still said on the way would fail in a terminal that is gone.
+            # Messages on the way to the end would fail, since the terminal is gone.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in self._terminals:
                 os.dup2(nowhere, stream)
@@ -83,7 +83,7 @@ class StopRequests(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now = monotonic()
-        # Evaluations and checkpoints are part of the step that they follow.
+        # Evaluations and checkpoints count as part of the step before them.
         self._longest, self._last = max(self._longest, now - self._last), now
         processes = PartialState()
         steps = 1 if processes.num_processes == 1 else _STEPS_PER_QUESTION
@@ -96,7 +96,7 @@ class StopRequests(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if self._in_training:  # the evaluations of the curve are part of the step that they follow
+        if self._in_training:  # evaluations of the curve count as part of the step before them
             return
         out_of_time = _OUT_OF_TIME if monotonic() > self._deadline else None
         processes = PartialState()
@@ -106,7 +106,7 @@ class StopRequests(TrainerCallback):
             raise Stopped(out_of_time, self.step, self.max_steps)
 
     def _agreed(self, wish: str | None, processes: PartialState) -> str | None:
-        """What one process wishes, all do, at the same step."""
+        """The strongest request among the processes, which all then follow at the same step."""
         wishes = (None, *_REASONS)
         strongest = reduce(torch.tensor(wishes.index(wish), device=processes.device), reduction="max")
         return wishes[int(strongest)]

@@ -15,16 +15,17 @@ from .checkpoint import newest_whole
 from .guard import Guard
 from .optimizers import muon_adamw, refuse_shards
 from .processes import keep_freed_memory, on_main
+from .resume_state import ResumeState
 from .schedule import REFERENCE_FLOOR, check_schedule, reference_schedule
-from .sitting import Sitting
 
 
 class HylaTrainer(Trainer):
     """
-    `Trainer` with the reference's choice of decayed parameters and, for `HylaTrainingArguments`, its learning-rate curve. It
-    stops at numbers that are not finite, notes the seconds spent in every log entry, and its checkpoints are whole or not
-    there and hold all that an exact continuation needs. It publishes nothing: what follows a finished run reads its folder.
-    On a CPU its process keeps freed memory, see `keep_freed_memory`.
+    `Trainer` with the reference's choice of decayed parameters and, for `HylaTrainingArguments`, its learning-rate curve.
+
+    It stops when a loss, gradient or weight is not finite. Every log entry holds the seconds of training so far. A checkpoint
+    counts only when it is whole, and holds all that an exact resume needs. Nothing is published from here: publishing reads
+    the folder of a finished run. On a CPU the process keeps freed memory, see `keep_freed_memory`.
 
     Raises:
         ValueError: for arguments that it would not follow: `push_to_hub`, `enable_jit_checkpoint`, `save_total_limit` 1, and
@@ -34,14 +35,14 @@ class HylaTrainer(Trainer):
     def __init__(self, model=None, args: TrainingArguments | None = None, *rest, **kwargs):
         if args is not None:
             _refuse(args)
-        self._guard, self._sitting = Guard(), Sitting()
+        self._guard, self._resume_state = Guard(), ResumeState()
         super().__init__(model, args, *rest, **kwargs)
         refuse_shards(self._takes_muon() and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
         if self.args.device.type == "cpu":
             keep_freed_memory()
-        # In this order: what is not finite is never sealed.
+        # In this order, so that a checkpoint with weights that are not finite is never sealed.
         self.add_callback(self._guard)
-        self.add_callback(self._sitting)
+        self.add_callback(self._resume_state)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -55,23 +56,23 @@ class HylaTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main(lambda: _last_checkpoint(self.args.output_dir))
-        self._sitting.resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._resume_state.resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
-            self._sitting.remove_unsealed(error, self.args, self.state)
+            self._resume_state.remove_unsealed(error, self.args, self.state)
             raise
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """
-        What the reference decays: every array of its that is not one-dimensional. These are all kernels, embeddings and
-        tables, and the biases of queries, keys and values, which it stores as heads x width.
+        Names of the parameters that the reference decays, which are all of its arrays but the one-dimensional ones: weights
+        of linear maps, embeddings and tables, and the biases of queries, keys and values, which it stores as heads x width.
         """
         headwise_bias = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
         return [name for name, p in model.named_parameters() if p.ndim > 1 or name.endswith(headwise_bias)]
 
     def _takes_muon(self) -> bool:
-        # An optimiser that was handed over, or its class, goes before `optim`.
+        # An optimiser or optimiser class that the caller passed takes precedence over `optim`.
         return self.args.optim == MUON and self.optimizer is None and self.optimizer_cls_and_kwargs is None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -93,29 +94,29 @@ class HylaTrainer(Trainer):
             floor=getattr(self.args, "schedule_floor", REFERENCE_FLOOR),
         )
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)  # type: ignore[arg-type]
-        # By this transformers, 5.17 to 5.23, knows that a second call of `train` needs a new one; nothing public says so.
+        # Private, for transformers 5.17 to 5.23: it tells them that a second call of `train` needs a new schedule.
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        filtered = self.args.logging_nan_inf_filter  # who sets it wants to go on
+        filtered = self.args.logging_nan_inf_filter  # set by users who want training to continue
         if not filtered:
             self._guard.watch("loss", loss, self.state)
-        self._sitting.add(loss, filtered, self.state)
+        self._resume_state.add(loss, filtered, self.state)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._guard.check()
         if {"loss", "learning_rate"} <= logs.keys():  # transformers' own, of training
-            logs["loss"] = self._sitting.logged(logs["loss"], self.state)
+            logs["loss"] = self._resume_state.logged(logs["loss"], self.state)
             self._guard.check_growth(logs["loss"], self.state)
-        logs["seconds"] = round(self._sitting.seconds, 3)
+        logs["seconds"] = round(self._resume_state.seconds, 3)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
-        # The first file of a checkpoint. Nothing else tells that one is begun.
-        self._sitting.writing = Path(output_dir) if output_dir else None
+        # The weights are the first file of a checkpoint, and no callback says that one is begun.
+        self._resume_state.writing = Path(output_dir) if output_dir else None
         super().save_model(output_dir, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

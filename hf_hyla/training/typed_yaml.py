@@ -14,12 +14,12 @@ import yaml
 from ..utils import nearest, one_line
 
 
-# The types that YAML has itself; a field of another type is left to what receives its value.
+# Types that YAML has itself. Values for fields of other types are checked by their receiver.
 _PLAIN = {int: "int", float: "float", bool: "bool", str: "str", types.NoneType: "null", list[str]: "list of str"}
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's own takes the last of two equal keys without a word."""
+    """Refuses a key that stands there twice, of which PyYAML's own loader silently takes the second."""
 
     def construct_mapping(self, node, deep=False):
         seen: set[str] = set()
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
     """
-    The content of a YAML file with these keys, of which the `optional` may miss; `what` is what errors call a key.
+    The content of a YAML file with these keys, of which the `optional` ones may be missing. Errors call a key a `what`.
 
     Raises:
         ValueError: if it is not YAML, or has other keys, or one of them twice.
@@ -51,13 +51,13 @@ def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collect
             raise ValueError(f"{path} has an unknown {what} {name!r}{nearest(str(name), keys)}: expected {expected}.")
     for name in keys:
         if name not in content and name not in optional:
-            but = f", of which only {' and '.join(optional)} may miss" if optional else ""
+            but = f", of which only {' and '.join(optional)} may be missing" if optional else ""
             raise ValueError(f"{path} lacks the {what} {name!r}: expected {expected}{but}.")
     return content
 
 
 def read_value(key: str, text: str) -> Any:
-    """The value that an override gives the key."""
+    """The value of an override, read as YAML."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError:
@@ -74,11 +74,10 @@ def in_types(
     """
     The section's values in the types of the dataclass `schema`; unknown keys fail with the nearest name.
 
-    `refused` are keys that may not be there, with the reason; `also` are keys that the schema takes without declaring
-    them.
+    `refused` maps keys that are not allowed to the reason; `also` adds keys that the schema does not declare.
 
     Raises:
-        ValueError: for an unknown or refused key or a value of another type; `where` says in it what the section is.
+        ValueError: for an unknown or refused key or a value of another type. The message calls the section `where`.
     """
     refused = refused or {}
     known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema) if f.init} | (also or {})
@@ -99,7 +98,7 @@ def in_type(where: str, value: Any, annotation: Any) -> Any:
     `value` in a type of the annotation: YAML reads 3e-3 as text and 1 as an integer.
 
     Raises:
-        ValueError: if it is of none of them, or not finite; `where` is what it calls the value.
+        ValueError: if it is of none of them, or not finite. The message calls the value `where`.
     """
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     options = typing.get_args(annotation) if union else (annotation,)
@@ -117,7 +116,7 @@ def in_type(where: str, value: Any, annotation: Any) -> Any:
     if (list[str] if is_texts else type(value)) in options:
         return value
     expected = " or ".join(sorted(_PLAIN[option] for option in options))
-    # What an unquoted no is to YAML.
+    # YAML reads an unquoted no as false.
     hint = '; write "no", with the quotes, for the word' if value is False and str in options else ""
     raise ValueError(f"{where} must be {expected}, got {value!r}{hint}.")
 

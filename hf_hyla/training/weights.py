@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a checkpoint, or a fresh initialisation."""
+"""The weights that a model starts with: those of a checkpoint, or fresh ones."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..utils import one_line
 
 # Keys of a recipe's model section that name a checkpoint to start from.
 CHECKPOINT_KEYS = {"model_name_or_path": str, "revision": str}
-# Fields that give weights neither a shape nor a meaning: a run may set them anew.
+# Fields that affect neither the shape nor the meaning of weights, so that a run may change them.
 _OF_THE_RUN = ("attention_dropout", "num_answers", "problem_type", "output_router_logits", "router_aux_loss_coef")
 
 
@@ -40,16 +40,16 @@ def load_model(name: str | Path, **kwargs: Any):
         raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{name} lacks weights, {missing[0]} among them: its scores would be those of random numbers."
+            f"{name} lacks weights, {missing[0]} among them: its scores would be those of random weights."
         )
     return model
 
 
 def initial_model(settings: dict[str, Any], config: HylaConfig) -> HylaForSequenceClassification:
-    """The model that a run starts with: the weights of the checkpoint that its `model` settings name, or fresh ones."""
+    """The model that a run starts with, from the checkpoint that its `model` settings name or with fresh weights."""
     if "model_name_or_path" not in settings:
         return HylaForSequenceClassification(config)
-    # Training is in single precision whatever the checkpoint was saved in.
+    # Training is in single precision, whatever the dtype of the checkpoint.
     return load_model(
         settings["model_name_or_path"],
         revision=settings.get("revision"),
@@ -62,16 +62,16 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
     """
     The config of the checkpoint that a recipe's model section names, made ready for the task.
 
-    What shapes the weights is taken from the checkpoint, and `settings` must agree with it; how many answers are read
-    is the task's.
+    Fields that shape the weights come from the checkpoint, and `settings` must agree with them. The number of answers is
+    the task's.
 
     Args:
-        where: what errors call the section.
+        where: the section's name in errors.
         settings: the section; its `revision` is replaced by the commit of the repository that was found, so that a run
             resumes from the same weights.
 
     Raises:
-        ValueError: if there is no such checkpoint, or settings or task do not go with it.
+        ValueError: if there is no such checkpoint, or settings or task do not fit it.
     """
     name = settings["model_name_or_path"]
     if "revision" in settings and Path(name).exists():

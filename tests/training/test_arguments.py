@@ -114,7 +114,7 @@ def trained(trainer_class, args_class, folder, **settings):
         {key: value for key, value in entry.items() if not key.endswith(_TIMES)} for entry in trainer.state.log_history
     ]
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    own = {name for name in files if name.endswith("/seal.json") or "/sitting_" in name}
+    own = {name for name in files if name.endswith("/seal.json") or "/resume_state_" in name}
     return trainer.model.state_dict(), log, files - own
 
 

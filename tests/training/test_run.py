@@ -213,8 +213,8 @@ def test_the_seconds_before_a_resume_are_in_the_record(finished, tmp_path):
     shutil.copytree(finished, run)
     (run / "run.json").unlink()
     shutil.rmtree(run / "checkpoints/checkpoint-8")
-    sitting = run / "checkpoints/checkpoint-4/sitting_000.pt"
-    torch.save(torch.load(sitting, weights_only=True) | {"seconds": 1000.0}, sitting)
+    state = run / "checkpoints/checkpoint-4/resume_state_000.pt"
+    torch.save(torch.load(state, weights_only=True) | {"seconds": 1000.0}, state)
     seal(run / "checkpoints/checkpoint-4")
     assert 1000 < train(recipe_in(tmp_path), run).seconds < 1100
 

@@ -1,4 +1,4 @@
-"""One sitting of a run, from a start to an end or an interruption: what the next one must know, and whole checkpoints."""
+"""What a checkpoint holds besides transformers' files, so that a run resumes exactly, and when it counts as whole."""
 
 import shutil
 import time
@@ -17,11 +17,11 @@ from .checkpoint import seal
 from .guard import INTACT
 
 
-class Sitting(TrainerCallback):
+class ResumeState(TrainerCallback):
     """
-    Adds to every checkpoint what transformers forgets, and seals it when all of its files are written:
-    the losses since the last log entry, so that the curve does not depend on interruptions; the seconds of training; and
-    the state that attention dropout is drawn from, which is the same on every process.
+    Adds to every checkpoint what transformers leaves out, and seals the checkpoint when all of its files are written. It
+    adds the sum of the losses since the last log entry, so that the curve does not depend on interruptions; the seconds of
+    training; and the random state that attention dropout is drawn from, which is the same on every process.
 
     Attributes:
         resume_from (`Path`, *optional*): the checkpoint that training resumes from.
@@ -46,14 +46,14 @@ class Sitting(TrainerCallback):
         # After a resume the history is the checkpoint's.
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         self._last_logged = state.global_step
-        found = sittings(self.resume_from) if self.resume_from else []
+        found = resume_states(self.resume_from) if self.resume_from else []
         if not found:  # a fresh start, or a checkpoint of another Trainer
             return
         if len(found) == args.world_size:
             own = found[args.process_index]
         else:
             # What is logged is the mean over processes.
-            own = found[0] | {"loss": torch.stack([sitting["loss"] for sitting in found]).mean()}
+            own = found[0] | {"loss": torch.stack([state["loss"] for state in found]).mean()}
             self._random = own["random"]
         self._loss, self._last_logged = own["loss"].to(args.device), own["last_logged"]
         self._seconds_before, self._carried = own["seconds"], True
@@ -65,18 +65,18 @@ class Sitting(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of training, all sittings together."""
+        """Seconds of training, those before interruptions included."""
         return self._seconds_before + time.perf_counter() - self._started
 
     def add(self, loss: torch.Tensor, skip_not_finite: bool, state) -> None:
-        """Adds the loss of a batch as transformers does, which can replace what is not finite by the mean so far."""
+        """Adds the loss of a batch. Like transformers, it can count a loss that is not finite as the mean so far."""
         so_far = torch.zeros((), device=loss.device) if self._loss is None else self._loss
         if skip_not_finite:
             loss = torch.where(torch.isfinite(loss), loss, so_far / (1 + state.global_step - self._last_logged))
         self._loss = so_far + loss
 
     def logged(self, loss: float, state) -> float:
-        """The loss of a log entry: transformers', but the first after a resume counts the steps before the resume too."""
+        """The loss of a log entry. It is transformers' own, except that the first entry after a resume includes the steps before it."""
         if self._carried and self._loss is not None:
             loss = gather(self._loss[None]).mean().item() / (state.global_step - self._last_logged)
         self._loss, self._last_logged, self._carried = None, state.global_step, False
@@ -87,14 +87,14 @@ class Sitting(TrainerCallback):
             return
         if not args.save_only_model:
             # Each process writes its own, beside its random state.
-            sitting = {
+            resume_state = {
                 "loss": torch.zeros(()) if self._loss is None else self._loss.cpu(),
                 "last_logged": self._last_logged,
                 "seconds": self.seconds,
                 "random": torch.random.get_rng_state(),
                 "threads": torch.get_num_threads(),
             }
-            torch.save(sitting, self.writing / f"sitting_{args.process_index:03}.pt")
+            torch.save(resume_state, self.writing / f"resume_state_{args.process_index:03}.pt")
         processes = PartialState()
         processes.wait_for_everyone()
         if args.should_save:
@@ -114,19 +114,20 @@ class Sitting(TrainerCallback):
             return
         if args.should_save:
             shutil.rmtree(checkpoint, ignore_errors=True)
-        # torch names its own file of C++ where it cannot write.
-        of_torch = isinstance(error, RuntimeError) and (
+        # torch raises a RuntimeError that names one of its C++ files where it cannot write.
+        from_torch = isinstance(error, RuntimeError) and (
             "inline_container" in str(error) or "StreamWriter" in str(error)
         )
-        if of_torch or isinstance(error, (OSError, SafetensorError)):
+        if from_torch or isinstance(error, (OSError, SafetensorError)):
             raise OSError(
                 f"The checkpoint of step {state.global_step} could not be written ({one_line(error).rstrip('.')}): free some "
                 f"space or choose another --output; {INTACT}."
             ) from error
 
 
-def sittings(checkpoint: Path) -> list[dict[str, Any]]:
-    """What the processes that wrote a checkpoint left there for the next sitting, in their order."""
+def resume_states(checkpoint: Path) -> list[dict[str, Any]]:
+    """The resume states of the processes that wrote a checkpoint, in order of their index."""
     return [
-        torch.load(path, weights_only=True, map_location="cpu") for path in sorted(checkpoint.glob("sitting_*.pt"))
+        torch.load(path, weights_only=True, map_location="cpu")
+        for path in sorted(checkpoint.glob("resume_state_*.pt"))
     ]
