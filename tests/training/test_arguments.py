@@ -149,3 +149,9 @@ def test_what_would_not_be_followed_is_refused_at_construction(tmp_path, args_cl
 def test_settings_of_another_choice_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         HylaTrainingArguments(str(tmp_path), **settings)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="takes a machine without an accelerator")
+@pytest.mark.parametrize("name", ["bf16", "bf16_full_eval"])
+def test_bfloat16_on_a_machine_without_an_accelerator_is_computed_on_its_cpu(tmp_path, name):
+    assert HylaTrainingArguments(output_dir=str(tmp_path), **{name: True}).device.type == "cpu"
