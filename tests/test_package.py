@@ -27,7 +27,7 @@ def test_importing_prints_nothing_and_needs_no_optional_package():
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
     result = python(
         f"import sys\n{blocked}\nimport hf_hyla, hf_hyla.tasks, hf_hyla.training, hf_hyla.convert, hf_hyla.runs.compare, "
-        "hf_hyla.sweep, hf_hyla.cli, hf_hyla.hub.publish, hf_hyla.benchmark, hf_hyla.analysis"
+        "hf_hyla.training.sweep, hf_hyla.cli, hf_hyla.hub.publish, hf_hyla.benchmark, hf_hyla.analysis"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -35,7 +35,7 @@ def test_importing_prints_nothing_and_needs_no_optional_package():
 def test_training_imports_neither_datasets_nor_evaluate():
     result = python(
         "import sys\nsys.modules['evaluate'] = sys.modules['datasets'] = None\n"
-        "import hf_hyla.training, hf_hyla.tasks, hf_hyla.runs.compare, hf_hyla.sweep, hf_hyla.benchmark, hf_hyla.hub.publish\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
+        "import hf_hyla.training, hf_hyla.tasks, hf_hyla.runs.compare, hf_hyla.training.sweep, hf_hyla.benchmark, hf_hyla.hub.publish\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
     )
     assert result.returncode == 0, result.stderr
 
@@ -59,7 +59,6 @@ ALLOWED = {
         {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
     ),
     "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
-    "sweep": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch"}),
     "benchmark": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch", "transformers"}),
 }
 # Imports the modules of each part in a process of its own, forked from one that has imported the model, and prints which parts

@@ -15,8 +15,8 @@ import pytest
 
 from hf_hyla.cli import main, parse
 from hf_hyla.runs.paper import paper_result
-from hf_hyla.sweep import load_sweep
 from hf_hyla.training import load_recipe
+from hf_hyla.training.sweep import load_sweep
 
 
 PROJECT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.sweep)
 
     from ..runs.compare import compare, find_records, table
-    from ..sweep import load_sweep, run_sweep
+    from ..training.sweep import load_sweep, run_sweep
 
     sweep = load_sweep(path)
     output = arguments.output or Path("runs") / sweep.name

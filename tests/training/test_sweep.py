@@ -10,13 +10,13 @@ import pytest
 import yaml
 from forks import ForkedCommand, in_children
 
-from hf_hyla import sweep as sweeps
 from hf_hyla.cli import main
-from hf_hyla.sweep import load_sweep
 from hf_hyla.tasks import get_task
+from hf_hyla.training import sweep as sweeps
+from hf_hyla.training.sweep import load_sweep
 
 
-FIGURES = sorted((Path(__file__).parents[1] / "recipes" / "figures").glob("*.yaml"))
+FIGURES = sorted((Path(__file__).parents[2] / "recipes" / "figures").glob("*.yaml"))
 BASE = {
     "task": {"name": "logic", "num_examples": 4},
     "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
