@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ..model.layers_hyla import HylaAttention
-from ..model.modeling_hyla import answer_states
+from ..model.modeling_hyla import HylaModel, answer_states
 
 
 # Entries of a batch that a model reads; the others describe its samples.
@@ -123,7 +124,7 @@ class _Rows:
 
 @contextmanager
 def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within the context, `see(layer, codes)` gets the codes (batch, heads, query, key) of every layer that is computed."""
+    """Within the context, every layer that is computed calls `see(layer, codes)` with its codes (batch, heads, query, key)."""
     layers = range(len(attention_layers(model)))
     with code_hooks(model, {layer: lambda _, __, ___, output, layer=layer: see(layer, output[1]) for layer in layers}):
         yield
@@ -133,25 +134,21 @@ def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iter
 def code_hooks(model: nn.Module, hooks: dict[int, Callable]) -> Iterator[None]:
     """
     Within the context, the attention of these layers returns (output, codes) of all tokens to its forward hook,
-    `hook(attention, args, kwargs, returned)`. The codes are requested from the layers, since the model would keep those of all
-    layers. The model computes with the eager implementation, since the others leave out tokens of the last layer that nothing
-    reads.
+    `hook(attention, args, kwargs, returned)`. Each layer is asked for its codes, since a model that is asked keeps the codes
+    of all layers. The last layer computes all tokens, also those that nothing reads.
 
     Raises:
         IndexError: if there is no such layer.
     """
     layers = attention_layers(model)
-    config = layers[0].config
-    implementation = config._attn_implementation
     with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, HylaModel):
+                stack.enter_context(_with_arguments(module, num_last=None))
         for layer, hook in hooks.items():
-            stack.enter_context(layers[layer].register_forward_pre_hook(_codes_wanted, with_kwargs=True))
+            stack.enter_context(_with_arguments(layers[layer], output_attentions=True))
             stack.enter_context(layers[layer].register_forward_hook(hook, with_kwargs=True))
-        config._attn_implementation = "eager"
-        try:
-            yield
-        finally:
-            config._attn_implementation = implementation
+        yield
 
 
 def attention_layers(model: nn.Module) -> list[HylaAttention]:
@@ -167,8 +164,9 @@ def attention_layers(model: nn.Module) -> list[HylaAttention]:
     return layers
 
 
-def _codes_wanted(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"output_attentions": True}
+def _with_arguments(module: nn.Module, **changed: Any) -> RemovableHandle:
+    """A context in which the module's forward gets these keyword arguments."""
+    return module.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | changed), with_kwargs=True)
 
 
 @torch.no_grad()
