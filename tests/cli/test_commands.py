@@ -100,7 +100,7 @@ def test_data_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
     assert json.loads((tmp_path / "data" / "task.json").read_text())["task"]["num_examples"] == 3
     arguments[arguments.index("20")] = "30"
     assert main([*arguments, "--output", str(tmp_path / "data")]) == 2
-    assert "holds the split test already, of 20 examples, and 30 are asked for" in capsys.readouterr().err
+    assert "already holds the split test with 20 examples, but 30 were requested" in capsys.readouterr().err
 
 
 def test_ceiling_prints_and_records_what_the_ideal_observer_reaches(tmp_path, capsys):

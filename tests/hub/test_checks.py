@@ -186,7 +186,7 @@ def test_a_folder_that_holds_no_dataset_is_refused(logic_run, dataset, tmp_path)
     with pytest.raises(ValueError, match=r"cache\.pkl is a pickle"):
         plan(logic_run, REPO, dataset=dataset)
     (dataset / "cache.pkl").unlink()
-    with pytest.raises(ValueError, match=r"holds data of the task .*'sraven'.* is asked for"):
+    with pytest.raises(ValueError, match=r"holds data of the task .*'sraven'.* was requested"):
         plan(logic_run, REPO, dataset=dataset)
 
 

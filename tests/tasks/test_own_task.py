@@ -158,7 +158,7 @@ def test_its_data_are_written_with_a_card_and_read_back(folder):
 def test_no_record_makes_its_code_run(run, new_process, capsys, command):
     assert main([command, str(run)]) == 2
     error = capsys.readouterr().err
-    assert "a file that names it is no reason to run it" in error and "hyla --import my_sums" in error
+    assert "which is not run only because a file names it" in error and "hyla --import my_sums" in error
     assert "my_sums" not in sys.modules
 
 
@@ -178,10 +178,10 @@ def test_it_runs_where_the_user_names_it(run, new_process, monkeypatch, tmp_path
     ("name", "message"),
     [
         ("no_such_module:Task", "no_such_module cannot be imported (ModuleNotFoundError"),
-        ("my_sums:Missing", "is no task: expected a subclass of hf_hyla.tasks.Task"),
-        ("my_sums:below", "is no task"),
+        ("my_sums:Missing", "is not a task: expected a subclass of hf_hyla.tasks.Task"),
+        ("my_sums:below", "is not a task"),
         ("my_sums:Task", "is incomplete: it lacks draw, metrics, model_defaults"),
-        ("os:system", "is no task"),
+        ("os:system", "is not a task"),
         ("my_sums", "There is no task 'my_sums': expected one of logic, sraven, or module:Class"),
         ("half:Taken", "needs a name of its own"),
     ],
