@@ -212,7 +212,7 @@ def test_the_number_of_samples_that_is_named_is_enough(logic):
         (["logic", *SRAVEN], "does not fit the task sraven"),
         (["logic", *LOGIC, "--split", "odd"], "has no split 'odd'"),
         (["logic", *LOGIC, "--split", "train"], "score it on another, such as ood"),
-        (["logic", *LOGIC, "--split", "extrapolation"], "training shows none of its parts"),
+        (["logic", *LOGIC, "--split", "extrapolation"], "none of its parts occurs in training"),
         (["logic", *LOGIC, "--num-samples", "3"], "num_samples must be at least"),
         (["sraven", *SRAVEN, "--train-samples", "3"], "train_samples must be at least"),
         (["sraven", *SRAVEN, "--num-samples", "0"], "--num-samples must be an integer of at least 1"),
