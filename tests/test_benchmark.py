@@ -338,7 +338,7 @@ def test_the_command_ends_with_what_failed(monkeypatch, result, capsys):
         (["--repeats", "0"], "--repeats must be an integer of at least 1, got 0"),
         (["--lengths", "0"], "--lengths must be an integer of at least 1, got 0"),
         (["--json", "/"], "--json must name a file, but / is a folder"),
-        (["--against", "HEAD", "--task", "logic"], "--task has no use with --against"),
+        (["--against", "HEAD", "--task", "logic"], "--task cannot be used with --against"),
         (["--bf16"], "--bf16 belongs to --against COMMIT_OR_FOLDER"),
         (["--recipe", "sraven/hyla"], "--recipe belongs to --against COMMIT_OR_FOLDER"),
         (["--against", "HEAD", "--recipe", "nosuch"], "There is no recipe nosuch"),

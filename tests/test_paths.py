@@ -78,5 +78,5 @@ def test_a_hub_that_cannot_be_reached_is_said_without_trying_again(here, monkeyp
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
     )
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for another try"))
-    with pytest.raises(FileNotFoundError, match="the Hub cannot be asked"):
+    with pytest.raises(FileNotFoundError, match="the Hub cannot be reached"):
         find_model("org/nosuch")

@@ -19,8 +19,8 @@ def add(commands) -> None:
         "them at the end. The same command skips finished runs and resumes the others. Exits with 1 if a run failed.",
     )
     parser.add_argument("sweep", help="YAML file, or a name that `hyla recipes` lists")
-    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/ and the sweep's name)")
-    parser.add_argument("--jobs", type=whole(at_least=1), help="runs at a time (default: one for each GPU, or one)")
+    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/NAME)")
+    parser.add_argument("--jobs", type=whole(at_least=1), help="runs at a time (default: one per GPU, or one)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs; start nothing")
     parser.set_defaults(run=run)
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within the context, a signal that would stop a run raises an exception, so that a sweep stops its runs first."""
+    """Within the context, a signal that would stop a run raises an exception, so that the sweep can stop its runs first."""
     from ..training.stopping import stop_signals
 
     before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in stop_signals()}
