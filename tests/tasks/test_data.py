@@ -209,12 +209,12 @@ def test_a_run_is_refused_data_that_are_not_its_own(tmp_path):
 
     manifest = json.loads((folder / "task.json").read_text())
     (folder / "task.json").write_text(json.dumps(manifest | {"data_fingerprint": "sha256:0"}))
-    with pytest.raises(ValueError, match="was written by other generators"):
+    with pytest.raises(ValueError, match="was written by another version of the generators"):
         FolderDataset(folder, task, "train", 30)
     (folder / "task.json").write_text(json.dumps(manifest))
     write_data(get_task("sraven", num_features=2, seed=1), ["train"], 30, tmp_path / "other")
     shutil.copytree(tmp_path / "other" / "data", folder / "data", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"are not those of its task\.json"):
+    with pytest.raises(ValueError, match=r"do not match its task\.json"):
         FolderDataset(folder, task, "train", 30)
     next((folder / "data").iterdir()).write_bytes(b"not Parquet")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -252,7 +252,7 @@ def test_a_folder_keeps_what_it_holds(tmp_path):
     with pytest.raises(FileExistsError, match="is not empty and holds no data of a task"):
         write_data(task, ["ood"], 10, tmp_path / "mine")
     write_data(task, ["ood"], 10, tmp_path / "data")
-    with pytest.raises(FileExistsError, match="holds the split ood already, of 10 examples"):
+    with pytest.raises(FileExistsError, match="already holds the split ood with 10 examples"):
         write_data(task, ["test", "ood"], 20, tmp_path / "data")
     with pytest.raises(ValueError, match="use another folder"):
         write_data(get_task("logic"), ["test"], 10, tmp_path / "data")
