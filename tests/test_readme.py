@@ -179,7 +179,7 @@ def test_the_ideal_observers_accuracies_are_those_of_its_committed_record():
     record = json.loads((PROJECT / "recipes" / "results" / "sraven-ideal-observer.json").read_text())
     for title, score in (
         ("knows the rule combinations of the split", "accuracy"),
-        ("holds every combination possible", "accuracy_all_combinations"),
+        ("takes every combination to be possible", "accuracy_all_combinations"),
     ):
         assert row_of(RECIPES, title) == [f"{record['splits'][split][score]:.4f}" for split in ("test", "ood")]
 
