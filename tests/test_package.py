@@ -117,7 +117,7 @@ def test_parts_import_only_what_they_may(part):
                 assert name in libraries, f"{path.name} imports {name}"
 
 
-def test_parts_load_only_what_they_may_so_that_nothing_after_a_run_loads_the_trainer():
+def test_parts_load_only_what_they_may_and_never_the_trainer_after_a_run():
     modules = {part: [module_of(path) for path in files_of(part)] for part in ALLOWED}
     words = [sys.executable, "-c", LOADING, json.dumps(modules)]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
@@ -145,13 +145,13 @@ def parents(module: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def test_nobody_imports_the_command_line():
+def test_no_other_part_imports_the_command_line():
     for path in FILES:
         if path.parent.name != "cli" and path.name != "__main__.py":
             assert not any(name.startswith("hf_hyla.cli") for name in imported(path)), path
 
 
-def test_what_travels_to_the_hub_is_flat_and_imports_only_siblings():
+def test_model_files_are_flat_and_import_only_siblings():
     for path in (PACKAGE / "model").iterdir():
         if path.suffix != ".py" or path.name == "__init__.py":
             continue

@@ -100,7 +100,7 @@ def test_the_card_states_splits_examples_rates_ceiling_and_fingerprint(sraven):
     assert "{{" not in card.text and "{%" not in card.text
 
 
-def test_a_card_quotes_no_ceiling_of_other_settings(tmp_path):
+def test_a_card_quotes_a_ceiling_only_for_its_own_settings(tmp_path):
     write_data(get_task("sraven", num_features=3), ["ood"], 10, tmp_path / "data")
     write_dataset_card(get_task("sraven", num_features=3), tmp_path / "data")
     text = (tmp_path / "data" / "README.md").read_text()
@@ -189,7 +189,7 @@ def test_records_without_a_fingerprint_still_load(tmp_path):
         assert RunRecord.load(tmp_path).data_fingerprint == record.get("data_fingerprint")
 
 
-def test_a_run_is_refused_data_that_are_not_its_own(tmp_path):
+def test_data_of_another_task_are_refused(tmp_path):
     task, folder = get_task("sraven", num_features=2), tmp_path / "data"
     write_data(task, ["train"], 30, folder)
     for changes, message in (
@@ -222,7 +222,7 @@ def test_a_run_is_refused_data_that_are_not_its_own(tmp_path):
     assert not (tmp_path / "run").exists()  # each was refused before anything started
 
 
-def test_writing_goes_on_after_an_interruption(tmp_path, monkeypatch):
+def test_writing_resumes_after_an_interruption(tmp_path, monkeypatch):
     task, folder = get_task("logic", num_examples=3), tmp_path / "data"
     monkeypatch.setattr("hf_hyla.tasks.data._EXAMPLES_AT_ONCE", 5)
 
@@ -245,7 +245,7 @@ def test_writing_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert len(FolderDataset(folder, task, "test", 10)) == 10
 
 
-def test_a_folder_keeps_what_it_holds(tmp_path):
+def test_data_are_never_written_over_other_files(tmp_path):
     task = get_task("logic", num_examples=3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
