@@ -77,11 +77,11 @@ def probe(
     draws = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(_BOOTSTRAP)])
     shuffles = [statistics(rng.permutation(train_values)).sum(axis=0) for _ in range(num_shuffles)]
 
-    numbers = values.dtype.kind == "f"
-    score = _r2 if numbers else _f1_and_accuracy
+    numeric = values.dtype.kind == "f"
+    score = _r2 if numeric else _f1_and_accuracy
     scores, spread = score(own.sum(axis=0, keepdims=True)), score(draws @ by_group)
     control = score(np.stack(shuffles))
-    chance = _constant_r2(values, train_values) if numbers else _independent(np.stack(shuffles), values.ndim == 1)
+    chance = _constant_r2(values, train_values) if numeric else _independent(np.stack(shuffles), values.ndim == 1)
     result = {
         "scores": {
             name: {"value": float(score[0]), "standard_error": float(spread[name].std())}
@@ -95,7 +95,7 @@ def probe(
         },
         "chance": {name: float(score) for name, score in chance.items()},
     }
-    if not numbers:
+    if not numeric:
         occurs = own.sum(axis=0)[2:].reshape(3, -1)[0] > 0
         by_class = zip(_classes(values, train_values), scores["by_class"][0], occurs, strict=True)
         result["f1_by_class"] = {int(name): float(f1) for name, f1, found in by_class if found}
@@ -158,8 +158,8 @@ def _check(train_features, train_values, features, values) -> None:
         enough = len(np.unique(train_values)) >= 2 and len(values) > 0
     if not enough:
         raise ValueError(
-            f"Too few samples for a probe: the {len(train_values)} rows of train_values must show every class and rows "
-            "without it, or two numbers, and there must be rows to score."
+            f"Too few samples for a probe: the {len(train_values)} rows of train_values must include rows with and without "
+            "every class, or at least two different numbers, and there must be rows to score."
         )
 
 

@@ -15,7 +15,7 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "sweep",
         help="run a base recipe over a grid of settings and seeds",
-        description="Runs a base recipe over a grid of settings and seeds, each point in a folder of its own, and compares "
+        description="Runs a base recipe over a grid of settings and seeds, each point in a separate folder, and compares "
         "them at the end. The same command skips finished runs and resumes the others. Exits with 1 if a run failed.",
     )
     parser.add_argument("sweep", help="YAML file, or a name that `hyla recipes` lists")

@@ -77,7 +77,7 @@ def find_task(name: str, may_import: bool = False) -> type[Task]:
         raise ValueError(f"The task {name} is incomplete: it lacks {', '.join(left)}.")
     if not re.fullmatch("[a-z][a-z0-9_]*", getattr(task, "name", "")) or task.name in TASKS:
         raise ValueError(
-            f"The task {name} needs a name of its own, in lower case and without spaces, such as {class_name.lower()!r}; "
+            f"The task {name} needs a name in lower case and without spaces, such as {class_name.lower()!r}; "
             f"{' and '.join(TASKS)} are taken."
         )
     return task

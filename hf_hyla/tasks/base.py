@@ -141,8 +141,8 @@ class Task(ABC):
         labels = columns["labels"]
         trained = sorted({part for combination in self.combinations("train") for part in combination})
         present = (columns[self.parts_column][..., None] == np.array(trained)).any(axis=1)
-        numbers = labels.dtype.kind == "f"
-        answers = () if numbers else tuple(map(str, range(self.model_interface["num_labels"])))
+        numeric = labels.dtype.kind == "f"
+        answers = () if numeric else tuple(map(str, range(self.model_interface["num_labels"])))
         return [
             Subject("part", present.repeat(labels[0].size, axis=0), tuple(map(self.part_name, trained))),
             Subject("target", labels.reshape(-1), answers),
@@ -346,12 +346,10 @@ class TaskDataset(Dataset):
         return self.__getitems__([operator.index(index)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> SampleList:
-        numbers = np.asarray(indices, dtype=np.int64)
-        if len(numbers) and (numbers.min() < 0 or numbers.max() >= self.num_samples):
-            raise IndexError(
-                f"Indices must lie in 0 to {self.num_samples - 1}, got {numbers.min()} to {numbers.max()}."
-            )
-        return SampleList(self._samples(numbers))
+        chosen = np.asarray(indices, dtype=np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_samples):
+            raise IndexError(f"Indices must lie in 0 to {self.num_samples - 1}, got {chosen.min()} to {chosen.max()}.")
+        return SampleList(self._samples(chosen))
 
     def _samples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return self.task.samples(self.split, indices)

@@ -22,7 +22,7 @@ _SET_ASIDE = 0.25
 
 
 class LogicWords(Words):
-    """What cards say of fuzzy logic."""
+    """Texts of cards about fuzzy logic."""
 
     title = "fuzzy logic"
     dataset_title = "Fuzzy logic functions in context"

@@ -57,6 +57,6 @@ def below(words: np.ndarray, bound: int) -> np.ndarray:
 def uniform(words: np.ndarray) -> np.ndarray:
     """Multiples of 2**-24 in [0, 1) as `float32`, made from the upper 24 bits of each word. Each is represented exactly."""
     # Through int32, which processors convert to float32 in vectors.
-    numbers = (words >> np.uint64(40)).astype(np.int32).astype(np.float32)
-    numbers *= np.float32(2**-24)
-    return numbers
+    fractions = (words >> np.uint64(40)).astype(np.int32).astype(np.float32)
+    fractions *= np.float32(2**-24)
+    return fractions

@@ -183,7 +183,7 @@ def test_a_users_task_runs_where_the_user_names_it(run, new_process, monkeypatch
         ("my_sums:Task", "is incomplete: it lacks draw, metrics, model_defaults"),
         ("os:system", "is not a task"),
         ("my_sums", "There is no task 'my_sums': expected one of logic, sraven, or module:Class"),
-        ("half:Taken", "needs a name of its own"),
+        ("half:Taken", "needs a name in lower case and without spaces"),
     ],
 )
 def test_a_name_that_is_not_a_task_is_refused_with_a_sentence(folder, tmp_path, monkeypatch, capsys, name, message):

@@ -86,9 +86,9 @@ def _extend(reached: np.ndarray, allowed: np.ndarray, size: int) -> np.ndarray:
 @functools.lru_cache
 def _subsets(features: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """For every subset of this size, the indices of the subsets that lack one of its features, and these features."""
-    numbers = {subset: number for number, subset in enumerate(itertools.combinations(range(features), size - 1))}
+    indices = {subset: index for index, subset in enumerate(itertools.combinations(range(features), size - 1))}
     added = np.array(list(itertools.combinations(range(features), size)))
     without = [
-        [numbers[(*subset[:i], *subset[i + 1 :])] for i in range(size)] for subset in map(tuple, added.tolist())
+        [indices[(*subset[:i], *subset[i + 1 :])] for i in range(size)] for subset in map(tuple, added.tolist())
     ]
     return np.array(without), added
