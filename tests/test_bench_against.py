@@ -1,4 +1,4 @@
-"""`hyla bench --against`: a slower version is seen to be slower, and what cannot be compared is named."""
+"""Tests of `hyla bench --against`, which compares two versions."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The floor of a training step: which products are counted, and that every path computes them."""
+"""Tests of the floor of a training step: its products are counted, and every path computes them."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The benchmark at tiny sizes: what it prints and records, and that it times nothing that is wrong."""
+"""Tests of the benchmark at tiny sizes: its output, its records, and its checks of what it times."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The package as a whole: silent to import, light, and layered as CONTRIBUTING.md says."""
+"""Tests of the package as a whole: imports are silent and light, and parts import what CONTRIBUTING.md allows."""
 
 import ast
 import graphlib

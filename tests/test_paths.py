@@ -1,4 +1,4 @@
-"""One rule for what a word names, and the nearest name for what is not there."""
+"""Tests of the paths that words on the command line name, and of the nearest names in errors."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the documents show is what happens: snippets run, commands are taken, and numbers are those of committed records."""
+"""Tests of the documents: snippets run, commands are valid, and numbers come from committed records."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Heads whose code is replaced by its mean: exact if nothing is replaced, and all is lost if the head was the only one."""
+"""Tests of ablation, in which the code of a head is replaced by its mean."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Scores by combination: of the right samples, under the right names."""
+"""Tests of scores by combination: each is computed on the right samples and has the right name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Collected codes are the model's own, of the right queries and keys, and nothing else of it stays."""
+"""Tests of collected codes: they are the model's own, for the right queries and keys, and no other tensor is kept."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Probes on codes of which the truth is known, and their control on all of them."""
+"""Tests of probes on codes with known content, and of their control."""
 
 import sys
 

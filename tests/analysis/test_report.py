@@ -1,4 +1,4 @@
-"""`hyla probe`: what it writes, that it can be repeated, and what it refuses before it starts."""
+"""Tests of `hyla probe`: its report and figures, its repeatability, and its refusals before any work."""
 
 import json
 import sys

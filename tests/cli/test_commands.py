@@ -1,4 +1,4 @@
-"""The command line as a user meets it: results on standard output, one sentence and exit code 2 for bad input."""
+"""Tests of the command line as users see it: results on standard output, one sentence and exit code 2 for bad input."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The names of settings that the command line knows without torch are those of the recipes."""
+"""Tests of the names of settings, which the command line knows without importing torch."""
 
 import dataclasses
 

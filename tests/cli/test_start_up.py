@@ -1,4 +1,4 @@
-"""What can be answered without torch is answered at once, and the classes are registered all the same."""
+"""Tests of the start-up: commands that need no torch do not import it, and the classes are registered in any case."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What must not be published is refused with a sentence, before the first call."""
+"""Tests of the checks before publishing, which refuse with a sentence before the first request."""
 
 import bz2
 import gzip

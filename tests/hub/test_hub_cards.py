@@ -1,4 +1,4 @@
-"""The trained models in hub_cards/: with the model's code they are what would be published, and score what their cards say."""
+"""Tests of the trained models in hub_cards/: they can be published, and reach the scores on their cards."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The loopback Hub answers huggingface_hub and datasets as the Hub does, and breaks when it is told to."""
+"""Tests of the loopback Hub: it answers huggingface_hub and datasets as the Hub does, and produces faults on request."""
 
 import hashlib
 import os

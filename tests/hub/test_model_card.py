@@ -1,4 +1,4 @@
-"""A card says what run.json holds, what its snippet prints, and nothing else; it is checked before a run starts."""
+"""Tests of model cards: their numbers come from run.json, their outputs from their snippets, and they are checked before a run."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What is published, and what happens when the Hub fails; over HTTP, against the loopback Hub."""
+"""Tests of publishing and of failures of the Hub, over HTTP with the loopback Hub."""
 
 import re
 from pathlib import Path

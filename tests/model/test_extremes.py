@@ -1,4 +1,4 @@
-"""Every implementation of attention where numbers are extreme, rows see nothing, or some inputs need no gradient."""
+"""Tests of every implementation of attention with extreme values, rows that see nothing, or inputs that need no gradient."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What users of transformers rely on besides loading and training: compilers, exporters, adapters, devices, settings."""
+"""Tests of the features of transformers besides loading and training: compilers, exporters, adapters, devices, settings."""
 
 import itertools
 import shutil

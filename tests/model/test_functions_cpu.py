@@ -1,4 +1,4 @@
-"""What a CPU computes faster than torch does by itself: products by oneDNN, GELU by numba."""
+"""Tests of the functions that are faster than torch's own on a CPU: products by oneDNN and GELU by numba."""
 
 import copy
 from pathlib import Path

@@ -1,6 +1,6 @@
 """
-The tests of the mathematics can see what they are there to see: each line of the table below breaks one thing in the
-source of a function, and the tests named beside it must fail.
+Tests of the tests of the mathematics. Each entry of the table below breaks one thing in the source of a function, and the
+tests beside it must fail.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The pipeline encodes as the tasks do, answers as the model does, and refuses what is no puzzle."""
+"""Tests of the pipeline: it encodes as the tasks do, answers as the model does, and refuses invalid puzzles."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What runs reached against what was expected: spread, budget, verdict and exit code."""
+"""Tests of `hyla compare`: spread, budget, verdict and exit code."""
 
 import copy
 import dataclasses

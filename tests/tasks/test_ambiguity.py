@@ -1,4 +1,4 @@
-"""Which puzzles have more than one answer: the official check's verdicts, and searches through all permutations."""
+"""Tests of ambiguity against the official check's verdicts and searches through all permutations."""
 
 import itertools
 import time

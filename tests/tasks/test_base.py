@@ -1,4 +1,4 @@
-"""What every task promises: addressable samples, its fingerprint, batches that any loader can use, and their speed."""
+"""Tests of every task: samples by index, fingerprints, batches that any loader can use, and their speed."""
 
 import hashlib
 import time

@@ -1,4 +1,4 @@
-"""Folders of Parquet files: what they hold, who can read them, and that training from one is the same run."""
+"""Tests of folders of Parquet files: their content, their readers, and that training from one is the same run."""
 
 import json
 import re

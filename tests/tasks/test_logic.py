@@ -1,4 +1,4 @@
-"""Fuzzy logic: operators, splits and targets, with the official generator's samples as witness."""
+"""Tests of fuzzy logic: operators, splits and targets, compared with the official generator's samples."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A task of one's own, in a file of its own: it trains, is scored and probed, and gets data and cards; its code runs on request."""
+"""Tests of a user's own task in a separate file: training, scores, probes, data and cards. Its code runs only on request."""
 
 import json
 import re

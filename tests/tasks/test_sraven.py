@@ -1,4 +1,4 @@
-"""SRAVEN: rules, permutations, splits and statistics, with the official generator's instances as witness."""
+"""Tests of SRAVEN: rules, permutations, splits and statistics, compared with the official generator's samples."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Muon and AdamW as one optimiser, against both written out; which parameters each takes; state, schedule, refusals."""
+"""Tests of Muon and AdamW as one optimiser, compared with plain loops: updates, parameters, state, schedule, refusals."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Runs of two processes: equal to one to rounding, attention dropout included; no sample twice, none missing."""
+"""Tests of runs of two processes, which equal those of one up to rounding and draw every sample once."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""A run that dies at any moment ends, started again, with the weights, the curve and the scores of one that did not."""
+"""Tests of resuming: a run that was killed at any moment reaches the weights, curve and scores of an uninterrupted one."""
 
 import functools
 import multiprocessing

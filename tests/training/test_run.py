@@ -1,4 +1,4 @@
-"""Whole runs, a few steps long: what they write, how they go on, what they refuse."""
+"""Tests of whole runs of a few steps: their files, how they resume, and their refusals."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Sweeps: every point a valid recipe and a run of its own; what is finished is skipped, the rest resumes."""
+"""Tests of sweeps: every point is a valid recipe and a run, finished runs are skipped, and the others resume."""
 
 import os
 import signal

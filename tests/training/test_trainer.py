@@ -1,4 +1,4 @@
-"""The optimiser's groups, the learning-rate curve and the update, against the reference's rules written out."""
+"""Tests of the trainer: parameter groups, learning-rate curve and updates follow the reference, and faults stop it."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Runs that start from a checkpoint: its weights, its shape, and what does not go with it."""
+"""Tests of runs that start from a checkpoint: its weights, its shape, and refused combinations."""
 
 import json
 import re
