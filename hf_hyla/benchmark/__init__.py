@@ -65,9 +65,9 @@ def benchmark(
         - `peak_bytes`: memory beyond what was in use before; `None` where that cannot be known;
         - `ratios`: the median divided by the medians of other subjects.
 
-        Two subjects of a training step show how fast it could be. "matrix products" are the products of its linear layers alone, each with
-        its own shape and by the machine's fastest path. "at the rate of 1024" are the products of all tokens, at the rate of
-        torch's product of two 1024 × 1024 matrices.
+        Two subjects of a training step show how fast it could be. "matrix products" are the products of its linear layers
+        alone, each with its own shape and by the machine's fastest path. "at the rate of 1024" are the products of all tokens,
+        at the rate of torch's product of two 1024 × 1024 matrices.
 
     Raises:
         ValueError: if an argument is out of range.

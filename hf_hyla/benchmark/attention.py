@@ -19,8 +19,8 @@ from .meter import SEED, Meter, available_bytes, in_a_line
 
 # The largest error in float32 of the output, and of a gradient, as a share of its norm.
 _OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
-# A hidden unit that is closer to 0 than this share of their root mean square is at the kink of ReLU, where rounding decides its
-# gradient.
+# A hidden unit is at the kink of ReLU, where rounding decides its gradient, if it is closer to 0 than this share of the root mean
+# square of all hidden units.
 _AT_KINK = 1e-5
 # In half precision rounding decides so often that errors are compared with those of the eager implementation. The error of another
 # one may be this many times larger, plus one rounding.
