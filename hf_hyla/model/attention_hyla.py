@@ -99,7 +99,7 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
 
 
 def position_of_first(query: torch.Tensor, key: torch.Tensor) -> int:
-    """The position of the first query in the sequence. The last query is the last token, unless there are more queries than keys."""
+    """The first query's position in the sequence. The last query is the last token, unless there are more queries than keys."""
     return max(key.shape[2] - query.shape[2], 0)
 
 
