@@ -4,7 +4,6 @@ The official release (github.com/smonsays/hypernetwork-attention, commit af9805f
 module, and a `TransformerConfig`. Its kernels are (input, output), with heads as a separate axis.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .model import HylaConfig, HylaForSequenceClassification
+from .reading import read_json
 
 
 PREFIX = "params."
@@ -277,9 +277,9 @@ def convert_files(params: Path, config: Path, output: Path, num_answers: int | N
         OSError: if a file cannot be read or written.
     """
     try:
-        description = json.loads(config.read_text())
+        description = read_json(config)
         tensors = load_file(params)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{config} is not JSON: {error}.") from None
     except SafetensorError as error:
         raise ValueError(f"{params} is not a safetensors file: {error}.") from None

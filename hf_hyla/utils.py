@@ -51,6 +51,23 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def check_repo_id(repo_id: str | None) -> None:
+    """
+    Raises:
+        ValueError: unless it is `ORG/NAME`, as the Hub writes it.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    reason = ""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = f" ({one_line(error).rstrip('.')})"
+    if reason or not isinstance(repo_id, str) or repo_id.count("/") != 1:
+        raise ValueError(f"A repository is named ORG/NAME, got {repo_id!r:.120}{reason:.200}.")
+
+
 def no_score(split: str) -> FloatingPointError:
     """The error for a model whose answers on a split are not all finite."""
     return FloatingPointError(

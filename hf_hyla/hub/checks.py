@@ -2,8 +2,6 @@
 
 import ast
 import io
-import json
-import mmap
 import pickletools
 import re
 import zlib
@@ -12,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import get_token
-from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from .. import model
 from ..model import HylaForSequenceClassification
 from ..model.configuration_hyla import FORMAT_VERSION
+from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
-from ..utils import one_line
+from ..runs.record import RECORD_NAME, code_is_of, digests, file_digest, mean_and_error
+from ..tasks import Task, TaskDataset
+from ..utils import check_repo_id, one_line
 
 
 _PICKLES = (
@@ -34,39 +33,35 @@ _PICKLE_STARTS = (
 )
 # Parquet and PNG, which are binary but none of the above.
 _KNOWN_STARTS = (b"PAR1", b"\x89PNG\r\n\x1a\n")
-_SECRETS = {
-    "a Hugging Face token": rb"(?:hf|api_org)_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[A-Za-z0-9._-]{20,})",
-    "a GitHub token": rb"(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,})",
-    "a GitLab token": rb"glpat-[A-Za-z0-9_-]{20,}",
-    "an AWS key": rb"AKIA[0-9A-Z]{16}(?![0-9A-Z])",
-    "a Google key": rb"AIza[A-Za-z0-9_-]{35}",
-    "an API key": rb"sk-[A-Za-z0-9_-]{24,}",
-    "a Slack token": rb"xox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
+_PARSERS: dict[str, Callable[[Path], Any]] = {
+    ".py": lambda path: ast.parse(read_text(path)),
+    ".json": read_json,
+    ".yaml": read_yaml,
 }
-_PARSERS: dict[str, Callable[[str], Any]] = {".py": ast.parse, ".json": json.loads, ".yaml": yaml.safe_load}
-
-
-def check_repo_id(repo_id: str) -> None:
-    """
-    Raises:
-        ValueError: unless it is `ORG/NAME`, as the Hub writes it.
-    """
-    if repo_id.count("/") != 1:
-        raise ValueError(f"A repository is named ORG/NAME, got {repo_id!r}.")
-    validate_repo_id(repo_id)
+# The model's code, which is published beside the weights, by the names that it has in the repository.
+CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
+_WEIGHTS = "model.safetensors"
+# Samples of each split by which weights are scored again, and in how many parts, whose spread says how far scores may differ.
+_SCORED_AGAIN, _PARTS = 1024, 16
+# How far a score may differ by rounding, of half precision too.
+_ROUNDING = 0.01
 
 
 def check_base_model(base_model: str | None, run: str) -> None:
     """
     Raises:
-        ValueError: if the weights that a run started from are a folder's.
+        ValueError: if the weights that a run started from are a folder's, or are named by what names no repository.
     """
     if base_model and Path(base_model).exists():
         raise ValueError(
             f"{run} is trained from the folder {base_model}, which nobody else has: publish that model first, and train from "
             "its repository."
         )
+    if base_model is not None:
+        try:
+            check_repo_id(base_model)
+        except ValueError as error:
+            raise ValueError(f"{run} does not say which weights it is trained from: {error}") from None
 
 
 def check_committed(commit: str | None, run: str) -> None:
@@ -123,8 +118,8 @@ def check_text(files: dict[str, Path]) -> None:
     for path in files.values():
         try:
             if parse := _PARSERS.get(path.suffix):
-                parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError, RecursionError, yaml.YAMLError) as error:
+                parse(path)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(
                 f"{path} cannot be read as {path.suffix[1:]} ({one_line(error)}): train again, or copy it again."
             ) from None
@@ -144,51 +139,121 @@ def check_format(run: Run) -> None:
 
 def check_weights(run: Run, files: dict[str, Path]) -> None:
     """
+    Args:
+        files: of the folder, but for its checkpoints, by name.
+
     Raises:
         FileNotFoundError: if the weights are missing.
-        ValueError: if they are damaged, not those of the config's model, or not finite.
+        ValueError: if there are others too, or they are damaged, not those of the config's model, or not finite.
     """
-    weights = [path for name, path in files.items() if name.endswith(".safetensors")]
-    if not weights or "config.json" not in files:
-        raise FileNotFoundError(f"{run.folder} holds no model: expected config.json and model.safetensors.")
-    names: set[str] = set()
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  not a dict
-                    names.add(name)
-                    if not torch.isfinite(tensors.get_tensor(name)).all():
-                        raise ValueError(
-                            f"{path} holds NaN or infinite numbers in {name}: the training diverged; do not publish it."
-                        )
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): train again, or copy it again.") from None
-    with torch.device("meta"):
-        expected = set(HylaForSequenceClassification(run.config).state_dict())
-    if different := sorted(names ^ expected):
+    if _WEIGHTS not in files or "config.json" not in files:
+        raise FileNotFoundError(f"{run.folder} holds no model: expected config.json and {_WEIGHTS}.")
+    others = [name for name in files if name != _WEIGHTS and name.endswith((".safetensors", ".safetensors.index.json"))]
+    if others:
         raise ValueError(
-            f"{run.folder}: the weights are not those of config.json, {different[0]} is in one of the two only."
+            f"{run.folder} holds {others[0]} beside {_WEIGHTS}, and only one of them can be what was scored: remove the other."
+        )
+    with torch.device("meta"):
+        expected = HylaForSequenceClassification(run.config).state_dict()
+    path = files[_WEIGHTS]
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = set(tensors.keys())
+            if different := sorted(names ^ expected.keys()):
+                raise ValueError(
+                    f"{run.folder}: the weights are not those of config.json, {different[0]} is in one of the two only."
+                )
+            for name in names:
+                _check_tensor(path, name, tensors.get_tensor(name), expected[name])
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): train again, or copy it again.") from None
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{path} holds {name} as {str(tensor.dtype).removeprefix('torch.')}, expected real numbers: publish the weights that "
+            "training has written, not quantised ones."
+        )
+    if tensor.shape != expected.shape:
+        raise ValueError(
+            f"{path}: the weights are not those of config.json, {name} has the shape {tuple(tensor.shape)}, expected "
+            f"{tuple(expected.shape)}."
+        )
+    if not torch.isfinite(tensor.float()).all():
+        raise ValueError(f"{path} holds NaN or infinite numbers in {name}: the training diverged; do not publish it.")
+
+
+def check_unaltered(run: Run) -> None:
+    """
+    Raises:
+        ValueError: if the weights, the config or the code are not those of the end of the run, as its record's digests say, or if
+            its task now draws other data.
+    """
+    record, folder = run.record, run.folder
+    if record.data_fingerprint not in (None, run.task.fingerprint()):
+        raise ValueError(
+            f"{folder} was trained and scored on other data than the task {run.task.name} draws now, so that its scores are not of "
+            "these data: train it again, or use the version of hf_hyla that trained it."
+        )
+    if record.digests is None:  # of an older version
+        return
+    found = digests(folder)
+    for name in ("config.json", _WEIGHTS, *CODE):
+        # Code may lie in the package alone.
+        if name in found or name not in CODE:
+            if found.get(name) != record.digests.get(name):
+                raise ValueError(
+                    f"{folder / name} is not what the run has written, whose digest is in {RECORD_NAME}: its scores are not those "
+                    "of this file; copy the run again, or train it again."
+                )
+    of_run = {name for name in record.digests if name.endswith("_hyla.py")}
+    differing = [name for name in sorted({*of_run, *CODE}) if _digest_of_code(name) != record.digests.get(name)]
+    if differing:
+        raise ValueError(
+            f"{folder} was scored with another {differing[0]} than this package's, which is published beside the weights: use the "
+            f"version of hf_hyla that trained it (git_commit {record.environment.get('git_commit')})."
+        )
+    if code_is_of(record.environment.get("git_commit")) is False:
+        raise ValueError(
+            f"{folder} is said to be made by the commit {record.environment['git_commit']}, whose model code is not what the run's "
+            f"digests are of: {RECORD_NAME} was changed; train it again."
         )
 
 
-def check_secrets(name: str, content: Path | bytes) -> None:
+def _digest_of_code(name: str) -> str | None:
+    return file_digest([CODE[name]]) if name in CODE else None
+
+
+def check_scores(run: Run) -> None:
     """
+    Scores the weights again, on the first samples of each split.
+
     Raises:
-        ValueError: for anything that looks like a secret, or is the token in use; it is not repeated.
+        ValueError: if the record's scores are further away than by chance and rounding.
     """
-    if isinstance(content, bytes):
-        return _check_secrets(name, content)
-    if content.stat().st_size:  # an empty file cannot be mapped
-        with content.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check_secrets(name, data)
+    trained = HylaForSequenceClassification.from_pretrained(run.folder).eval()
+    for split, recorded in run.record.metrics.items():
+        count = min(recorded["num_samples"], _SCORED_AGAIN)
+        dataset = run.task.dataset(split, count)
+        parts = [_answers(trained, run.task, dataset, part) for part in torch.arange(count).chunk(_PARTS)]
+        scores = run.task.metrics(*(torch.cat(columns).numpy() for columns in zip(*parts, strict=True)))
+        of_parts = [run.task.metrics(*(column.numpy() for column in part)) for part in parts]
+        for name in (name for name in run.task.metric_names if name in recorded and name in scores):
+            # The first samples differ from all of them by chance.
+            _, error = mean_and_error([part[name] for part in of_parts if name in part])
+            chance = 6 * (error or 0.0) if count < recorded["num_samples"] else 0.0
+            if not abs(scores[name] - recorded[name]) <= chance + _ROUNDING * max(1.0, abs(recorded[name])):
+                raise ValueError(
+                    f"{run.folder}: {RECORD_NAME} says that {split}/{name} is {recorded[name]:.4f}, but these weights reach "
+                    f"{scores[name]:.4f} on the first {count:,} samples: weights and scores do not belong together; copy the "
+                    "run again, or train it again."
+                )
 
 
-def _check_secrets(name: str, data: bytes | mmap.mmap) -> None:
-    patterns = {what: rb"(?<![A-Za-z0-9])" + pattern for what, pattern in _SECRETS.items()}
-    if token := get_token():
-        patterns["your own Hugging Face token"] = re.escape(token.encode())
-    for what, pattern in patterns.items():
-        if match := re.search(pattern, data):
-            raise ValueError(
-                f"{name} holds what looks like {what} (at byte {match.start()}): remove it, and revoke it if it is one."
-            )
+@torch.no_grad()
+def _answers(trained: HylaForSequenceClassification, task: Task, dataset: TaskDataset, indices: torch.Tensor):
+    """Logits, labels and inputs of some samples."""
+    batch = task.collate(dataset.__getitems__(indices.tolist()))
+    labels = batch.pop("labels")
+    return trained(**batch).logits.float(), labels, batch[trained.main_input_name]

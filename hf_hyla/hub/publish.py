@@ -18,7 +18,8 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from ..model import HylaConfig
 from ..runs.record import environment
 from ..tasks import Task
-from .checks import check_base_model, check_committed, check_repo_id
+from ..utils import check_repo_id
+from .checks import check_base_model, check_committed
 from .model_card import check_card_before_training
 from .repository import Repository, matches, plan
 

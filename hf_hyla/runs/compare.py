@@ -22,7 +22,7 @@ class Comparison:
     Attributes:
         name: of the recipe, and the overrides of its runs if several recipes share the name.
         metric: `split/name`: the one that is expected, or the task's headline.
-        values: one per run, sorted by seed.
+        values: one per run, sorted by seed; copies of a run are one.
         mean, standard_error: of the values; the latter needs two.
         expected, tolerance: of the recipe.
         paper, paper_standard_error: what the paper's Table A1 says of this model, if anything.
@@ -55,10 +55,10 @@ def find_records(paths: Iterable[str | Path]) -> list[RunRecord]:
     """
     found: dict[Path, RunRecord] = {}
     for path in map(Path, paths):
-        files = [path] if path.is_file() else [path / RECORD_NAME] if (path / RECORD_NAME).exists() else []
+        if not path.exists():
+            raise FileNotFoundError(f"There is no run {path}: expected a run's folder or a record file.")
+        files = [path] if not path.is_dir() else [path / RECORD_NAME] if (path / RECORD_NAME).exists() else []
         if not files:
-            if not path.exists():
-                raise FileNotFoundError(f"There is no run {path}: expected a run's folder or a record file.")
             # Committed records are named by their seed; other JSON may lie beside them.
             files = sorted(path.rglob(RECORD_NAME)) or sorted(path.rglob("[0-9]*.json"))
         if not files:
@@ -70,15 +70,17 @@ def find_records(paths: Iterable[str | Path]) -> list[RunRecord]:
 
 def compare(records: Iterable[RunRecord]) -> list[Comparison]:
     """
-    One `Comparison` for each recipe, in the order of their first runs.
+    One `Comparison` for each recipe, in the order of their first runs. Copies of a run count once, see `RunRecord.identity`.
 
     Raises:
-        ValueError: for a record that lacks the score that is compared.
+        ValueError: for a record that lacks the score that is compared, or whose recipe makes no sense.
     """
-    groups: dict[str, list[RunRecord]] = {}
+    groups: dict[str, dict[str, RunRecord]] = {}
     for record in records:
-        groups.setdefault(json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True), []).append(record)
-    return [_compared(group, [other[0] for other in groups.values()]) for group in groups.values()]
+        recipe = json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True)
+        groups.setdefault(recipe, {}).setdefault(record.identity, record)
+    runs = [list(group.values()) for group in groups.values()]
+    return [_compared(group, [other[0] for other in runs]) for group in runs]
 
 
 def table(comparisons: list[Comparison]) -> str:

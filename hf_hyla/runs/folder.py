@@ -1,7 +1,6 @@
 """The folder of a run: the names of its files, and their content, read once."""
 
 import dataclasses
-import hashlib
 import math
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +8,11 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
+from ..reading import read_json
 from ..tasks import Task, get_task
 from ..utils import one_line
 from .paper import PaperResult, paper_result
-from .record import RECORD_NAME, RunRecord
+from .record import RECORD_NAME, RunRecord, file_digest
 
 
 RECIPE_NAME = "resolved_recipe.yaml"
@@ -68,6 +68,7 @@ class Run:
             OSError: if it is missing.
         """
         try:
+            read_json(self.folder / "config.json")  # transformers would wait for a pipe, and crash at what is nested deep
             return HylaConfig.from_pretrained(self.folder)
         except (StrictDataclassError, TypeError, ValueError) as error:
             raise ValueError(
@@ -100,7 +101,13 @@ class Run:
             raise ValueError(
                 f"{self.folder} is not finished: it made {record.steps} of {max_steps} updates; train it to its end."
             )
-        for split in (split for split in self.task.splits if split != "train"):
+        expected = [split for split in self.task.splits if split != "train"]
+        if others := sorted(record.metrics.keys() - expected):
+            raise ValueError(
+                f"{self.folder / RECORD_NAME} has scores of the split {others[0]!r}, which the task {self.task.name} lacks: train "
+                "the run again."
+            )
+        for split in expected:
             scores = record.metrics.get(split, {})
             # Other scores are left out if no sample can be measured by them.
             for name in dict.fromkeys((self.task.metric_names[0], "num_samples", *scores)):
@@ -113,7 +120,4 @@ class Run:
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 of a model's weights, which says whether a report is about these weights or about others."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
-        digest.update(path.read_bytes())
-    return f"sha256:{digest.hexdigest()}"
+    return file_digest(sorted(folder.glob("model*.safetensors")))

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..model import HylaConfig
 from ..tasks import Task, get_task
+from ..utils import one_line
 
 
 _ROW_FIELDS = ("attention_type", "score_norm", "value_activation", "value_depth", "ffn_type")
@@ -52,13 +55,20 @@ def paper_result(settings: dict[str, Any]) -> PaperResult | None:
     What Table A1 says of the model of a run with these settings, the sections `task` and `model` of a recipe. `None` if the
     paper has no such row, if task or model differ from the paper's in anything else, and if training started from a
     checkpoint, since the paper trains no model further.
+
+    Raises:
+        ValueError: if the settings make no task or no model.
     """
     task = get_task(**settings["task"])
     if task.paper is None or "model_name_or_path" in settings["model"]:
         return None
     if any(task.settings[name] != value for name, value in task.paper.settings.items()):
         return None
-    config, papers = HylaConfig(**{**task.model_defaults, **settings["model"]}), HylaConfig(**task.model_defaults)
+    papers = HylaConfig(**task.model_defaults)
+    try:
+        config = HylaConfig.from_dict({**task.model_defaults, **settings["model"]})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"The recipe's section model is not that of a model: {one_line(error)}") from None
     others = set(HylaConfig.__annotations__) - {*_ROW_FIELDS, *_UNKNOWN_FIELDS}
     if any(getattr(config, name) != getattr(papers, name) for name in others):
         return None

@@ -1,13 +1,15 @@
 """run.json: the record of a run, from which cards and tables are made; and what is computed of several records."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from ..reading import read_json
 from ..utils import one_line, write_whole
 
 
@@ -24,6 +27,12 @@ SCHEMA_VERSION = 1
 HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 # The settings in which runs of one recipe may differ: seeds, where their samples are read from, and where they are published.
 _OF_ONE_RUN = {"task.seed", "trainer.seed", "task.data", *(f"trainer.{key}" for key in HUB_KEYS)}
+# What a record holds the digests of.
+_DIGESTED = ("config.json", "*.safetensors", "*_hyla.py")
+# Of the package, if it is one.
+_CHECKOUT = Path(__file__).resolve().parents[2]
+_LONGEST_NAME = 1000
+_LARGEST_NUMBER = 10**30
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
 
 
@@ -47,6 +56,8 @@ class RunRecord:
         environment, hardware: see `environment` and `hardware`.
         data_fingerprint: `Task.fingerprint`, which proves which data were trained and scored on; `None` in records that are
             older than it.
+        digests: of the weights, the config and the model's code when the run was finished, see `digests`; `None` in records
+            that are older than them.
         schema_version: of this format; it rises when a field is removed or changes its meaning. New fields have a default, so
             that older records load.
     """
@@ -63,6 +74,7 @@ class RunRecord:
     environment: dict[str, Any]
     hardware: dict[str, Any]
     data_fingerprint: str | None = None
+    digests: dict[str, str] | None = None
     schema_version: int = SCHEMA_VERSION
 
     def save(self, folder: Path) -> None:
@@ -78,9 +90,9 @@ class RunRecord:
             OSError: if there is no run.json.
             ValueError: if it is not a record of this schema.
         """
-        path = Path(path) if Path(path).is_file() else Path(path) / RECORD_NAME
+        path = Path(path) / RECORD_NAME if Path(path).is_dir() else Path(path)
         try:
-            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+            record = cls(**read_json(path))
             record._check()
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise ValueError(
@@ -88,15 +100,85 @@ class RunRecord:
             ) from None
         return record
 
+    @property
+    def identity(self) -> str:
+        """What two records share if they are copies of one run, wherever they lie: its seeds, its data and its results."""
+        results = {split: {name: float(value) for name, value in scores.items()} for split, scores in self.metrics.items()}
+        return json.dumps([self.seeds, self.data_fingerprint, results], sort_keys=True)
+
     def _check(self) -> None:
         """Checks what types cannot express."""
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {self.schema_version}")
+        if len(self.name) > _LONGEST_NAME:
+            raise ValueError(f"its name has more than {_LONGEST_NAME} characters")
         for section, key, kind in (("task", "name", str), ("trainer", "max_steps", int)):
-            if not isinstance(self.recipe.get(section, {}).get(key), kind):
+            if type(self.recipe.get(section, {}).get(key)) is not kind:
                 raise ValueError(f"its recipe lacks {section}.{key}")
         if "model" not in self.recipe:
             raise ValueError("its recipe lacks the section model")
+        self._check_expected()
+        for key in ("task", "trainer"):
+            if key not in self.seeds:
+                raise ValueError(f"its seeds lack {key}")
+        counts = ("num_parameters", "steps", "samples_seen")
+        _check_numbers({name: getattr(self, name) for name in counts}, at_least=1)
+        _check_numbers({"seconds": self.seconds}, at_least=0)
+        for split, scores in self.metrics.items():
+            if type(scores.get("num_samples")) is not int:
+                raise ValueError(f"its metrics of {split!r} lack num_samples")
+            # A score may be NaN in a record of one's own making, which is not a finished run.
+            _check_numbers({name: value for name, value in scores.items() if value == value})
+        for number, point in enumerate(self.curve):
+            if type(point.get("step")) is not int or "seconds" not in point:
+                raise ValueError(f"entry {number} of its curve lacks step or seconds")
+            _check_numbers(point)
+        for name, value in {**self.environment, **self.hardware}.items():
+            if not isinstance(value, (str, int, float, bool, type(None))):
+                raise ValueError(f"its {name} is no text or number")
+        if not isinstance(self.environment.get("git_commit"), (str, type(None))):
+            raise ValueError("its git_commit is no text")
+        processes = self.hardware.get("num_processes", 1)
+        if type(processes) is not int or processes < 1:
+            raise ValueError(f"its num_processes is {processes!r:.40}")
+        for digest in (self.data_fingerprint, *(self.digests or {}).values()):
+            if digest is not None and not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+                raise ValueError(f"{digest!r:.40} is no sha256 digest")
+
+    def _check_expected(self) -> None:
+        expect = self.recipe.get("expect")
+        if not expect:
+            return
+        for key, kind in (("metric", str), ("source", str), ("value", (int, float)), ("tolerance", (int, float))):
+            if not isinstance(expect.get(key), kind):
+                raise ValueError(f"its recipe lacks expect.{key}")
+        budget = expect.get("budget")
+        if budget is not None and type(budget) is not int:
+            raise ValueError("its expect.budget is no whole number")
+        numbers = ("value", "tolerance", "budget")
+        _check_numbers({f"expect.{key}": expect[key] for key in numbers if expect.get(key) is not None})
+
+
+def _check_numbers(numbers: dict[str, int | float], at_least: int | None = None) -> None:
+    for name, number in numbers.items():
+        if not abs(number) < _LARGEST_NUMBER:  # NaN is refused too
+            raise ValueError(f"its {name} is {str(number):.20}")
+        if at_least is not None and number < at_least:
+            raise ValueError(f"its {name} must be at least {at_least}, got {number}")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of each file of a model in a folder, its weights, config and code: `"sha256:"` and the digest in hexadecimal."""
+    files = sorted({path for pattern in _DIGESTED for path in folder.glob(pattern) if path.is_file()})
+    return {path.name: file_digest([path]) for path in files}
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """`"sha256:"` and the digest of the bytes of these files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def by_key(settings: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +226,20 @@ def environment() -> dict[str, Any]:
     return versions | {"torch": str(torch.__version__), "git_commit": _git_commit()}
 
 
+def code_is_of(commit: str | None) -> bool | None:
+    """
+    Whether the model's code that runs is that of a commit of the checkout that this package lies in; `None` where nobody can say,
+    since the package is not a checkout or does not hold the commit.
+    """
+    if not re.fullmatch("[0-9a-f]{40}", commit or "") or not (_CHECKOUT / ".git").exists():
+        return None
+    try:
+        compared = _git("diff", "--quiet", str(commit), "--", "hf_hyla/model")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {0: True, 1: False}.get(compared.returncode)
+
+
 def hardware() -> dict[str, Any]:
     """What the run runs on, without anything that names the machine."""
     return {
@@ -157,16 +253,16 @@ def hardware() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit of the checkout this package lies in, with `+changes` where files differ from it."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
+    if not (_CHECKOUT / ".git").exists():
         return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return None
+    if commit.returncode or changes.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=True, timeout=30)

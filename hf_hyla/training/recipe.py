@@ -11,7 +11,7 @@ from ..model import HylaConfig
 from ..paths import find_recipe
 from ..runs.record import HUB_KEYS, tells_recipes_apart
 from ..tasks import TASKS, Task, find_task, get_task
-from ..utils import nearest, one_line
+from ..utils import check_repo_id, nearest, one_line
 from .arguments import MUON, HylaTrainingArguments
 from .processes import check_devices, share_of_batch
 from .schedule import check_schedule
@@ -294,11 +294,11 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
         if key in _WHOLE_TRAINER and value != int(value):
             raise ValueError(f"{where} must be a whole number, got {value}.")
     check_schedule(trainer["warmup_steps"], trainer["max_steps"])
-    if trainer.get("push_to_hub") and "/" not in (trainer.get("hub_model_id") or ""):
-        raise ValueError(
-            f"{source}: trainer.push_to_hub needs trainer.hub_model_id, the repository as ORG/NAME, got "
-            f"{trainer.get('hub_model_id')!r}."
-        )
+    if trainer.get("push_to_hub") or trainer.get("hub_model_id") is not None:
+        try:
+            check_repo_id(trainer.get("hub_model_id"))
+        except ValueError as error:
+            raise ValueError(f"{source}: trainer.push_to_hub needs trainer.hub_model_id: {error}") from None
     # transformers refuses the rest, such as settings that contradict each other.
     _built(f"{source}: trainer", _arguments, {"trainer": trainer, "output": "unused"})
     return trainer

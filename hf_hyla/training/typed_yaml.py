@@ -9,26 +9,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..reading import parse_yaml, read_yaml
 from ..utils import nearest, one_line
 
 
 # Types that YAML has itself. Values for fields of other types are checked by their receiver.
 _PLAIN = {int: "int", float: "float", bool: "bool", str: "str", types.NoneType: "null", list[str]: "list of str"}
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands there twice, of which PyYAML's own loader silently takes the second."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                twice = f"the key {key.value!r} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
@@ -41,8 +27,8 @@ def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collect
     """
     expected = ", ".join(keys)
     try:
-        content = yaml.load(path.read_text(), _Loader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid YAML: {one_line(error)}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold the {what}s {expected}, got {type(content).__name__}.")
@@ -59,8 +45,8 @@ def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collect
 def read_value(key: str, text: str) -> Any:
     """The value of an override, read as YAML."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         raise ValueError(f"The value of {key} is not valid YAML: {text!r}.") from None
 
 

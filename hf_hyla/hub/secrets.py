@@ -1,0 +1,105 @@
+"""Secrets in files that are about to be published, found by what they look like, or by what they are called."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+
+# A word may stand right before any of these. Each pattern begins with plain text, which `re` finds fast.
+_BY_LOOK = {
+    "a Hugging Face token": (
+        rb"hf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[A-Za-z0-9._-]{20,})",
+        rb"api_org_[A-Za-z0-9]{20,}",
+    ),
+    "a GitHub token": (rb"gh[pousr]_[A-Za-z0-9]{36}", rb"github_pat_[A-Za-z0-9_]{40,}"),
+    "a GitLab token": (rb"glpat-[A-Za-z0-9_-]{20,}",),
+    "an AWS key": (rb"A(?:KIA|SIA|BIA|CCA)[0-9A-Z]{16}(?![0-9A-Za-z])",),
+    "a Weights & Biases key": (rb"wandb_v1_[A-Za-z0-9_]{20,}",),
+    "a Google key": (rb"AIza[A-Za-z0-9_-]{35}",),
+    "an API key": (
+        rb"sk-(?:proj|ant|svcacct|admin)-[A-Za-z0-9_-]{20,}",
+        # Behind a letter only one without hyphens: task- and risk- end alike.
+        rb"sk-(?:(?<![A-Za-z0-9]sk-)[A-Za-z0-9_-]{24,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{32,})",
+    ),
+    "a Slack token": (rb"xox[abeprs]-[A-Za-z0-9-]{10,}",),
+    "a JSON web token": (rb"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",),
+    "a private key": (rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----", rb"PuTTY-User-Key-File-[0-9]"),
+}
+# Between the name of a setting and its value.
+_IS = rb"[\"']?[ \t]*(?:=>|:=|[:=])[ \t]*[\"']?"
+# What stands for a password without being one: a type, a placeholder, a variable, a path or a call.
+_NONE = (
+    rb"(?!(?:none|null|true|false|str|optional|required|changeme|example|xxx+|[\w.]*password)\b|self\.|[<$%{(\[\\*/~.]|[\w.]+[(\[])"
+)
+# Assigned, in quotes, or after a colon with a digit in it: prose has colons too.
+_PASSWORD = (
+    rb"(?:[ \t]*=[ \t]*[\"']?" + _NONE + rb"[!#-&*-:<-~]{6,}"
+    rb"|[\"']?[ \t]*:[ \t]*[\"']" + _NONE + rb"[!#-&(-~]{6,}[\"']"
+    rb"|[ \t]*:[ \t]*" + _NONE + rb"(?=[!-~]*[0-9])[!#-&*-:<-~]{6,})"
+)
+_KEY = _IS + rb"(?=[a-z_-]*[0-9])(?=[0-9_-]*[a-z])[a-z0-9_-]{20,}"
+# Of these only the name tells, since they look like other digests; in lower case, as the text is made for them.
+_BY_NAME = {
+    "an AWS secret": tuple(
+        name + _IS + rb"[a-z0-9/+]{40}(?![a-z0-9/+])" for name in (rb"secret_?access_?key", rb"aws_?secret(?:_?key)?")
+    ),
+    "a Weights & Biases key": (
+        rb"wandb(?:[\w.(]*(?:key|token)" + _IS + rb"|\.?[ _]?login[ (\"']+)[0-9a-f]{40}(?![0-9a-z])",
+    ),
+    "an API key": tuple(
+        name + _KEY for name in (rb"api_?key", rb"secret_?key", rb"client_?secret", rb"access_?token", rb"auth_?token")
+    ),
+    "a password": (
+        *(name + _PASSWORD for name in (rb"password", rb"passwd", rb"passphrase", rb"pwd")),
+        rb"machine[ \t]+[\w.-]+\s+login\s+[!-~]+\s+password\s+[!-~]{6,}",
+        rb"://[\w.-]+:" + _NONE + rb"[!#-&*-.0-9;-?A-~]{6,}@[a-z0-9]",
+    ),
+}
+# Text in either order of bytes.
+_UTF16 = rb"(?:[\t\n\r -~]\0){8,}[\t\n\r -~]?"
+# Files are read in parts, which overlap by more than a secret's length.
+_PART, _OVERLAP = 1 << 24, 1 << 12
+
+
+def check_secrets(name: str, content: Path | bytes) -> None:
+    """
+    Raises:
+        ValueError: for anything that looks like a secret, or is the token in use; it is not repeated.
+    """
+    token = get_token()
+    own = {"your own Hugging Face token": (re.escape(token.encode()),)} if token else {}
+    for start, part in _parts(content):
+        utf16 = b"\n".join(text.replace(b"\0", b"") for text in re.findall(_UTF16, part))
+        for is_utf16, data in enumerate((part, utf16)):
+            for patterns, text in ((_BY_LOOK | own, data), (_BY_NAME, data.lower())):
+                if found := _first_secret(patterns, text):
+                    what, place = found
+                    where = f"in UTF-16 text after byte {start}" if is_utf16 else f"at byte {start + place}"
+                    raise ValueError(
+                        f"{name} holds what looks like {what} ({where}): remove it, and revoke it if it is one."
+                    )
+
+
+def _first_secret(patterns: dict[str, tuple[bytes, ...]], text: bytes) -> tuple[str, int] | None:
+    """What is found, and where."""
+    for what, several in patterns.items():
+        for pattern in several:
+            if match := re.search(pattern, text):
+                return what, match.start()
+    return None
+
+
+def _parts(content: Path | bytes) -> Iterator[tuple[int, bytes]]:
+    """Where each part begins, and its bytes."""
+    if isinstance(content, bytes):
+        yield 0, content
+        return
+    with content.open("rb") as file:
+        start, part = 0, file.read(_PART)
+        while part:
+            yield start, part
+            start, kept = start + max(len(part) - _OVERLAP, 0), part[-_OVERLAP:]
+            following = file.read(_PART)
+            part = kept + following if following else b""

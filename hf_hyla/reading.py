@@ -1,0 +1,109 @@
+"""Text that somebody else may have written: read only from regular files, of a bounded size and depth, and never run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+# Of JSON, a learning curve of half a million entries; of YAML, which is read by Python, a hundred times a recipe.
+_MOST_JSON, _MOST_YAML = 50_000_000, 100_000
+_MOST_LEVELS = 50
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands there twice, of which PyYAML silently takes the second, and aliases, which make gigabytes of lines."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{alias.anchor} is not read, write its value out", alias.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                twice = f"the key {key.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_text(path: Path, most_bytes: int = _MOST_JSON) -> str:
+    """
+    The text of a file.
+
+    Raises:
+        OSError: if there is none, or it may not be read.
+        ValueError: if it is no regular file, such as a folder or a pipe, or too large, or not UTF-8. Here and below the error
+            does not name the file: its caller does.
+    """
+    path.stat()  # raises if there is none
+    if not path.is_file():  # a pipe would be waited for, and a device may have no end
+        raise ValueError("it is a folder" if path.is_dir() else "it is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes:,} bytes")
+    return content.decode("utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """
+    The content of a JSON file.
+
+    Raises:
+        OSError, ValueError: as `read_text` does, and if it is not JSON or nested too deep.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except RecursionError:
+        raise _too_deep() from None
+    _check_depth(content)
+    return content
+
+
+def read_yaml(path: Path) -> Any:
+    """
+    The content of a YAML file.
+
+    Raises:
+        OSError, ValueError: as `read_text` and `parse_yaml` do.
+    """
+    return parse_yaml(read_text(path, _MOST_YAML))
+
+
+def parse_yaml(text: str) -> Any:
+    """
+    The content of YAML text.
+
+    Raises:
+        ValueError: if it is not YAML, has a key twice or an alias, or is nested too deep.
+    """
+    try:
+        content = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise _too_deep() from None
+    _check_depth(content)
+    return content
+
+
+def _check_depth(content: Any) -> None:
+    """What is nested less deep can be compared, printed and written by Python's recursive functions."""
+    level = [content]
+    for _ in range(_MOST_LEVELS):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        if not inner:
+            return
+        level = [value for values in inner for value in values]
+    raise _too_deep()
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested deeper than {_MOST_LEVELS} levels")
