@@ -30,6 +30,28 @@ def template(name: str) -> str:
     return (importlib.resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
+# Words, numbers, versions and paths, which Markdown takes for nothing else; a name of an address or of a link is none of them.
+_PLAIN = re.compile(r"(?!https?:|www\.)[\w(][\w .,:;%()/+=-]*")
+
+
+def as_code(text: str) -> str:
+    """A text as inline code of Markdown in one line, where it means nothing but itself, in a table too."""
+    text = " ".join(str(text).split()).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if not text or text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def as_text(value: Any) -> str:
+    """A setting as a reader would write it; whatever Markdown could take for something else than words is inline code."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, float):  # the types of a recipe turn some whole numbers into floats
+        return f"{value:g}"
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) and "://" not in text and "__" not in text else as_code(text)
+
+
 def run_snippet(text: str, replacements: dict[str, str], names: dict[str, Any] | None = None) -> str:
     """
     What the first Python snippet of a card prints.

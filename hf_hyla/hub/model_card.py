@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.utils import validate_repo_id
 
 from ..model import HylaConfig
+from ..reading import read_json
 from ..runs import Run, RunRecord, plots
 from ..runs.folder import CURVE_NAME, PROBE_NAME
 from ..runs.record import mean_and_error, without_seeds
 from ..tasks import Task
-from .cards import CITATION, LICENSE, dataset_repo, run_snippet, template
+from ..utils import check_repo_id
+from .cards import CITATION, LICENSE, as_code, as_text, dataset_repo, run_snippet, template
+from .checks import check_base_model, check_unaltered
 
 
 def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path] = ()) -> dict[str, str | bytes]:
@@ -41,10 +45,17 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
             raise ValueError(
                 f"{path} is a run of another recipe: the spread is over runs that differ in nothing but their seeds."
             )
-        if other != run.record:
+        if any(run.task.metric_names[0] not in other.metrics.get(split, {}) for split in run.record.metrics):
+            raise ValueError(f"{path} lacks scores of the splits {', '.join(run.record.metrics)}: train that run again.")
+        if other.identity not in {one.identity for one in seeds}:  # a copy is no other seed
             seeds.append(other)
-    if len({json.dumps(one.seeds) for one in seeds}) < len(seeds):
-        raise ValueError("Two of the records have the same seeds: name each run once.")
+    if len({json.dumps(one.seeds, sort_keys=True) for one in seeds}) < len(seeds):
+        raise ValueError("Two of the records have the same seeds, but other results: name one of them.")
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    if run.base_model and not Path(run.base_model).exists():
+        check_base_model(run.base_model, str(run.folder))
+    check_unaltered(run)
 
     probe = _probe_of(run)
     text = _render(run, repo_id, seeds, probe, printed="")
@@ -117,16 +128,17 @@ def _probe_of(run: Run) -> dict[str, Any] | None:
         return None
     again = f"call `hyla probe {run.folder}` again."
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         weights, figures = report["weights"], report["figures"]
         shown = {
             "table": _probe_table(report),
             "numbers": ", ".join(
-                dict.fromkeys(f"`{p['subject']}`" for p in report["probes"] if p["kind"] == "number")
+                dict.fromkeys(as_code(p["subject"]) for p in report["probes"] if p["kind"] == "number")
             ),
-            "layers": report["codes"]["layers"],
-            "fitted_on": report["num_samples"]["train"],
-            "scored_on": report["num_samples"][report["split"]],
+            "layers": len(range(report["codes"]["layers"])[: run.config.num_hidden_layers]),
+            "fitted_on": operator.index(report["num_samples"]["train"]),
+            "scored_on": operator.index(report["num_samples"][report["split"]]),
+            "ablation": _ablation_of(report),
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a report of a probe ({type(error).__name__}: {error}): {again}") from None
@@ -140,6 +152,11 @@ def _probe_of(run: Run) -> dict[str, Any] | None:
             raise ValueError(f"{path} names the figure {name!r}, expected a plain name that ends with .png: {again}")
     last_map = next((name for name in reversed(figures) if name.startswith("map_layer_")), None)
     return report | shown | {"last_map": last_map}
+
+
+def _ablation_of(probe: dict[str, Any]) -> dict[str, Any] | None:
+    ablation = probe.get("ablation")
+    return ablation and {"metric": str(ablation["metric"]), "whole": float(ablation["whole"])}
 
 
 def _probe_table(probe: dict[str, Any]) -> list[list[str]]:
@@ -160,7 +177,7 @@ def _probe_table(probe: dict[str, Any]) -> list[list[str]]:
             last = results[-1]
             cells.append(cell(last["control"][metric], last["chance"][metric]))
             cells.append("{value:.3f} ± {standard_error:.3f}".format(**alone[metric]) if alone else "–")
-            rows.append([subject, metric, *cells])
+            rows.append([as_text(subject), as_text(metric), *cells])
     return rows
 
 
@@ -179,7 +196,7 @@ def check_card(text: str) -> None:
 
 def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[str, Any] | None, printed: str) -> str:
     record, task, config, base_model = run.record, run.task, run.config, run.base_model
-    title = repo_id.partition("/")[2] if repo_id else record.name
+    title = " ".join((repo_id.partition("/")[2] if repo_id else record.name).split())
     data = ModelCardData(
         license=LICENSE,
         library_name="transformers",
@@ -195,7 +212,7 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
         ModelCard.from_template(
             data,
             template_str=template("model_card.md"),
-            title=title,
+            title=as_text(title),
             model_id=repo_id or str(run.folder),
             record=record,
             task=task,
@@ -206,7 +223,8 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
             full_budget=task.num_samples["train"],
             share=run.budget,
             percent=_percent,
-            shown=_shown,
+            shown=as_text,
+            code=as_code,
             seeds=seeds,
             spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
             probe=probe,
@@ -217,13 +235,6 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
             citation=CITATION,
         )
     )
-
-
-def _shown(value: Any) -> str:
-    """A setting as a reader would write it: the types of a recipe turn some whole numbers into floats."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _percent(share: float) -> str:

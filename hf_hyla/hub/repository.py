@@ -9,33 +9,32 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard
 
-from .. import model
+from ..reading import read_text, read_yaml
 from ..runs import Run
 from ..runs.folder import CHECKPOINTS, RECIPE_NAME
 from ..runs.record import RECORD_NAME
 from ..tasks import Task
+from ..utils import check_repo_id, one_line
 from .cards import dataset_repo
 from .checks import (
+    CODE,
     check_base_model,
     check_committed,
     check_file,
     check_format,
-    check_repo_id,
-    check_secrets,
+    check_scores,
     check_text,
     check_weights,
 )
 from .model_card import card_files
+from .secrets import check_secrets
 from .spaces import demo_files, demo_repo, metric_files, metric_repo
 
 
-# The model's code, which is published beside the weights, by the names that it has in the repository.
-CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 # What of a folder is published, in a run's and in a dataset's.
 _RUN_FILES = (
     "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
+    "model.safetensors",
     RECORD_NAME,
     RECIPE_NAME,
 )
@@ -123,7 +122,8 @@ def plan(
     check_text(found)
     _check_repeatable(run)
     check_format(run)
-    check_weights(run, found)
+    check_weights(run, found | {name: run.folder / name for name in left_out})
+    check_scores(run)
     card = card_files(run, repo_id, others)
     repositories = []
     if dataset is not None:
@@ -149,7 +149,7 @@ def _check_repeatable(run: Run) -> None:
     written = run.folder / RECIPE_NAME
     if not written.exists():
         raise FileNotFoundError(f"{run.folder} lacks {RECIPE_NAME}, the recipe that made it: train it again.")
-    if yaml.safe_load(written.read_text(encoding="utf-8")) != run.record.recipe:
+    if read_yaml(written) != run.record.recipe:
         raise ValueError(f"{written} is not the recipe in {RECORD_NAME}: it was changed after the run; train again.")
 
 
@@ -198,8 +198,12 @@ def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
     if "README.md" not in files:
         raise FileNotFoundError(f"{folder} has no card: expected README.md, as `hyla data` writes it.")
     readme = folder / "README.md"
-    DatasetCard.load(readme)
-    files["README.md"] = readme.read_text(encoding="utf-8").replace(_DATASET_PLACE, repo_id).encode()
+    try:
+        text = read_text(readme)
+        DatasetCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{readme} is not the card of a dataset ({one_line(error)}): write it again by `hyla data`.") from None
+    files["README.md"] = text.replace(_DATASET_PLACE, repo_id).encode()
     return Repository(repo_id, "dataset", files, left_out)
 
 

@@ -48,8 +48,10 @@ _BY_NAME = {
     "a Weights & Biases key": (
         rb"wandb(?:[\w.(]*(?:key|token)" + _IS + rb"|\.?[ _]?login[ (\"']+)[0-9a-f]{40}(?![0-9a-z])",
     ),
-    "an API key": tuple(
-        name + _KEY for name in (rb"api_?key", rb"secret_?key", rb"client_?secret", rb"access_?token", rb"auth_?token")
+    "an API key": (
+        *(name + _KEY for name in (rb"api_?key", rb"secret_?key", rb"client_?secret", rb"access_?token", rb"auth_?token")),
+        # As long as a secret of AWS or an old key of Weights & Biases.
+        *(name + _IS + rb"(?=[a-z/+]*[0-9])[a-z0-9/+]{40}(?![a-z0-9/+])" for name in (rb"token", rb"secret", rb"key")),
     ),
     "a password": (
         *(name + _PASSWORD for name in (rb"password", rb"passwd", rb"passphrase", rb"pwd")),

@@ -75,12 +75,17 @@ def compare(records: Iterable[RunRecord]) -> list[Comparison]:
     Raises:
         ValueError: for a record that lacks the score that is compared, or whose recipe makes no sense.
     """
+    groups = grouped(records)
+    return [_compared(group, [other[0] for other in groups]) for group in groups]
+
+
+def grouped(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    """The runs of each recipe, which differ in their seeds, in the order of their first runs; copies of a run are one."""
     groups: dict[str, dict[str, RunRecord]] = {}
     for record in records:
         recipe = json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True)
         groups.setdefault(recipe, {}).setdefault(record.identity, record)
-    runs = [list(group.values()) for group in groups.values()]
-    return [_compared(group, [other[0] for other in runs]) for group in runs]
+    return [list(runs.values()) for runs in groups.values()]
 
 
 def table(comparisons: list[Comparison]) -> str:

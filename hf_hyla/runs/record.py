@@ -117,6 +117,9 @@ class RunRecord:
                 raise ValueError(f"its recipe lacks {section}.{key}")
         if "model" not in self.recipe:
             raise ValueError("its recipe lacks the section model")
+        for key in ("model_name_or_path", "revision"):
+            if not isinstance(self.recipe["model"].get(key), (str, type(None))):
+                raise ValueError(f"its recipe's model.{key} is no text")
         self._check_expected()
         for key in ("task", "trainer"):
             if key not in self.seeds:

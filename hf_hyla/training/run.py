@@ -20,7 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..model import HylaForSequenceClassification
 from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
 from ..runs.plots import can_draw, learning_curve
-from ..runs.record import RECORD_NAME, RunRecord, environment, first_difference, hardware
+from ..runs.record import RECORD_NAME, RunRecord, digests, environment, first_difference, hardware
 from ..tasks import Task, TaskDataset
 from ..utils import no_score, one_line, write_whole
 from .arguments import HylaTrainingArguments
@@ -209,6 +209,7 @@ def _write_results(trainer: HylaTrainer, record: RunRecord, output: Path) -> Non
         return
     try:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output, state_dict=weights)
+        record.digests = digests(output)
         if can_draw():
             (output / CURVE_NAME).write_bytes(learning_curve(record))
         else:
