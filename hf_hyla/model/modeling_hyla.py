@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hyla import attended, relative_position_buckets
 from .backends_hyla import BACKENDS
+from .card_hyla import fill_in_card
 from .configuration_hyla import HylaConfig
 from .layers_hyla import HylaAttention, HylaLayer, HylaMoE, HylaRouter
 from .pipeline_hyla import SymbolicReasoningPipeline
@@ -84,6 +85,11 @@ class HylaPreTrainedModel(PreTrainedModel):
                 f"HYLA models have no attn_implementation {name!r}: expected one of {', '.join(BACKENDS)}."
             )
         return name
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
+        # Private, but the one step between transformers' empty card and the Hub, in push_to_hub and in save_pretrained.
+        fill_in_card(working_dir, repo_id, self)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     # Every kind of module in this file is initialised here, none by the base class.
     # trf-ignore: TRF018

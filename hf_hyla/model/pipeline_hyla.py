@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .card_hyla import fill_in_card
+
 
 GRID = 3
 
@@ -53,6 +55,10 @@ class SymbolicReasoningPipeline(Pipeline):
     ```"""
 
     _load_tokenizer = _load_processor = _load_image_processor = _load_feature_extractor = False
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
+        fill_in_card(working_dir, repo_id, self.model)  # as for a model
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,0 +1,59 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The card of a model that is uploaded by `push_to_hub`, which knows its config but not its training."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+
+# What transformers' template writes wherever somebody should write something.
+_EMPTY = "[More Information Needed]"
+_ATTENTION = {
+    "hyla": "HYLA, hypernetwork linear attention",
+    "linear": "linear attention",
+    "softmax": "softmax attention",
+}
+
+
+def fill_in_card(folder: str | Path, repo_id: str, model) -> None:
+    """Replaces transformers' empty card in a folder by one that says what the config says; any other card stays."""
+    path = Path(folder) / "README.md"
+    if not path.is_file() or _EMPTY not in (text := path.read_text(encoding="utf-8")):
+        return
+    card, config = ModelCard(text), model.config
+    tags = ["hyla", f"{config.attention_type}-attention"]
+    card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
+    auto_class = getattr(model, "_auto_class", None) or "AutoModel"
+    reads = (
+        f"token ids below {config.vocab_size}" if config.vocab_size else f"tokens of {config.input_size} numbers each"
+    )
+    card.text = f"""
+# {repo_id.rpartition("/")[2]}
+
+A transformer with {_ATTENTION[config.attention_type]}, of the family of
+[Attention as a Hypernetwork](https://arxiv.org/abs/2406.05816). It has {model.num_parameters():,} parameters:
+{config.num_hidden_layers} layers with {config.num_attention_heads} heads, {config.hidden_size} wide. It reads {reads}.
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+The model's code lies beside its weights. Its training data and its scores are not known here, and should be added by whoever
+uploaded it. A run of the package hf_hyla holds both: `hyla publish RUN --repo-id {repo_id}` publishes it with a card that
+shows them.
+"""
+    card.save(path)
