@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Most draws of the held-out combinations before a split is refused for leaving some part untrained.
 _MAX_SPLIT_DRAWS = 20_000
+# Most combinations in all of these draws: of many combinations, draws take longer and hardly ever leave a part untrained.
+_MAX_DRAWN_COMBINATIONS = 10_000_000
 # The fingerprint covers these samples of every split: its first 64, and the last 64 of 20 million.
 _FINGERPRINT_INDICES = np.r_[0:64, 19_999_936:20_000_000]
 
@@ -295,7 +297,8 @@ class Task(ABC):
             return combinations[np.sort(order[count:])], combinations[np.sort(order[:count])]
         key = stream_key(self.name, self.seed, "held out")
         possible = 0 < count < len(combinations) and (len(combinations) - count) * combinations.shape[1] >= len(parts)
-        for draw in range(_MAX_SPLIT_DRAWS if possible else 0):
+        draws = min(_MAX_SPLIT_DRAWS, _MAX_DRAWN_COMBINATIONS // len(combinations) + 1)
+        for draw in range(draws if possible else 0):
             order = np.argsort(draw_words(key, np.array([draw]), len(combinations))[0], kind="stable")
             train = combinations[np.sort(order[count:])]
             if len(np.unique(train)) == len(parts):

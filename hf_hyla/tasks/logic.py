@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import datasets
 
 _SET_ASIDE = 0.25
+# What a setting in somebody's file may ask for: a few seconds and megabytes.
+_MOST_EXAMPLES, _MOST_COMBINATIONS = 10_000, 2_000_000
 
 
 class LogicWords(Words):
@@ -128,8 +131,8 @@ class LogicTask(Task):
 
     Args:
         num_variables (`int`, *optional*, defaults to 4): variables, 2 to 8.
-        num_terms (`int`, *optional*, defaults to 2): conjunctions in a function.
-        num_examples (`int`, *optional*, defaults to 16): points in a sample, including the last; at least 2.
+        num_terms (`int`, *optional*, defaults to 2): conjunctions in a function; at most two million combinations.
+        num_examples (`int`, *optional*, defaults to 16): points in a sample, including the last; 2 to 10,000.
         held_out (`float`, *optional*, defaults to 0.5):
             fraction of the combinations that are held out of training. The last quarter of all terms is set aside for
             `extrapolation`, and only combinations of the other terms count here.
@@ -179,15 +182,21 @@ class LogicTask(Task):
     def __post_init__(self):
         if not 2 <= self.num_variables <= 8:
             raise ValueError(f"num_variables must be 2 to 8, got {self.num_variables}.")
-        if self.num_examples < 2:
+        if not 2 <= self.num_examples <= _MOST_EXAMPLES:
             raise ValueError(
-                f"num_examples must be at least 2, one to learn from and one to answer, got {self.num_examples}."
+                f"num_examples must be 2 to {_MOST_EXAMPLES}, one to answer and the others to learn from, got {self.num_examples}."
             )
         set_aside = self._num_set_aside
         if not 1 <= self.num_terms <= set_aside:
             raise ValueError(
                 f"num_terms must be 1 to {set_aside}, the number of terms set aside for extrapolation with "
                 f"{self.num_variables} variables, got {self.num_terms}."
+            )
+        combinations = math.comb(2**self.num_variables - set_aside, self.num_terms)
+        if combinations > _MOST_COMBINATIONS:
+            raise ValueError(
+                f"{self.num_terms} terms of {self.num_variables} variables have {combinations:.1e} combinations, more than the "
+                f"{_MOST_COMBINATIONS:.0e} that can be listed: choose a smaller num_terms or num_variables."
             )
         self.split_combinations  # noqa: B018  an impossible split is refused here rather than in training
 

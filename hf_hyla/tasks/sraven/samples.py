@@ -28,6 +28,7 @@ _ORDERS = np.array(list(itertools.permutations(range(GRID))))
 # maximum number of draws.
 _FIRST = 512
 _MAX_ATTEMPTS = 20_000
+_MOST_VALUES = 1000
 
 
 @strict
@@ -48,7 +49,7 @@ class SravenTask(Task):
 
     Args:
         num_features (`int`, *optional*, defaults to 4): features of a panel, 2 to 8.
-        num_values (`int`, *optional*, defaults to 8): number of values of a feature, at least 3; arithmetic is modulo this.
+        num_values (`int`, *optional*, defaults to 8): number of values of a feature, 3 to 1000; arithmetic is modulo this.
         held_out (`float`, *optional*, defaults to 0.25): fraction of the rule combinations that is held out of training.
         reference_split (`bool`, *optional*, defaults to `False`):
             whether to hold out the combinations that the official implementation holds out for this seed, which may leave
@@ -101,9 +102,9 @@ class SravenTask(Task):
     def __post_init__(self):
         if not 2 <= self.num_features <= 8:
             raise ValueError(f"num_features must be 2 to 8, got {self.num_features}.")
-        if self.num_values < GRID:
+        if not GRID <= self.num_values <= _MOST_VALUES:
             raise ValueError(
-                f"num_values must be at least {GRID}, since 'distribute three' needs three symbols, got {self.num_values}."
+                f"num_values must be {GRID} to {_MOST_VALUES}, since 'distribute three' needs three symbols, got {self.num_values}."
             )
         self.split_combinations  # noqa: B018  an impossible split is refused here rather than in training
         if self.unambiguous:
