@@ -9,8 +9,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
-from ..utils import write_whole
+from ..reading import read_json
+from ..utils import one_line, write_whole
 from .base import Task, TaskDataset
 
 
@@ -20,6 +23,7 @@ _EXAMPLES_AT_ONCE = 10_000
 _COMPARED = 64
 
 
+@strict
 @dataclasses.dataclass
 class Manifest:
     """
@@ -44,14 +48,19 @@ class Manifest:
     def load(cls, folder: Path) -> "Manifest":
         """
         Raises:
-            ValueError: if the folder has no manifest.
+            ValueError: if the folder has no manifest, or it is none.
         """
         try:
-            return cls(**json.loads((folder / MANIFEST_NAME).read_text()))
-        except (OSError, json.JSONDecodeError, TypeError) as error:
+            manifest = cls(**read_json(folder / MANIFEST_NAME))
+            for held in manifest.splits.values():
+                counts = [held[name] for name in ("num_examples", "num_bytes", "file_bytes")]
+                if {type(count) for count in counts} != {int} or not isinstance(held["means"], dict):
+                    raise ValueError("a split lacks a number")
+        except (OSError, ValueError, TypeError, LookupError, StrictDataclassError) as error:
             raise ValueError(
-                f"{folder} holds no data of a task ({MANIFEST_NAME}: {error}): expected a folder that `hyla data` wrote."
+                f"{folder} holds no data of a task ({MANIFEST_NAME}: {one_line(error)}): expected a folder that `hyla data` wrote."
             ) from None
+        return manifest
 
     def check(self, task: Task, folder: Path) -> None:
         """

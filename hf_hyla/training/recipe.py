@@ -117,6 +117,13 @@ _LEAST_TRAINER = {
     **dict.fromkeys(("muon_learning_rate", "muon_learning_rate_qk"), 0),
 }
 _BELOW_TRAINER = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
+# Sizes beyond which a run would fill the memory before its first step.
+_MOST_TRAINER = {
+    **dict.fromkeys((BATCH_SIZE, "per_device_eval_batch_size", "eval_samples"), 10**7),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "dataloader_prefetch_factor"), 10**6),
+    "dataloader_num_workers": 1024,
+    "max_steps": 10**9,
+}
 # Values below 1 would mean a share of the run to transformers.
 _WHOLE_TRAINER = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
 
@@ -289,6 +296,8 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
             one_of(where, value, _NAMES_TRAINER[key])
         if key in _LEAST_TRAINER and value < _LEAST_TRAINER[key]:
             raise ValueError(f"{where} must be at least {_LEAST_TRAINER[key]}, got {value}.")
+        if key in _MOST_TRAINER and value > _MOST_TRAINER[key]:
+            raise ValueError(f"{where} must be at most {_MOST_TRAINER[key]}, got {value}.")
         if key in _BELOW_TRAINER and value >= _BELOW_TRAINER[key]:
             raise ValueError(f"{where} must be less than {_BELOW_TRAINER[key]}, got {value}.")
         if key in _WHOLE_TRAINER and value != int(value):

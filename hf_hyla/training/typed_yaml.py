@@ -47,7 +47,7 @@ def read_value(key: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except ValueError:
-        raise ValueError(f"The value of {key} is not valid YAML: {text!r}.") from None
+        raise ValueError(f"The value of {key} is not valid YAML: {text!r:.200}.") from None
 
 
 def in_types(
@@ -104,7 +104,7 @@ def in_type(where: str, value: Any, annotation: Any) -> Any:
     expected = " or ".join(sorted(_PLAIN[option] for option in options))
     # YAML reads an unquoted no as false.
     hint = '; write "no", with the quotes, for the word' if value is False and str in options else ""
-    raise ValueError(f"{where} must be {expected}, got {value!r}{hint}.")
+    raise ValueError(f"{where} must be {expected}, got {value!r:.200}{hint}.")
 
 
 def one_of(where: str, value: Any, names: Collection[str]) -> str:
@@ -114,5 +114,5 @@ def one_of(where: str, value: Any, names: Collection[str]) -> str:
     """
     if value not in names:
         hint = nearest(str(value), names)
-        raise ValueError(f"{where} must be one of {', '.join(names)}, got {value!r}{hint}.")
+        raise ValueError(f"{where} must be one of {', '.join(names)}, got {value!r:.200}{hint}.")
     return value
