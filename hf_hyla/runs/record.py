@@ -96,7 +96,7 @@ class RunRecord:
             record._check()
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise ValueError(
-                f"{path} is not a run record of schema {SCHEMA_VERSION} ({one_line(error)}): train the run again, or update hf_hyla."
+                f"{path} is not a run record of schema {SCHEMA_VERSION} ({one_line(error):.300}): train the run again, or update hf_hyla."
             ) from None
         return record
 
@@ -155,6 +155,8 @@ class RunRecord:
         for key, kind in (("metric", str), ("source", str), ("value", (int, float)), ("tolerance", (int, float))):
             if not isinstance(expect.get(key), kind):
                 raise ValueError(f"its recipe lacks expect.{key}")
+        if not re.fullmatch(r"[\w-]+/[\w-]+", expect["metric"]):
+            raise ValueError(f"its expect.metric is {expect['metric']!r:.80}, expected a split, a / and a metric")
         budget = expect.get("budget")
         if budget is not None and type(budget) is not int:
             raise ValueError("its expect.budget is no whole number")

@@ -56,9 +56,9 @@ def find_task(name: str, may_import: bool = False) -> type[Task]:
     Raises:
         ValueError: if there is no such task, or the module may not be imported.
     """
-    if not isinstance(name, str) or (name not in TASKS and ":" not in name):
+    if not isinstance(name, str) or (name not in TASKS and not re.fullmatch(r"[\w.]+:\w+", name)):
         raise ValueError(
-            f"There is no task {name!r}{nearest(str(name), TASKS)}: expected one of {', '.join(TASKS)}, or module:Class for "
+            f"There is no task {name!r:.80}{nearest(str(name), TASKS)}: expected one of {', '.join(TASKS)}, or module:Class for "
             "a task of your own."
         )
     if name in TASKS:
