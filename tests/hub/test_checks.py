@@ -2,10 +2,12 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import pickle
 import shutil
+import subprocess
 import zlib
 
 import pytest
@@ -13,10 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_hyla.cli import main
+from hf_hyla.hub import secrets
 from hf_hyla.hub.cards import dataset_repo
+from hf_hyla.hub.checks import CODE, check_unaltered
 from hf_hyla.hub.model_card import card_files
 from hf_hyla.hub.repository import plan
-from hf_hyla.runs import Run
+from hf_hyla.hub.secrets import check_secrets
+from hf_hyla.runs import Run, RunRecord
+from hf_hyla.runs.record import code_is_of
 from hf_hyla.tasks import get_task
 
 
@@ -34,6 +40,37 @@ def spoil_weights(run):
 def add_weights(run):
     tensors = load_file(run / "model.safetensors") | {"model.extra": torch.zeros(2)}
     save_file(tensors, run / "model.safetensors", {"format": "pt"})
+
+
+def spoil_some(change):
+    """Changes the largest tensor of the weights."""
+
+    def spoil(run):
+        tensors = load_file(run / "model.safetensors")
+        name = max(tensors, key=lambda name: tensors[name].numel())
+        tensors[name] = change(tensors[name]).contiguous()
+        save_file(tensors, run / "model.safetensors", {"format": "pt"})
+
+    return spoil
+
+
+def spoil_record(change):
+    def spoil(run):
+        record = json.loads((run / "run.json").read_text())
+        change(record)
+        (run / "run.json").write_text(json.dumps(record))
+
+    return spoil
+
+
+def without_digests(spoil):
+    """As `spoil`, of a run that is older than the digests."""
+
+    def spoil_old(run):
+        spoil(run)
+        spoil_record(lambda record: record.pop("digests"))(run)
+
+    return spoil_old
 
 
 def spoil_config(**changes):
@@ -81,6 +118,37 @@ SPOILT = [
     (write("config.json", b"{"), "config.json cannot be read as json"),
     (write("resolved_recipe.yaml", b"task: ["), "resolved_recipe.yaml cannot be read as yaml"),
     (write("run.json", b"[1]"), "is not a run record"),
+    # Weights that are others than those that were scored, or not those of a model.
+    (spoil_some(lambda tensor: tensor.flip(0)), "model.safetensors is not what the run has written"),
+    (without_digests(spoil_some(lambda tensor: 3 * tensor.flip(0))), "weights and scores do not belong together"),
+    (spoil_some(lambda tensor: (100 * tensor).to(torch.int8)), "as int8, expected real numbers"),
+    (spoil_some(lambda tensor: tensor.to(torch.complex64)), "as complex64, expected real numbers"),
+    (spoil_some(lambda tensor: tensor > 0), "as bool, expected real numbers"),
+    (spoil_some(lambda tensor: tensor[1:]), "the weights are not those of config.json"),
+    (lambda run: shutil.copy(run / "model.safetensors", run / "model-2.safetensors"), "holds model-2.safetensors beside"),
+    (lambda run: shutil.copy(run / "model.safetensors", run / "other.safetensors"), "holds other.safetensors beside"),
+    (write("model.safetensors.index.json", b"{}"), "holds model.safetensors.index.json beside"),
+    (spoil_config(attention_dropout=0.5), "config.json is not what the run has written"),
+    # Scores of something else.
+    (spoil_record(lambda record: record["metrics"]["ood"].update(r2=0.9999)), "says that ood/r2 is 0.9999, but these weights"),
+    (spoil_record(lambda record: record["metrics"]["test"].update(r2=-1e9)), "weights and scores do not belong together"),
+    (spoil_record(lambda record: record.update(data_fingerprint=f"sha256:{'0' * 64}")), "was trained and scored on other data"),
+    (spoil_record(lambda record: record["digests"].clear()), "config.json is not what the run has written"),
+    # Code of something else: altered beside the weights, or of another version of the package.
+    (append("layers_hyla.py", b"\n# mine\n"), "layers_hyla.py is not what the run has written"),
+    (
+        lambda run: [
+            (run / "layers_hyla.py").unlink(),
+            spoil_record(lambda record: record["digests"].update({"layers_hyla.py": f"sha256:{'0' * 64}"}))(run),
+        ],
+        "was scored with another layers_hyla.py than this package's",
+    ),
+    (
+        spoil_record(lambda record: record["digests"].update({"gone_hyla.py": f"sha256:{'0' * 64}"})),
+        "was scored with another gone_hyla.py than this package's",
+    ),
+    # A run that is older than its digests is scored again, and published.
+    (without_digests(lambda run: None), None),
 ]
 WEIGHTS = {"weights": [0.5] * 9}
 PICKLES = {
@@ -89,7 +157,20 @@ PICKLES = {
     **{f"{module.__name__}.dat": module.compress(pickle.dumps(WEIGHTS)) for module in (gzip, bz2, lzma, zlib)},
     **{f"a{suffix}": b"x" for suffix in (".dill", ".cloudpickle", ".p", ".pk", ".PT")},
 }
+KEY = b"a1B2" * 10
+# In hexadecimal, as long as a commit's digest.
+HEX = b"0a1b" * 10
 SECRETS = [
+    b"AKIA" + b"ABCD" * 4, b"ASIA" + b"ABCD" * 4, b"aws_secret_access_key = " + KEY, b'"SecretAccessKey": "' + KEY + b'"', KEY,
+    b"WANDB_API_KEY=" + HEX, b"wandb login " + HEX, b'wandb.login(key="' + HEX + b'")', b"wandb_v1_" + KEY, HEX,
+    b"machine api.wandb.ai\n  login user\n  password " + HEX,
+    b"eyJhbGciOiJIUzI1NiJ9." + b"eyJzdWIiOiIxMjM0NTY3ODkwIn0." + KEY,
+    b"password = " + b"hunter2hunter", b'DB_PASSWORD="' + b"correct horse" + b'"', b'"password": "' + b"s3cretly" + b'"',
+    b"passwd: " + b"abc123def", b"postgres://bob:" + b"s3cretpw@db.example.com/x", b"OPENAI_API_KEY=" + KEY,
+    b"-----BEGIN " + b"OPENSSH PRIVATE KEY-----", b"-----BEGIN " + b"PGP PRIVATE KEY BLOCK-----", b"sk-" + KEY,
+    # Right behind a letter, and in UTF-16.
+    b"my" + TOKEN, b"keyAKIA" + b"ABCD" * 4, b"xghp_" + KEY[:36], b"xsk-proj-" + KEY,
+    TOKEN.decode().encode("utf-16"), ("password = " + "hunter22").encode("utf-16-be"), KEY.decode().join(["key=", ""]).encode("utf-16"),
     b"hf_" + b"oauth_eyJhbGciOiJFZERTQSJ9.eyJz_cope", b"hf_" + b"jwt_eyJhbGciOiJFZERTQSJ9.eyJz-cope", b"MY_" + TOKEN,
     b"glpat-" + b"Ab1_-" * 4, b"AIza" + b"Ab1_-" * 7,
 ]  # fmt: skip
@@ -131,13 +212,84 @@ def test_text_that_begins_like_a_pickle_is_accepted_and_other_code_is_left_out(l
 
 
 @pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_is_found_and_not_repeated(tmp_path, secret):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"\nTOKEN=" + secret if secret[:2] not in (b"\xff\xfe", b"\0p") else secret)
+    with pytest.raises(ValueError, match=r"notes\.txt holds what looks like a") as refused:
+        check_secrets("notes.txt", path)
+    assert secret.decode(errors="ignore") not in str(refused.value)
+    with pytest.raises(ValueError, match="x holds what looks like a"):
+        check_secrets("x", path.read_bytes())
+
+
 @pytest.mark.parametrize("name", [".env", "checkpoints/notes.txt"])
-def test_a_secret_is_found_even_in_files_that_are_not_published(logic_run, copied, name, secret):
+def test_a_secret_is_found_even_in_files_that_are_not_published(logic_run, copied, name):
     run = copied(logic_run)
-    write(name, b"TOKEN=" + secret)(run)
-    with pytest.raises(ValueError, match=f"{name} holds what looks like a") as refused:
+    write(name, b"TOKEN=" + TOKEN)(run)
+    with pytest.raises(ValueError, match=f"{name} holds what looks like a Hugging Face token"):
         plan(run, REPO)
-    assert secret.decode() not in str(refused.value)
+
+
+def test_a_secret_is_found_where_two_parts_of_a_large_file_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "_PART", 10_000)
+    for place in range(9_950, 10_010, 7):
+        (tmp_path / "x.txt").write_bytes(b" " * place + TOKEN + b" " * 30_000)
+        with pytest.raises(ValueError, match=rf"a Hugging Face token \(at byte {place}\)"):
+            check_secrets("x", tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'"git_commit": "' + HEX + b'"', b'"model.safetensors": "sha256:' + b"0a1b" * 16 + b'"', b"sha256 " + b"0a1b" * 16,
+        b'"report_to": ["wandb"],\n"git_commit": "' + HEX + b'"', b"pad_token_id = 8", b"wandb: 0.21, commit " + HEX,
+        b"password = getpass.getpass()", b"password=None", b"password: the one that you chose", b"PASSWORD=$SECRET",
+        b"password = os.environ['X']", b"password: str | None", b"task-embedding-of-the-last-layer-mean-9",
+        b"https://huggingface.co/org/x@main", b"hf_transfer_a_long_name_of_a_thing",
+    ],
+)  # fmt: skip
+def test_digests_commits_and_code_are_no_secrets(text):
+    check_secrets("x", text)
+
+
+def test_a_commit_whose_code_is_another_is_found_where_the_checkout_knows_it(logic_run, copied, monkeypatch):
+    for known, message in ((True, None), (None, None), (False, "whose model code is not what the run's digests are of")):
+        monkeypatch.setattr("hf_hyla.hub.checks.code_is_of", lambda commit, known=known: known)
+        if message is None:
+            check_unaltered(Run.load(logic_run))
+            continue
+        with pytest.raises(ValueError, match=message):
+            check_unaltered(Run.load(logic_run))
+
+
+def test_the_code_of_a_commit_is_compared_with_the_checkouts(tmp_path, monkeypatch):
+    code = tmp_path / "hf_hyla" / "model" / "x.py"
+    code.parent.mkdir(parents=True)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(tmp_path)]
+    commits = []
+    subprocess.run([*git, "init", "-q"], check=True)
+    for text in ("1", "2"):
+        code.write_text(text)
+        subprocess.run([*git, "add", "-A"], check=True)
+        subprocess.run([*git, "commit", "-qm", text], check=True)
+        commits.append(subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip())
+    monkeypatch.setattr("hf_hyla.runs.record._CHECKOUT", tmp_path)
+    assert [code_is_of(commit) for commit in (*commits, "0" * 40, "--help", None)] == [False, True, None, None, None]
+
+
+def test_a_run_notes_the_digests_of_its_weights_config_and_code(logic_run):
+    found = RunRecord.load(logic_run).digests
+    assert set(found) == {"config.json", "model.safetensors", *CODE}
+    for name, digest in found.items():
+        assert digest == f"sha256:{hashlib.sha256((logic_run / name).read_bytes()).hexdigest()}"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "layers_hyla.py"])
+def test_a_card_is_not_made_of_what_has_been_altered_either(logic_run, copied, name):
+    run = copied(logic_run)
+    write(name, (run / name).read_bytes() + b" ")(run)
+    with pytest.raises(ValueError, match=f"{name} is not what the run has written, whose digest is in run.json"):
+        card_files(Run.load(run))
 
 
 def test_the_token_in_use_is_found_in_any_format_and_names_in_code_are_not_secrets(logic_run, copied, monkeypatch):

@@ -192,8 +192,16 @@ def test_the_spread_names_differing_held_out_combinations(logic_run, other_seed,
 def test_a_spread_over_runs_of_another_recipe_is_refused(logic_run, sraven_run, other_seed, copied):
     with pytest.raises(ValueError, match="is a run of another recipe"):
         card_files(logic_run, others=[sraven_run])
-    with pytest.raises(ValueError, match="have the same seeds"):
-        card_files(logic_run, others=[other_seed, copied(other_seed, seconds=1.0)])
+    metrics = RunRecord.load(other_seed).metrics
+    metrics["ood"]["r2"] += 0.1
+    with pytest.raises(ValueError, match="have the same seeds, but other results"):
+        card_files(logic_run, others=[other_seed, copied(other_seed, metrics=metrics)])
+
+
+def test_copies_of_a_run_are_no_other_seeds(logic_run, other_seed, copied):
+    copy = copied(other_seed, seconds=1.0)
+    once = card_files(logic_run, others=[other_seed])["README.md"]
+    assert card_files(logic_run, others=[other_seed, copy, other_seed / "run.json"])["README.md"] == once
 
 
 def test_the_card_shows_a_probe_report_only_of_its_own_weights(logic_run, copied):
