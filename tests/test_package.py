@@ -45,21 +45,28 @@ STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
     "model": (set(), {"torch", "transformers", "huggingface_hub", "numpy", "numba", "llvmlite", "triton"}),
     "utils": (set(), {"huggingface_hub"}),
+    "reading": (set(), {"yaml"}),
     "paths": ({"utils"}, {"huggingface_hub"}),
     "metrics": (set(), {"numpy", "evaluate", "datasets"}),
-    "tasks": ({"metrics", "utils"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
-    "runs": ({"tasks", "metrics", "model", "utils"}, {"torch", "huggingface_hub", "matplotlib"}),
+    "tasks": ({"metrics", "reading", "utils"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
+    "runs": ({"tasks", "metrics", "model", "reading", "utils"}, {"torch", "huggingface_hub", "matplotlib"}),
     "training": (
-        {"model", "tasks", "metrics", "runs", "utils", "paths"},
+        {"model", "tasks", "metrics", "runs", "reading", "utils", "paths"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
     ),
-    "analysis": ({"model", "tasks", "metrics", "utils"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
+    "analysis": (
+        {"model", "tasks", "metrics", "reading", "utils"},
+        {"torch", "numpy", "sklearn", "matplotlib", "tqdm"},
+    ),
     "hub": (
-        {"runs", "tasks", "metrics", "model", "utils"},
+        {"runs", "tasks", "metrics", "model", "reading", "utils"},
         {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
     ),
-    "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
-    "benchmark": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch", "transformers"}),
+    "convert": ({"model", "reading"}, {"torch", "safetensors", "huggingface_hub"}),
+    "benchmark": (
+        {"training", "model", "tasks", "metrics", "runs", "reading", "utils", "paths"},
+        {"torch", "transformers"},
+    ),
 }
 # Imports the modules of each part in a process of its own, forked from one that has imported the model, and prints which parts
 # of the package were loaded with them.

@@ -24,7 +24,10 @@ PLACES = {
     "a huge file": (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 10**10), "it is larger than"),
     "no text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "decode"),
     "nested lists": (lambda path: path.write_text("[" * DEEP + "]" * DEEP), "it is nested deeper than 50 levels"),
-    "nested objects": (lambda path: path.write_text('{"":' * (DEEP // 2) + "1" + "}" * (DEEP // 2)), "it is nested deeper than 50"),
+    "nested objects": (
+        lambda path: path.write_text('{"":' * (DEEP // 2) + "1" + "}" * (DEEP // 2)),
+        "it is nested deeper than 50",
+    ),
     "nested a little": (lambda path: path.write_text("[" * 60 + "]" * 60), "it is nested deeper than 50 levels"),
 }
 
@@ -93,7 +96,8 @@ def test_aliases_which_make_gigabytes_of_a_few_lines_are_not_read(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 1\na: 2", "a: !!python/object:os.system x", "a: 2024-99-99", "a: !!int x", "a: " + "9" * 5000, "{[1]: 2}"]
+    "text",
+    ["a: 1\na: 2", "a: !!python/object:os.system x", "a: 2024-99-99", "a: !!int x", "a: " + "9" * 5000, "{[1]: 2}"],
 )
 def test_what_yaml_cannot_make_is_one_sentence(text):
     with pytest.raises(ValueError) as refused:

@@ -1,6 +1,7 @@
 """What must hold of a run's folder, and of every file in it, before anything is published."""
 
 import ast
+import contextlib
 import io
 import pickletools
 import re
@@ -148,7 +149,9 @@ def check_weights(run: Run, files: dict[str, Path]) -> None:
     """
     if _WEIGHTS not in files or "config.json" not in files:
         raise FileNotFoundError(f"{run.folder} holds no model: expected config.json and {_WEIGHTS}.")
-    others = [name for name in files if name != _WEIGHTS and name.endswith((".safetensors", ".safetensors.index.json"))]
+    others = [
+        name for name in files if name != _WEIGHTS and name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
     if others:
         raise ValueError(
             f"{run.folder} holds {others[0]} beside {_WEIGHTS}, and only one of them can be what was scored: remove the other."
@@ -199,14 +202,13 @@ def check_unaltered(run: Run) -> None:
     if record.digests is None:  # of an older version
         return
     found = digests(folder)
-    for name in ("config.json", _WEIGHTS, *CODE):
-        # Code may lie in the package alone.
-        if name in found or name not in CODE:
-            if found.get(name) != record.digests.get(name):
-                raise ValueError(
-                    f"{folder / name} is not what the run has written, whose digest is in {RECORD_NAME}: its scores are not those "
-                    "of this file; copy the run again, or train it again."
-                )
+    # Code may lie in the package alone.
+    for name in ("config.json", _WEIGHTS, *(name for name in CODE if name in found)):
+        if found.get(name) != record.digests.get(name):
+            raise ValueError(
+                f"{folder / name} is not what the run has written, whose digest is in {RECORD_NAME}: its scores are not those "
+                "of this file; copy the run again, or train it again."
+            )
     of_run = {name for name in record.digests if name.endswith("_hyla.py")}
     differing = [name for name in sorted({*of_run, *CODE}) if _digest_of_code(name) != record.digests.get(name)]
     if differing:
@@ -232,7 +234,8 @@ def check_scores(run: Run) -> None:
     Raises:
         ValueError: if the record's scores are further away than by chance and rounding.
     """
-    trained = HylaForSequenceClassification.from_pretrained(run.folder).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar for each tensor
+        trained = HylaForSequenceClassification.from_pretrained(run.folder).eval()
     for split, recorded in run.record.metrics.items():
         count = min(recorded["num_samples"], _SCORED_AGAIN)
         dataset = run.task.dataset(split, count)

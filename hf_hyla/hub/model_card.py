@@ -46,7 +46,9 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
                 f"{path} is a run of another recipe: the spread is over runs that differ in nothing but their seeds."
             )
         if any(run.task.metric_names[0] not in other.metrics.get(split, {}) for split in run.record.metrics):
-            raise ValueError(f"{path} lacks scores of the splits {', '.join(run.record.metrics)}: train that run again.")
+            raise ValueError(
+                f"{path} lacks scores of the splits {', '.join(run.record.metrics)}: train that run again."
+            )
         if other.identity not in {one.identity for one in seeds}:  # a copy is no other seed
             seeds.append(other)
     if len({json.dumps(one.seeds, sort_keys=True) for one in seeds}) < len(seeds):

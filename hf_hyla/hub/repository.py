@@ -39,6 +39,10 @@ _RUN_FILES = (
     RECIPE_NAME,
 )
 _DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
+_NO_DIGESTS = (
+    f"{RECORD_NAME} is older than digests of weights and code, so that only a part of each split, scored again, says that its "
+    "scores are those of these weights."
+)
 # How the card of a dataset names its own folder, before it is on the Hub.
 _DATASET_PLACE = "path/to/this/folder"
 
@@ -53,12 +57,14 @@ class Repository:
         repo_type: `"model"`, `"dataset"` or `"space"`.
         files: by their names in the repository, each a path or its content.
         left_out: files of the folder that are not published.
+        note: a sentence on what is not known of them.
     """
 
     repo_id: str
     repo_type: str
     files: dict[str, Path | bytes]
     left_out: list[str] = dataclasses.field(default_factory=list)
+    note: str | None = None
 
     def listing(self) -> str:
         """The files and their sizes, one per line."""
@@ -69,6 +75,7 @@ class Repository:
         lines = [f"{self.repo_type} {self.repo_id}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
         lines += [f"  {size:>12,}  {name}" for name, size in sorted(sizes.items())]
         lines += [f"  {'left out':>12}  {name}" for name in self.left_out]
+        lines += [f"  note: {self.note}"] if self.note else []
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
@@ -123,8 +130,8 @@ def plan(
     _check_repeatable(run)
     check_format(run)
     check_weights(run, found | {name: run.folder / name for name in left_out})
-    check_scores(run)
     card = card_files(run, repo_id, others)
+    check_scores(run)
     repositories = []
     if dataset is not None:
         repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
@@ -132,7 +139,8 @@ def plan(
         repositories.append(Repository(metric_repo(task, repo_id), "space", encoded(metric_files(task, repo_id))))
     # A card in the folder is rendered again, and its code is taken from the package.
     left_out = [name for name in left_out if name not in card and name not in CODE]
-    repositories.append(Repository(repo_id, "model", {**encoded(card), **found, **CODE}, left_out))
+    note = None if run.record.digests else _NO_DIGESTS
+    repositories.append(Repository(repo_id, "model", {**encoded(card), **found, **CODE}, left_out, note))
     if space:
         repositories.append(Repository(demo_repo(repo_id), "space", encoded(demo_files(task, repo_id))))
     for repository in repositories:
@@ -202,7 +210,9 @@ def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
         text = read_text(readme)
         DatasetCard(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{readme} is not the card of a dataset ({one_line(error)}): write it again by `hyla data`.") from None
+        raise ValueError(
+            f"{readme} is not the card of a dataset ({one_line(error)}): write it again by `hyla data`."
+        ) from None
     files["README.md"] = text.replace(_DATASET_PLACE, repo_id).encode()
     return Repository(repo_id, "dataset", files, left_out)
 

@@ -30,9 +30,7 @@ _BY_LOOK = {
 # Between the name of a setting and its value.
 _IS = rb"[\"']?[ \t]*(?:=>|:=|[:=])[ \t]*[\"']?"
 # What stands for a password without being one: a type, a placeholder, a variable, a path or a call.
-_NONE = (
-    rb"(?!(?:none|null|true|false|str|optional|required|changeme|example|xxx+|[\w.]*password)\b|self\.|[<$%{(\[\\*/~.]|[\w.]+[(\[])"
-)
+_NONE = rb"(?!(?:none|null|true|false|str|optional|required|changeme|example|xxx+|[\w.]*password)\b|self\.|[<$%{(\[\\*/~.]|[\w.]+[(\[])"
 # Assigned, in quotes, or after a colon with a digit in it: prose has colons too.
 _PASSWORD = (
     rb"(?:[ \t]*=[ \t]*[\"']?" + _NONE + rb"[!#-&*-:<-~]{6,}"
@@ -49,7 +47,10 @@ _BY_NAME = {
         rb"wandb(?:[\w.(]*(?:key|token)" + _IS + rb"|\.?[ _]?login[ (\"']+)[0-9a-f]{40}(?![0-9a-z])",
     ),
     "an API key": (
-        *(name + _KEY for name in (rb"api_?key", rb"secret_?key", rb"client_?secret", rb"access_?token", rb"auth_?token")),
+        *(
+            name + _KEY
+            for name in (rb"api_?key", rb"secret_?key", rb"client_?secret", rb"access_?token", rb"auth_?token")
+        ),
         # As long as a secret of AWS or an old key of Weights & Biases.
         *(name + _IS + rb"(?=[a-z/+]*[0-9])[a-z0-9/+]{40}(?![a-z0-9/+])" for name in (rb"token", rb"secret", rb"key")),
     ),

@@ -33,8 +33,8 @@ def fill_in_card(folder: str | Path, repo_id: str, model) -> None:
     if not path.is_file() or _EMPTY not in (text := path.read_text(encoding="utf-8")):
         return
     card, config = ModelCard(text), model.config
-    tags = ["hyla", f"{config.attention_type}-attention"]
-    card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
+    tags = [*(card.data.get("tags") or []), "hyla", f"{config.attention_type}-attention"]
+    card.data["tags"] = list(dict.fromkeys(tags))
     auto_class = getattr(model, "_auto_class", None) or "AutoModel"
     reads = (
         f"token ids below {config.vocab_size}" if config.vocab_size else f"tokens of {config.input_size} numbers each"

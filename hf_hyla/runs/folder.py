@@ -68,7 +68,9 @@ class Run:
             OSError: if it is missing.
         """
         try:
-            read_json(self.folder / "config.json")  # transformers would wait for a pipe, and crash at what is nested deep
+            read_json(
+                self.folder / "config.json"
+            )  # transformers would wait for a pipe, and crash at what is nested deep
             return HylaConfig.from_pretrained(self.folder)
         except (StrictDataclassError, TypeError, ValueError) as error:
             raise ValueError(

@@ -103,7 +103,9 @@ class RunRecord:
     @property
     def identity(self) -> str:
         """What two records share if they are copies of one run, wherever they lie: its seeds, its data and its results."""
-        results = {split: {name: float(value) for name, value in scores.items()} for split, scores in self.metrics.items()}
+        results = {
+            split: {name: float(value) for name, value in scores.items()} for split, scores in self.metrics.items()
+        }
         return json.dumps([self.seeds, self.data_fingerprint, results], sort_keys=True)
 
     def _check(self) -> None:
@@ -167,7 +169,7 @@ class RunRecord:
 def _check_numbers(numbers: dict[str, int | float], at_least: int | None = None) -> None:
     for name, number in numbers.items():
         if not abs(number) < _LARGEST_NUMBER:  # NaN is refused too
-            raise ValueError(f"its {name} is {str(number):.20}")
+            raise ValueError(f"its {name} is {number!s:.20}")
         if at_least is not None and number < at_least:
             raise ValueError(f"its {name} must be at least {at_least}, got {number}")
 

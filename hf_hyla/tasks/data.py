@@ -69,7 +69,9 @@ class Manifest:
         """
         expected = Manifest.of(task)
         if unknown := sorted(self.splits.keys() - task.splits.keys()):
-            raise ValueError(f"{folder} holds a split {unknown[0]!r:.80}, which the task {task.name} lacks: write it again.")
+            raise ValueError(
+                f"{folder} holds a split {unknown[0]!r:.80}, which the task {task.name} lacks: write it again."
+            )
         if self.task != expected.task:
             raise ValueError(
                 f"{folder} holds data of the task {self.task}, but {expected.task} was requested: use another folder."

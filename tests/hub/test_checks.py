@@ -125,14 +125,26 @@ SPOILT = [
     (spoil_some(lambda tensor: tensor.to(torch.complex64)), "as complex64, expected real numbers"),
     (spoil_some(lambda tensor: tensor > 0), "as bool, expected real numbers"),
     (spoil_some(lambda tensor: tensor[1:]), "the weights are not those of config.json"),
-    (lambda run: shutil.copy(run / "model.safetensors", run / "model-2.safetensors"), "holds model-2.safetensors beside"),
+    (
+        lambda run: shutil.copy(run / "model.safetensors", run / "model-2.safetensors"),
+        "holds model-2.safetensors beside",
+    ),
     (lambda run: shutil.copy(run / "model.safetensors", run / "other.safetensors"), "holds other.safetensors beside"),
     (write("model.safetensors.index.json", b"{}"), "holds model.safetensors.index.json beside"),
     (spoil_config(attention_dropout=0.5), "config.json is not what the run has written"),
     # Scores of something else.
-    (spoil_record(lambda record: record["metrics"]["ood"].update(r2=0.9999)), "says that ood/r2 is 0.9999, but these weights"),
-    (spoil_record(lambda record: record["metrics"]["test"].update(r2=-1e9)), "weights and scores do not belong together"),
-    (spoil_record(lambda record: record.update(data_fingerprint=f"sha256:{'0' * 64}")), "was trained and scored on other data"),
+    (
+        spoil_record(lambda record: record["metrics"]["ood"].update(r2=0.9999)),
+        "says that ood/r2 is 0.9999, but these weights",
+    ),
+    (
+        spoil_record(lambda record: record["metrics"]["test"].update(r2=-1e9)),
+        "weights and scores do not belong together",
+    ),
+    (
+        spoil_record(lambda record: record.update(data_fingerprint=f"sha256:{'0' * 64}")),
+        "was trained and scored on other data",
+    ),
     (spoil_record(lambda record: record["digests"].clear()), "config.json is not what the run has written"),
     # Code of something else: altered beside the weights, or of another version of the package.
     (append("layers_hyla.py", b"\n# mine\n"), "layers_hyla.py is not what the run has written"),
@@ -253,7 +265,11 @@ def test_digests_commits_and_code_are_no_secrets(text):
 
 
 def test_a_commit_whose_code_is_another_is_found_where_the_checkout_knows_it(logic_run, copied, monkeypatch):
-    for known, message in ((True, None), (None, None), (False, "whose model code is not what the run's digests are of")):
+    for known, message in (
+        (True, None),
+        (None, None),
+        (False, "whose model code is not what the run's digests are of"),
+    ):
         monkeypatch.setattr("hf_hyla.hub.checks.code_is_of", lambda commit, known=known: known)
         if message is None:
             check_unaltered(Run.load(logic_run))

@@ -95,7 +95,9 @@ def test_a_value_of_a_wrong_type_anywhere_ends_in_one_sentence_or_is_harmless(fo
             assert "\n" not in str(error) and len(str(error)) < 1000, (path, value)
 
 
-@pytest.mark.parametrize("path", [path for path in leaves(RECORD) if len(path) > 1], ids=lambda path: ".".join(map(str, path)))
+@pytest.mark.parametrize(
+    "path", [path for path in leaves(RECORD) if len(path) > 1], ids=lambda path: ".".join(map(str, path))
+)
 def test_whatever_is_missing_ends_in_one_sentence_or_is_harmless(folder, path):
     record = copy.deepcopy(RECORD)
     inside = record
@@ -115,7 +117,11 @@ def test_whatever_is_missing_ends_in_one_sentence_or_is_harmless(folder, path):
         (("curve", 0), {"loss": 1.0, "seconds": 1.0}, "entry 0 of its curve lacks step or seconds"),
         (("hardware", "num_processes"), "2", "its num_processes is '2'"),
         (("metrics",), [], "'metrics'"),
-        (("metrics", "evil"), {"r2": 0.5, "num_samples": 1}, "has scores of the split 'evil', which the task logic lacks"),
+        (
+            ("metrics", "evil"),
+            {"r2": 0.5, "num_samples": 1},
+            "has scores of the split 'evil', which the task logic lacks",
+        ),
         (("samples_seen",), 0, "its samples_seen must be at least 1, got 0"),
         (("recipe", "model", "model_name_or_path"), 7, "its recipe's model.model_name_or_path is no text"),
         (("recipe", "model", "to_dict"), 7, "recipe's section model is not that of a model"),
@@ -178,7 +184,9 @@ def test_a_title_with_line_breaks_leaves_the_metadata_whole(folder):
 def test_weights_that_a_run_started_from_are_a_repository_or_a_folder(folder, logic_run, copied):
     recipe = RunRecord.load(logic_run).recipe
     recipe["model"]["model_name_or_path"] = "org/x\n# Evil"
-    with pytest.raises(ValueError, match="does not say which weights it is trained from: A repository is named ORG/NAME"):
+    with pytest.raises(
+        ValueError, match="does not say which weights it is trained from: A repository is named ORG/NAME"
+    ):
         model_card.card_files(Run.load(copied(logic_run, recipe=recipe)), "org/x")
 
 

@@ -101,6 +101,11 @@ def test_a_dry_run_lists_files_and_sizes_without_a_request(hub_here, logic_run, 
     assert hub_here.requests == []
 
 
+def test_a_run_that_is_older_than_digests_is_published_with_a_note(logic_run, copied):
+    assert "note:" not in plan(logic_run, REPO)[0].listing()
+    assert "note: run.json is older than digests" in plan(copied(logic_run, digests=None), REPO)[0].listing()
+
+
 def test_a_publication_can_be_written_into_a_folder_and_published_from_there(
     hub_here, logic_run, planned, tmp_path, capsys
 ):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,34 @@ def test_seeds_of_a_recipe_become_mean_and_standard_error(record):
     assert (one.paper, one.paper_standard_error) == (0.8113, 0.0777)
     assert one.samples / one.budget == 0.08
     assert one.verdict == "nothing expected"
+
+
+def test_copies_of_a_run_are_one_wherever_they_lie(record, tmp_path, capsys):
+    runs = [run_of(record, 0, 0.7), run_of(record, 1, 0.8)]
+    published = run_of(record, 1, 0.8, seconds=1.0)
+    published.recipe["trainer"] |= {"push_to_hub": True, "hub_model_id": "org/x"}
+    for number, run in enumerate([*runs, published, run_of(record, 1, 0.8, environment={}, hardware={})]):
+        (tmp_path / "runs" / str(number)).mkdir(parents=True)
+        run.save(tmp_path / "runs" / str(number))
+    shutil.copytree(tmp_path / "runs", tmp_path / "elsewhere" / "again")
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "0")
+    for paths in (
+        ["runs", "elsewhere"],
+        ["runs", "runs/0", "runs/0/run.json", "link"],
+        ["runs/0", "runs/3", "elsewhere"],
+    ):
+        assert main(["compare", *(str(tmp_path / path) for path in paths), "--json"]) == 0
+        (one,) = json.loads(capsys.readouterr().out)
+        assert one["values"] == [0.7, 0.8] and one["mean"] == pytest.approx(0.75)
+
+
+def test_runs_with_other_data_or_another_result_are_no_copies(record):
+    others = [
+        run_of(record, 0, 0.71), run_of(record, 0, data_fingerprint=f"sha256:{'0' * 64}"), run_of(record, 1), run_of(record)
+    ]  # fmt: skip
+    others[-1].metrics["test"]["num_samples"] += 1
+    (one,) = compare([run_of(record), *others])
+    assert len(one.values) == 5
 
 
 def test_a_single_run_has_no_spread(record):
