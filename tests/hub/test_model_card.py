@@ -205,7 +205,7 @@ def test_copies_of_a_run_are_no_other_seeds(logic_run, other_seed, copied):
 
 
 def test_the_card_shows_a_probe_report_only_of_its_own_weights(logic_run, copied):
-    run = copied(logic_run)
+    run = copied(logic_run, digests=None)  # so that the report is what is refused below
     command = ["probe", str(run), "--train-samples", "400", "--num-samples", "200", "--ablate"]
     assert main(command) == 0
     report = json.loads((run / "probe" / "probe.json").read_text())
@@ -290,7 +290,7 @@ def test_an_unfinished_run_gets_no_card(logic_run, copied):
 
 
 def test_a_model_that_cannot_be_loaded_gets_no_card(logic_run, copied):
-    run = copied(logic_run)
+    run = copied(logic_run, digests=None)
     (run / "model.safetensors").write_bytes(b"x" * 99)
     with pytest.raises(ValueError, match=r"snippet of the card fails \(SafetensorError"):
         card_files(run)
