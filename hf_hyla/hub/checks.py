@@ -18,7 +18,7 @@ from ..model import HylaForSequenceClassification
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
-from ..runs.record import RECORD_NAME, code_is_of, digests, file_digest, mean_and_error
+from ..runs.record import RECORD_NAME, RunRecord, code_is_of, digests, file_digest, mean_and_error
 from ..tasks import Task, TaskDataset
 from ..utils import check_repo_id, one_line
 
@@ -190,8 +190,8 @@ def _check_tensor(path: Path, name: str, tensor: torch.Tensor, expected: torch.T
 def check_unaltered(run: Run) -> None:
     """
     Raises:
-        ValueError: if the weights, the config or the code are not those of the end of the run, as its record's digests say, or if
-            its task now draws other data.
+        ValueError: if the weights, the config or the code in the folder are not those of the end of the run, as its record's
+            digests say, or if its task now draws other data.
     """
     record, folder = run.record, run.folder
     if record.data_fingerprint not in (None, run.task.fingerprint()):
@@ -209,13 +209,6 @@ def check_unaltered(run: Run) -> None:
                 f"{folder / name} is not what the run has written, whose digest is in {RECORD_NAME}: its scores are not those "
                 "of this file; copy the run again, or train it again."
             )
-    of_run = {name for name in record.digests if name.endswith("_hyla.py")}
-    differing = [name for name in sorted({*of_run, *CODE}) if _digest_of_code(name) != record.digests.get(name)]
-    if differing:
-        raise ValueError(
-            f"{folder} was scored with another {differing[0]} than this package's, which is published beside the weights: use the "
-            f"version of hf_hyla that trained it (git_commit {record.environment.get('git_commit')})."
-        )
     if code_is_of(record.environment.get("git_commit")) is False:
         raise ValueError(
             f"{folder} is said to be made by the commit {record.environment['git_commit']}, whose model code is not what the run's "
@@ -223,8 +216,11 @@ def check_unaltered(run: Run) -> None:
         )
 
 
-def _digest_of_code(name: str) -> str | None:
-    return file_digest([CODE[name]]) if name in CODE else None
+def differing_code(record: RunRecord) -> str | None:
+    """A file of the model's code that was another at the end of the run than it is in this package, or `None`."""
+    of_run = {name: digest for name, digest in (record.digests or {}).items() if name.endswith("_hyla.py")}
+    of_package = {name: file_digest([path]) for name, path in CODE.items()}
+    return next((name for name in sorted({*of_run, *of_package}) if of_run.get(name) != of_package.get(name)), None)
 
 
 def check_scores(run: Run) -> None:

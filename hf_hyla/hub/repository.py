@@ -25,6 +25,7 @@ from .checks import (
     check_scores,
     check_text,
     check_weights,
+    differing_code,
 )
 from .model_card import card_files
 from .secrets import check_secrets
@@ -42,6 +43,10 @@ _DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
 _NO_DIGESTS = (
     f"{RECORD_NAME} is older than digests of weights and code, so that only a part of each split, scored again, says that its "
     "scores are those of these weights."
+)
+_OTHER_CODE = (
+    "{} was another when the model was trained; this package's is published, and scores a part of each split within chance of "
+    "the record."
 )
 # How the card of a dataset names its own folder, before it is on the Hub.
 _DATASET_PLACE = "path/to/this/folder"
@@ -139,7 +144,11 @@ def plan(
         repositories.append(Repository(metric_repo(task, repo_id), "space", encoded(metric_files(task, repo_id))))
     # A card in the folder is rendered again, and its code is taken from the package.
     left_out = [name for name in left_out if name not in card and name not in CODE]
-    note = None if run.record.digests else _NO_DIGESTS
+    note = None
+    if run.record.digests is None:
+        note = _NO_DIGESTS
+    elif name := differing_code(run.record):
+        note = _OTHER_CODE.format(name)
     repositories.append(Repository(repo_id, "model", {**encoded(card), **found, **CODE}, left_out, note))
     if space:
         repositories.append(Repository(demo_repo(repo_id), "space", encoded(demo_files(task, repo_id))))
