@@ -75,10 +75,16 @@ def compare(records: Iterable[RunRecord]) -> list[Comparison]:
     Raises:
         ValueError: for a record that lacks the score that is compared.
     """
+    groups = grouped(records)
+    return [_compared(group, [other[0] for other in groups]) for group in groups]
+
+
+def grouped(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    """The runs of each recipe, which differ in their seeds, in the order of their first runs."""
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         groups.setdefault(json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True), []).append(record)
-    return [_compared(group, [other[0] for other in groups.values()]) for group in groups.values()]
+    return list(groups.values())
 
 
 def table(comparisons: list[Comparison]) -> str:
@@ -123,7 +129,7 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     samples = min(run.samples_seen for run in runs)
     budget = (expect.get("budget") or samples) if expect else paper.num_samples if paper else None
     return Comparison(
-        name=_told_apart(first, [other for other in all_recipes if other.name == first.name]),
+        name=told_apart(first, all_recipes),
         metric=metric,
         values=values,
         mean=mean,
@@ -150,8 +156,9 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
     return EXCEEDED if distance > 0 else MISSED
 
 
-def _told_apart(record: RunRecord, namesakes: list[RunRecord]) -> str:
+def told_apart(record: RunRecord, all_recipes: list[RunRecord]) -> str:
     """The recipe's name, and those of its settings in which recipes of this name differ."""
+    namesakes = [other for other in all_recipes if other.name == record.name]
     settings, *others = (without_seeds(one.recipe) for one in (record, *namesakes))
     differing = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
     return " ".join([record.name, *(f"{key.partition('.')[2]}={settings[key]}" for key in differing)])

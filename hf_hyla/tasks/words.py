@@ -54,6 +54,10 @@ class Words:
         """What the scores mean."""
         return ""
 
+    def ceiling(self, split: str) -> float | None:
+        """The headline score on a split that no model can expect to exceed, if a committed record says it."""
+        return None
+
     def probed(self, fixed_query: bool, attention_type: str) -> str:
         """Which codes the probes read, and what they ask for. See `Task.query_point` for a fixed query."""
         return "The probes read the code of each answer token for itself."
