@@ -26,7 +26,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         nargs="+",
         default=(),
-        help="runs of the same recipe with other seeds (folders, or records as JSON), for the spread",
+        help="runs (folders, or records as JSON) of the same recipe with other seeds, for the spread, and of the same task with "
+        "another attention, for the comparison",
     )
 
 

@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
     if output and output.suffix != ".png":
         raise ValueError(f"--output must name a picture that ends with .png, got {output}.")
 
-    from ..runs.compare import MISSED, as_json, compare, find_records, table
+    from ..runs.compare import MISSED, as_json, compare, find_records, grouped, table
     from ..runs.plots import over_samples
 
     records = find_records(paths)
     comparisons = compare(records)
     if output:
-        picture = over_samples(records)
+        picture = over_samples(grouped(records))
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(picture)
     print(as_json(comparisons) if arguments.json else table(comparisons))

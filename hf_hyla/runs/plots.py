@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..tasks import get_task
-from .compare import grouped, told_apart
+from .compare import told_apart
 from .paper import paper_result
 from .record import RunRecord, mean_and_error, without_seeds
 
@@ -85,14 +85,18 @@ def learning_curve(record: RunRecord) -> bytes:
     return _png(figure)
 
 
-def over_samples(records: list[RunRecord]) -> bytes:
+def over_samples(groups: list[list[RunRecord]]) -> bytes:
     """
     The headline score on `ood` over training samples: a line for each recipe, which is the mean of its runs, a dot for their
     results with its standard error, the paper's values at the paper's budget, and what an ideal observer reaches.
 
+    Args:
+        groups: of each recipe, its runs, see `grouped`.
+
     Raises:
         ValueError: without matplotlib, or if the records are of several tasks.
     """
+    records = [record for group in groups for record in group]
     for other in records:
         if task_settings(other) != task_settings(records[0]):
             raise ValueError(
@@ -107,7 +111,7 @@ def over_samples(records: list[RunRecord]) -> bytes:
     axes.set(
         xscale="log", xlabel="training samples (log scale)", ylabel=f"{metric} on ood", title=task.words(task).title
     )
-    for group, (label, style, colour) in _named_lines(grouped(records)):
+    for group, (label, style, colour) in _named_lines(groups):
         samples, values = _mean_curve(group, f"ood/{metric}")
         mean, error = mean_and_error([record.metrics["ood"][metric] for record in group])
         axes.plot(samples, values, style, color=colour, label=label)

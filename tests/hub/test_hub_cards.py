@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,10 @@ trained = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.n
 
 
 def results_of(folder: Path) -> list[Path]:
-    return sorted((PROJECT / "recipes" / "results" / RunRecord.load(folder).name).glob("*.json"))
+    """The records of the model's recipe, and of the recipes that are named like it but for the attention, as in the Makefile."""
+    name = RunRecord.load(folder).name
+    names = [re.sub("hyla|softmax|linear", attention, name) for attention in ("hyla", "softmax", "linear")]
+    return [path for name in names for path in sorted((PROJECT / "recipes" / "results" / name).glob("*.json"))]
 
 
 @functools.cache
