@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+# What cards and pictures call an attention type.
+ATTENTION_NAMES = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that after a crash holds either this text or what it held before."""
     temporary = path.with_name(f"{path.name}.tmp")

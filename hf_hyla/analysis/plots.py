@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..tasks import Subject
+from ..utils import ATTENTION_NAMES
 from .latents import Codes
 
 
@@ -16,7 +17,6 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = "osD^vP*X"
 # Of every figure, in inches at 120 dots: what a card shows without making letters small.
 _WIDTH = 8
-_ATTENTIONS = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
 _SHADES = "cividis"
 _METRICS = {"accuracy": "accuracy", "f1": "F1", "r2": "R²"}
 # Points of a map; t-SNE takes a few seconds for so many.
@@ -55,7 +55,7 @@ def _figure(width: float, height: float, title: str):
 
 
 def _about(report: dict[str, Any]) -> str:
-    return f"{_ATTENTIONS[report['attention_type']]} on {report['task']['name']}, {report['split']}"
+    return f"{ATTENTION_NAMES[report['attention_type']]} on {report['task']['name']}, {report['split']}"
 
 
 def _probes(report: dict[str, Any]):
@@ -129,7 +129,7 @@ def _ablation(report: dict[str, Any]):
         _WIDTH,
         2.2 + 0.45 * layers,
         f"{ablation['metric']} on {report['split']} without what one head says, minus {ablation['whole']:.3f} with all heads\n"
-        f"{_ATTENTIONS[report['attention_type']]}; bold: p < 0.05 after Holm's correction for {difference.size} heads",
+        f"{ATTENTION_NAMES[report['attention_type']]}; bold: p < 0.05 after Holm's correction for {difference.size} heads",
     )
     axes = figure.subplots()
     largest = np.abs(difference).max()

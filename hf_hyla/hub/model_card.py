@@ -16,9 +16,9 @@ from ..runs import Run, RunRecord, plots
 from ..runs.compare import grouped
 from ..runs.folder import CURVE_NAME, PROBE_NAME
 from ..runs.paper import paper_result
-from ..runs.plots import ATTENTIONS
 from ..runs.record import mean_and_error, without_seeds
 from ..tasks import Task
+from ..utils import ATTENTION_NAMES
 from .cards import CITATION, LICENSE, dataset_repo, run_snippet, template
 
 
@@ -238,7 +238,7 @@ def _render(
             share=run.budget,
             percent=_percent,
             shown=_shown,
-            attention=ATTENTIONS[config.attention_type],
+            attention=ATTENTION_NAMES[config.attention_type],
             seeds=seeds,
             baselines=baselines,
             several=any(len(group) > 1 for group in (seeds, *baselines)),
@@ -344,11 +344,11 @@ def _comparison(run: Run, seeds: list[RunRecord], baselines: list[list[RunRecord
         papers = [f"{paper.mean:.4f} ± {paper.standard_error:.4f}" if paper else "–"] if run.task.paper else []
         return [name, str(len(group)), f"{group[0].samples_seen:,}", *cells, *papers]
 
-    name = ATTENTIONS[run.config.attention_type]
+    name = ATTENTION_NAMES[run.config.attention_type]
     rows = [row(f"**{name}, this model**", seeds[:1])]
     if len(seeds) > 1:
         rows.append(row(f"{name}, all seeds", seeds))
-    return rows + [row(ATTENTIONS[plots.attention_of(group[0])], group) for group in baselines]
+    return rows + [row(ATTENTION_NAMES[plots.attention_of(group[0]) or ""], group) for group in baselines]
 
 
 def _differing(record: RunRecord, baselines: list[list[RunRecord]]) -> list[tuple[str, str, Any, Any]]:
@@ -356,7 +356,7 @@ def _differing(record: RunRecord, baselines: list[list[RunRecord]]) -> list[tupl
     ours = without_seeds(record.recipe)
     found = []
     for group in baselines:
-        theirs, name = without_seeds(group[0].recipe), ATTENTIONS[plots.attention_of(group[0])]
+        theirs, name = without_seeds(group[0].recipe), ATTENTION_NAMES[plots.attention_of(group[0]) or ""]
         keys = [key for key in ours | theirs if key != "model.attention_type" and ours.get(key) != theirs.get(key)]
         found += [(key, name, theirs.get(key), ours.get(key)) for key in keys]
     return found

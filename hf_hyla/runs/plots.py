@@ -6,13 +6,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..tasks import get_task
+from ..utils import ATTENTION_NAMES
 from .compare import told_apart
 from .paper import paper_result
 from .record import RunRecord, mean_and_error, without_seeds
 
 
-# What an attention is called in pictures and on cards, and its colour (Okabe and Ito's, which colour-blind readers tell apart).
-ATTENTIONS = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+# Of each attention, from Okabe and Ito's, which colour-blind readers can tell apart.
 _COLOURS = {"hyla": "#0072B2", "softmax": "#D55E00", "linear": "#009E73", None: "#000000"}
 _STYLES = ("-", "--", ":", "-.")
 
@@ -142,7 +142,7 @@ def _named_lines(groups: list[list[RunRecord]]) -> Iterator[tuple[list[RunRecord
     recipes = [group[0] for group in groups]
     attentions = [attention_of(recipe) for recipe in recipes]
     for number, (group, attention) in enumerate(zip(groups, attentions, strict=True)):
-        name = ATTENTIONS.get(attention or "")
+        name = ATTENTION_NAMES.get(attention or "")
         if name is None or attentions.count(attention) > 1:
             name = ", ".join(filter(None, [name, told_apart(group[0], recipes)]))
         style = _STYLES[attentions[:number].count(attention) % len(_STYLES)]

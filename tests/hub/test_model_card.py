@@ -22,8 +22,7 @@ from hf_hyla.hub import cards, model_card, spaces
 from hf_hyla.hub.cards import dataset_repo, template
 from hf_hyla.hub.publish import check_before_training
 from hf_hyla.metrics import modules
-from hf_hyla.runs import Run, RunRecord, plots
-from hf_hyla.runs.paper import paper_result
+from hf_hyla.runs import Run, RunRecord
 from hf_hyla.tasks import get_task
 from hf_hyla.training import load_recipe
 
