@@ -123,7 +123,15 @@ class Task(ABC):
         return samples
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The samples that `to_table` made this table of."""
+        """
+        The samples that `to_table` made this table of: columns of arrays, `model_columns` among them. So a dataset that
+        `hyla data` wrote is turned into what a model reads:
+
+        ```python
+        rows = datasets.load_dataset(folder, split="train").with_format("numpy")
+        samples = rows.map(task.from_table, batched=True, remove_columns=rows.column_names)
+        ```
+        """
         return table
 
     def show(self, sample: dict[str, np.ndarray]) -> str:

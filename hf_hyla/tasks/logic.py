@@ -91,6 +91,12 @@ A sequence shows a function f by {task.num_examples - 1} points and its values t
 or negated. Operators are Zadeh's: *a and b* is min(a, b), *a or b* is max(a, b), *not a* is 1 − a. A task is the set of its
 terms."""
 
+    def inputs(self) -> str:
+        return """\
+def to_inputs(rows):
+    values = np.pad(rows["values"], ((0, 0), (0, 1)))  # the last is asked for, and reads as 0
+    return {"input_values": np.concatenate([rows["points"], values[..., None]], axis=-1), "labels": rows["target"]}"""
+
     def splits(self) -> str:
         return f"""\
 {self.task.held_out * 100:g} % of the combinations of the terms that are not set aside are held out of training and make `ood`; each of

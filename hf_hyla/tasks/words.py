@@ -86,6 +86,13 @@ print(f"logits {{logits[0].tolist()}}, right is {sample["labels"].tolist()}")"""
         """What a sample of the dataset is."""
         return ""
 
+    def inputs(self) -> str:
+        """Python that defines `to_inputs(rows)`: what a model reads of rows of the dataset, columns of arrays."""
+        names = ", ".join(f'"{name}": rows["{name}"]' for name in self.task.model_columns)
+        return f"""\
+def to_inputs(rows):
+    return {{{names}}}"""
+
     def splits(self) -> str:
         """How the splits differ."""
         return "The gap between `test` and `ood` is what matters."

@@ -86,6 +86,14 @@ One rule per feature governs every row:
 All arithmetic is modulo {task.num_values}. A task is the multiset of its {task.num_features} rules.
 {columns}{unique}"""
 
+    def inputs(self) -> str:
+        task = self.task
+        return f"""\
+def to_inputs(rows):
+    shown = rows["panels"].reshape(len(rows["panels"]), -1)  # (puzzles, {(GRID * GRID - 1) * task.num_features})
+    slots = np.full_like(rows["answer"], {task.num_values})  # what the model reads where it answers
+    return {{"input_ids": np.concatenate([shown, slots], axis=1), "labels": rows["answer"]}}"""
+
     def splits(self) -> str:
         return f"""\
 {self.task.held_out * 100:g} % of the combinations are held out of training and make `ood`; each of
