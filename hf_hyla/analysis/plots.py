@@ -111,7 +111,7 @@ def _similarity(report: dict[str, Any]):
         matrix = np.array(similarity["centred"][layer])
         # The scale is that of a cosine, whatever was measured.
         image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
-        _write(axes, matrix, np.abs(matrix) > 0.7, size=min(8, 84 / len(names)))
+        _write(axes, matrix, np.abs(matrix) > 0.7, size=min(8, 76 / len(names)))
         lowest = layer in layers[-columns:]
         axes.set_title(f"layer {layer + 1}")
         axes.set_xticks(range(len(names)), names if lowest else [], rotation=90, fontsize=9)
