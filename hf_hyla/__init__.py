@@ -2,10 +2,10 @@
 HYLA, hypernetwork linear attention, for Hugging Face transformers. Importing it registers the Auto classes and the pipeline.
 
 transformers and torch take seconds to import, and `hyla --help` needs neither. So the classes are loaded when they are first
-used, and registered at the latest when transformers is imported, without which no model can be loaded:
+used, or when transformers is imported:
 
-- If transformers has been imported before, `hf_hyla.model` is imported here and now, and registers its classes.
-- Otherwise Python is asked to import `hf_hyla.model` right after transformers, whoever imports it.
+- If transformers has already been imported, `hf_hyla.model` is imported at once and registers its classes.
+- Otherwise an import hook imports `hf_hyla.model` right after transformers.
 """
 
 import importlib
@@ -22,7 +22,7 @@ __all__ = ["HylaConfig", "HylaForSequenceClassification", "HylaModel", "Symbolic
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):
-    """Finds transformers as the other finders do, and has `hf_hyla.model` imported once transformers is."""
+    """Finds transformers by the other finders, and imports `hf_hyla.model` after it."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "transformers":
@@ -34,7 +34,7 @@ class _AfterTransformers(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module) -> None:
                 execute(module)
-                # Unless it is what imports transformers, perhaps in another thread, which must not be waited for.
+                # If `hf_hyla.model` is being imported already, perhaps in another thread, waiting for it could deadlock.
                 if "hf_hyla.model" not in sys.modules:
                     importlib.import_module("hf_hyla.model")
 

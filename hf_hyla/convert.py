@@ -1,7 +1,7 @@
-"""Parameters of the official JAX implementation to a HYLA checkpoint.
+"""Conversion of the official JAX implementation's parameters into a HYLA checkpoint.
 
 The official release (github.com/smonsays/hypernetwork-attention, commit af9805f) stores a flat tree of arrays named by
-module, and a `TransformerConfig`. Kernels are (input, output) there, with heads as an axis of their own.
+module, and a `TransformerConfig`. Its kernels are (input, output), with heads as a separate axis.
 """
 
 import json
@@ -19,7 +19,7 @@ from .model import HylaConfig, HylaForSequenceClassification
 
 PREFIX = "params."
 
-# Official name of an attention: what it is in Table A1, as settings of HylaConfig.
+# The settings of HylaConfig for each official name of an attention in Table A1.
 SEQUENCE_MIXERS: dict[str, dict[str, str]] = {
     "softmax_attention": {"attention_type": "softmax"},
     "linear_attention": {"attention_type": "linear"},
@@ -37,7 +37,7 @@ SEQUENCE_MIXERS: dict[str, dict[str, str]] = {
 STATE_MIXERS = {"gelu_mlp": "mlp", "swiglu": "swiglu"}
 NORMS = {"layer": "layer_norm", "rms": "rms_norm"}
 
-# Fields of which only these values are supported; the second entry gives the reason in an error.
+# Fields with a limited choice of supported values, and the reason that an error gives for it.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "block_type": (("default",), "other block types have no counterpart in HylaModel"),
     "use_absolute_position": ((False,), "absolute positions are not supported"),
@@ -53,16 +53,16 @@ def convert_config(
     official: Mapping[str, Any], *, loss_fn: str, embedding_rows: int, num_answers: int | None = None
 ) -> HylaConfig:
     """
-    The `HylaConfig` of an official `TransformerConfig`.
+    The `HylaConfig` for an official `TransformerConfig`.
 
     Args:
         official: the fields of the official config by name.
-        loss_fn: the official loss, which says what the model is for: `"SymbolicRavenLoss"` or `"FuzzyLogicLoss"`.
+        loss_fn: the official loss, `"SymbolicRavenLoss"` or `"FuzzyLogicLoss"`, which determines the model's task.
         embedding_rows: input width of the official embedding layer.
-        num_answers: how many last tokens carry an answer; 4 for SRAVEN and 1 for logic where it is `None`.
+        num_answers: number of last tokens that carry an answer; `None` for 4 on SRAVEN and 1 on logic.
 
     Raises:
-        ValueError: for a missing field and for one whose value is not supported, by its name.
+        ValueError: for a missing field or an unsupported value. The message names the field.
     """
     for name, (allowed, why) in _ONLY.items():
         value = official.get(name, allowed[0])
@@ -146,15 +146,16 @@ def convert_config(
 
 def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -> dict[str, torch.Tensor]:
     """
-    The state dict of `HylaForSequenceClassification(config)`.
+    The state dict of `HylaForSequenceClassification(config)` from official parameters.
 
-    Only reshapes, transposes and pads, so that gradients flow through it and gradients convert like parameters.
+    The conversion only reshapes, transposes and pads. Gradients flow through it, and gradients can be converted like
+    parameters.
 
     Args:
         params: official tensors by path, without prefix, such as `"transformer_block_0.norm1.scale"`.
 
     Raises:
-        ValueError: for a missing, an unexpected or a wrongly shaped tensor, by its official name.
+        ValueError: for a missing, unexpected or wrongly shaped tensor. The message gives its official name.
     """
     left = dict(params)
 
@@ -167,7 +168,7 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
         return tensor
 
     def dense(theirs: str, ours: str, bias: bool = True, inputs: int = 1, outputs: int = 1) -> dict[str, torch.Tensor]:
-        # (inputs..., outputs...) there, where heads are an axis of their own; (outputs, inputs) here.
+        # Official kernels are (inputs..., outputs...), with heads as a separate axis. Ours are (outputs, inputs).
         kernel = take(f"{theirs}.kernel", axes=inputs + outputs)
         state = {f"{ours}.weight": kernel.flatten(0, inputs - 1).flatten(1).T}
         if bias:
@@ -231,10 +232,10 @@ def convert(
     params: Mapping[str, Any], config: Mapping[str, Any], *, loss_fn: str, num_answers: int | None = None
 ) -> tuple[HylaConfig, dict[str, torch.Tensor]]:
     """
-    Official parameters and config fields to `(HylaConfig, state_dict)`.
+    Converts official parameters and config fields into `(HylaConfig, state_dict)`.
 
     Args:
-        params: arrays or tensors named `params.<path>`; other names are ignored.
+        params: arrays or tensors named `params.<path>`. Other names are ignored.
         config: the fields of the official `TransformerConfig`.
         loss_fn, num_answers: see [`convert_config`].
 
@@ -248,7 +249,9 @@ def convert(
         raise ValueError(f"There are no official parameters: no tensor's name begins with {PREFIX!r}.")
     if "embedding.kernel" not in official:
         if "embedding.embedding" in official:
-            raise ValueError("The parameters are of a causal language model (embedding.embedding): not supported yet.")
+            raise ValueError(
+                "The parameters are those of a causal language model (embedding.embedding), which is not supported yet."
+            )
         raise ValueError(f"The official parameters lack {PREFIX}embedding.kernel.")
     if official["embedding.kernel"].ndim != 2:
         raise ValueError(
@@ -262,13 +265,14 @@ def convert(
 
 def convert_files(params: Path, config: Path, output: Path, num_answers: int | None = None) -> None:
     """
-    Writes a folder that `from_pretrained` loads.
+    Converts files into a folder that `from_pretrained` loads.
 
     Args:
         params: safetensors file with tensors `params.<path>`.
-        config: JSON file with the official fields under `config` and the name of the loss under `loss_fn`; where
-            `params` holds no parameters, its `params_file` is named in the error.
+        config: JSON file with the official fields under `config` and the name of the loss under `loss_fn`. If `params` holds
+            no parameters, the error names this file's `params_file`.
         output: folder to write.
+        num_answers: see [`convert_config`].
 
     Raises:
         ValueError: see [`convert`].

@@ -1,7 +1,8 @@
 """
-What a word names: a recipe, a run, a model or a file. One rule for all of them: the path itself, or else the file or folder of
-that name among the recipes that come with the package. What is not there is refused with the nearest name, before anything
-slow is imported.
+Paths from words on the command line, which name recipes, runs, models and files.
+
+A word is a path, or else the name of a file or folder among the recipes that come with the package. A word that names nothing
+is refused with the nearest name, before anything slow is imported.
 """
 
 import difflib
@@ -13,10 +14,10 @@ from .utils import recipes_folder
 
 def find_recipe(word: str | Path) -> Path:
     """
-    The file of a recipe or a sweep. `.yaml` may be left out, and `recipes/` before one that comes with the package.
+    The file of a recipe or a sweep. `.yaml` may be left out. `recipes/` may be left out for those that come with the package.
 
     Raises:
-        OSError: if there is none.
+        OSError: if there is no such file.
     """
     path = Path(word)
     candidates = [found for one in (path, path.with_name(f"{path.name}.yaml")) for found in (one, _among_recipes(one))]
@@ -28,7 +29,7 @@ def find_recipe(word: str | Path) -> Path:
         str(file.relative_to(recipes_folder())): file.stem for file in sorted(recipes_folder().rglob("*.yaml"))
     } | {str(file): file.stem for file in sorted(path.parent.glob("*.yaml"))}
     wanted = path.with_suffix("") if path.suffix == ".yaml" else path
-    # demo stands for logic/demo.yaml, and hyla for two recipes: named, not guessed.
+    # "demo" can only mean logic/demo.yaml, but "hyla" names two recipes. The error lists the candidates, and none is guessed.
     near = [name for name, stem in known.items() if stem == wanted.name][:3]
     near = near or _near(str(path).removeprefix("recipes/"), known)
     near = near or [name for name, stem in known.items() if stem in _near(wanted.name, known.values())][:1]
@@ -42,10 +43,10 @@ def find_recipe(word: str | Path) -> Path:
 
 def find_existing(word: str | Path, what: str) -> Path:
     """
-    The file or folder of this name, here or among the recipes that come with the package; `what` is what errors call it.
+    The file or folder with this name, here or among the recipes that come with the package. Errors call it a `what`.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no such file or folder.
     """
     path = Path(word)
     for candidate in (path, _among_recipes(path)):
@@ -56,10 +57,10 @@ def find_existing(word: str | Path, what: str) -> Path:
 
 def find_file(word: str | Path, what: str) -> Path:
     """
-    The regular file of this name; see `find_existing`.
+    The regular file with this name; see `find_existing`.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no such file.
     """
     path = find_existing(word, what)
     if not path.is_file():
@@ -71,10 +72,10 @@ def find_file(word: str | Path, what: str) -> Path:
 
 def find_model(word: str) -> str:
     """
-    The folder of a run or a model, or else a repository on the Hub, which is asked once.
+    The folder of a run or a model, or else a repository on the Hub. The Hub is asked once.
 
     Raises:
-        OSError: if there is neither.
+        OSError: if there is no such folder and no such repository.
     """
     path = Path(word)
     if path.exists():
@@ -90,7 +91,7 @@ def find_model(word: str) -> str:
 
 
 def _missing_on_hub(repo_id: str) -> str | None:
-    """Why a model cannot be loaded from the Hub or its cache; `None` if it can. Asks once, without retrying."""
+    """The reason why a model cannot be loaded from the Hub or its cache, or `None` if it can. The Hub is asked once."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
@@ -101,11 +102,11 @@ def _missing_on_hub(repo_id: str) -> str | None:
             return None
         return f"the Hub has no model {repo_id} that you can read: check the name, or log in by `hf auth login`"
     except OfflineModeIsEnabled:
-        return "the Hub may not be asked, since HF_HUB_OFFLINE is set"
+        return "the Hub is not asked, since HF_HUB_OFFLINE is set"
     except HFValidationError:
-        return f"{repo_id} is no name of a repository"
+        return f"{repo_id} is not a valid name of a repository"
     except (HTTPError, OSError) as error:
-        return f"the Hub cannot be asked ({' '.join(str(error).split())})"
+        return f"the Hub cannot be reached ({' '.join(str(error).split())})"
 
 
 def _among_recipes(path: Path) -> Path:
@@ -113,7 +114,7 @@ def _among_recipes(path: Path) -> Path:
 
 
 def _near_paths(path: Path) -> list[str]:
-    """The nearest of what lies beside the path, and of the runs in `runs/`."""
+    """The nearest of the files and folders beside the path and in `runs/`."""
     beside = [str(other) for folder in (path.parent, Path("runs")) if folder.is_dir() for other in folder.iterdir()]
     names = _near(path.name, [Path(one).name for one in beside])
     return _near(str(path), beside) or [one for one in beside if Path(one).name in names][:1]

@@ -1,4 +1,4 @@
-"""Small things that several parts need: files that a crash cannot leave half written, recipes, words of error messages."""
+"""Helpers of several parts: files that a crash cannot leave half written, the folder of recipes, and texts of errors."""
 
 import difflib
 import os
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-# What cards and pictures call an attention type.
+# The names of attention types on cards and in pictures.
 ATTENTION_NAMES = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that after a crash holds either this text or what it held before."""
+    """Writes a text file atomically: after a crash it holds either this text or its earlier content."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -22,8 +22,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Writes the names of a folder's files to the disk."""
-    if os.name == "nt":  # which cannot open folders
+    """Flushes a folder's entries to the disk."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -33,21 +33,21 @@ def fsync_folder(folder: Path) -> None:
 
 
 def recipes_folder() -> Path:
-    """The folder of the recipes that come with the package: inside it where it is installed, beside it in a checkout."""
+    """The folder of the recipes that come with the package, which is inside an installed package and beside a checkout's."""
     package = Path(__file__).parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"`, or nothing where no known name is near."""
+    """`" (did you mean 'x'?)"`, or an empty text if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line, without the name of the validator that huggingface_hub puts before it."""
-    # Imported here: wrong arguments are answered before the tenth of a second that it takes.
+    """An error's message in one line, without the name of the validator that huggingface_hub puts before it."""
+    # Imported here, since it takes a tenth of a second, which wrong arguments on the command line should not wait for.
     from huggingface_hub.errors import StrictDataclassError
 
     if isinstance(error, StrictDataclassError) and error.__cause__:
@@ -56,7 +56,7 @@ def one_line(error: BaseException) -> str:
 
 
 def no_score(split: str) -> FloatingPointError:
-    """The error of a model whose answers on a split are not all finite."""
+    """The error for a model whose answers on a split are not all finite."""
     return FloatingPointError(
         f"The model's answers on the split {split} are not all finite, so that they have no score: its weights are damaged, or "
         "its training has diverged; take another checkpoint, or train it again."

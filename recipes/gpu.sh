@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What `make gpu` does, for a machine with a GPU, or with REHEARSAL=1 without: benchmark, training, tests, none of which
-# needs more than torch, transformers and accelerate. The tests come last, since they compile for many minutes what the
-# benchmark has checked at its own sizes. A part that fails does not stop the next, and what a part leaves is in OUT when it
-# ends; the exit code says if one failed.
+# The script of `make gpu`: benchmark, training and tests on a machine with a GPU, or without one if REHEARSAL=1. It needs only
+# torch, transformers and accelerate. The tests come last, since they compile for many minutes, and the benchmark has already
+# checked the kernels at its own sizes. If a part fails, the next one still runs, and the exit code is 1. The results of a part are
+# in OUT when it ends.
 #
-#   OUT           folder of what is worth taking home: at most 8 files, none over 16 MiB
+#   OUT           folder of the results: at most 8 files, none over 16 MiB
 #   RUN           folder of the training run
-#   MAX_MINUTES   training saves and stops in this time; the same command resumes
-#   FROM          checkpoint.tar of an earlier OUT, to resume from where RUN is gone
+#   MAX_MINUTES   training saves and stops within this time; the same command resumes
+#   FROM          checkpoint.tar of an earlier OUT, to resume from if RUN is lost
 #   TRAIN         more arguments of `hyla train`, the same every time (default: four processes draw data ahead, and torch
-#                 compiles the model where the benchmark has found that faster)
+#                 compiles the model if the benchmark has found that faster)
 #   PARTS         which of: bench train tests
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -59,7 +59,7 @@ run_train() {
         --trainer.disable_tqdm true "${more[@]}"
 }
 
-# The argument for compilation, or nothing: as a run that resumes was begun, or as the benchmark has measured.
+# Prints the argument for compilation if the run to resume was compiled, or if compilation was faster in the benchmark.
 compile() {
     if [ -e "$RUN/resolved_recipe.yaml" ]; then
         grep -q 'torch_compile: true' "$RUN/resolved_recipe.yaml"
@@ -78,7 +78,7 @@ END
     fi && echo " --trainer.torch_compile true"
 }
 
-# Of the run's folder, which holds code and older checkpoints too.
+# Copies the results and the last checkpoint of the run's folder, which also holds code and older checkpoints.
 pack() {
     local last name status=0
     cp "$RUN"/{run.json,model.safetensors,config.json,learning_curve.png} "$OUT" 2>/dev/null

@@ -34,7 +34,7 @@ SLOW = [
     "test_bench_products.py",
     "test_benchmark.py",
     "test_readme.py",
-    "test_sweep.py",
+    "training/test_sweep.py",
     "training/test_optimizers.py",
     "training/test_processes.py",
     "training/test_ranks.py",

@@ -1,4 +1,4 @@
-"""The command in copies of this process, which have everything imported already: as ranks, or to die."""
+"""Runs the command in forked copies of this process, which need no imports, as ranks or to be killed."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def skip_unless_copies_can_train() -> None:
 
 
 def in_children(folder: Path, arguments: list[str], processes: int = 1, prepare=None) -> list[tuple[int, str]]:
-    """`hyla` with these arguments on so many ranks, each of which first calls `prepare(rank)`; see `on_ranks`."""
+    """`hyla` with these arguments on this number of ranks, each of which first calls `prepare(rank)`; see `on_ranks`."""
 
     def command(rank):
         if prepare:

@@ -1,4 +1,4 @@
-"""`hyla bench --against`: a slower version is seen to be slower, and what cannot be compared is named."""
+"""Tests of `hyla bench --against`, which compares two versions."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def other_checkout(folder, attention=""):
     return folder
 
 
-def test_another_checkout_that_is_slower_is_measured_to_be(tmp_path):
+def test_a_slower_checkout_is_measured_to_be_slower(tmp_path):
     other = str(other_checkout(tmp_path / "other", attention="time.sleep(0.2)"))
     result = compare_with(other, threads=1, repeats=3, overrides=TINY, batch_size=4)
     works = {row["work"]: row for row in result["rows"] if row["subject"] == "this checkout"}
@@ -43,13 +43,13 @@ def test_another_checkout_that_is_slower_is_measured_to_be(tmp_path):
     assert result["threads"] == 1 and str(tmp_path) not in json.dumps(result)
 
 
-def test_a_commit_is_measured_under_autocast_too():
+def test_a_commit_can_be_measured_under_autocast():
     result = compare_with("HEAD", bf16=True, threads=1, repeats=1, overrides=TINY, batch_size=4)
     assert [row["subject"] for row in result["rows"]] == 2 * ["this checkout", "HEAD"]
     assert result["rows"][0]["work"].endswith("bfloat16 autocast")
 
 
-def test_what_cannot_be_compared_is_named(tmp_path):
+def test_a_version_that_cannot_be_compared_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="must be a folder, or a commit of this checkout, got nosuch: fatal"):
         compare_with("nosuch")
     with pytest.raises(ValueError, match=r"holds no hf_hyla/__init__\.py"):

@@ -1,4 +1,4 @@
-"""The floor of a training step: which products are counted, and that every path computes them."""
+"""Tests of the floor of a training step: its products are counted, and every path computes them."""
 
 import time
 
@@ -28,7 +28,7 @@ def test_the_matrix_products_of_the_sraven_step_are_those_that_it_computes(tmp_p
     assert step.flop_of_all_tokens() == pytest.approx(10.8e9, rel=0.01)  # the reference's
 
 
-def test_inputs_that_are_data_have_no_gradient_to_multiply(tmp_path):
+def test_inputs_that_are_data_need_no_product_for_a_gradient(tmp_path):
     step = steps._TrainingStep(
         load_recipe("recipes/logic/hyla.yaml", TINY), "hyla", folder=str(tmp_path), batch_size=4
     )
@@ -53,7 +53,7 @@ def test_every_path_computes_the_products_of_a_linear_layer(input_gradient):
                 torch.testing.assert_close(path(a, b), right)
 
 
-def test_the_floor_takes_the_faster_path(monkeypatch):
+def test_the_floor_uses_the_faster_product_of_each_shape(monkeypatch):
     def slow(a, b):
         time.sleep(0.01)
         return torch.mm(a, b.mT)

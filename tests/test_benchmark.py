@@ -1,4 +1,4 @@
-"""The benchmark at tiny sizes: what it prints and records, and that it times nothing that is wrong."""
+"""Tests of the benchmark at tiny sizes: its output, its records, and its checks of what it times."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def result():
     return json.loads(json.dumps(measured))
 
 
-def test_every_part_has_its_rows(result):
+def test_every_part_of_the_benchmark_has_its_rows(result):
     works = {}
     for row in result["rows"]:
         works.setdefault((row["part"], row["work"], row.get("shape")), []).append(row["subject"])
@@ -58,7 +58,7 @@ def test_every_part_has_its_rows(result):
     assert torch.cuda.is_available() or not works
 
 
-def test_the_record_says_where_and_how_it_was_measured(result):
+def test_the_record_holds_hardware_versions_and_settings(result):
     assert result["threads"] == result["hardware"]["threads"] == 1 and result["repeats"] == 3 and result["seed"] == 0
     assert "git_commit" in result["environment"] and result["schema_version"] == 2
     assert result["skipped"] == result["failed"] == []
@@ -68,7 +68,7 @@ def test_the_record_says_where_and_how_it_was_measured(result):
             assert row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
 
 
-def test_ratios_are_those_of_the_times(result):
+def test_ratios_follow_from_the_times(result):
     works = {}
     for row in result["rows"]:
         works.setdefault((row["part"], row["work"], row.get("shape")), {})[row["subject"]] = row
@@ -87,7 +87,7 @@ def test_ratios_are_those_of_the_times(result):
     }
 
 
-def test_steps_of_one_recipe_keep_the_attention_that_each_was_asked_for(tmp_path):
+def test_steps_of_one_recipe_keep_their_attn_implementations(tmp_path):
     recipe = load_recipe("recipes/logic/hyla.yaml", TINY)
     asked = ["hyla", "eager", "hyla_chunked"]
     made = [steps._TrainingStep(recipe, name, folder=str(tmp_path), batch_size=4) for name in asked]
@@ -115,7 +115,7 @@ def test_medians_and_quartiles_are_of_the_measured_times(monkeypatch):
 
 
 @pytest.mark.parametrize("quantity", ["output", "query", "key", "value", "position_bias", "nan"])
-def test_a_backend_that_is_wrong_gets_no_speed(monkeypatch, quantity):
+def test_a_wrong_backend_is_not_timed(monkeypatch, quantity):
     right = BACKENDS[FUSED]
 
     def wrong(module, query, key, value, mask, position_bias=None, **kwargs):
@@ -141,7 +141,7 @@ def measured(shape):
     return meter
 
 
-def test_a_backend_that_cannot_be_launched_gets_no_speed_and_the_others_do(monkeypatch):
+def test_only_a_backend_that_cannot_be_launched_is_not_timed(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("out of resource: shared memory\nReducing block sizes may help.")
 
@@ -162,7 +162,7 @@ def test_softmax_attention_is_checked_at_the_whole_length(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [1.0, 2.0])
-def test_half_precision_is_held_to_the_errors_of_the_eager_implementation(monkeypatch, error):
+def test_half_precision_may_have_only_the_errors_of_the_eager_implementation(monkeypatch, error):
     """The chunked implementation here is the eager one, its rounding errors multiplied."""
 
     def worse(module, query, key, value, *args, **kwargs):
@@ -205,14 +205,14 @@ def test_without_a_compiler_the_other_steps_are_measured(monkeypatch):
     assert meter.skipped[0] == "logic, hyla, compiled: RuntimeError: No working C++ compiler found."
 
 
-def test_a_work_that_cannot_be_run_costs_its_own_row():
+def test_a_workload_that_fails_loses_only_its_own_row():
     meter = bench.Meter(DEVICE, repeats=1, say=lambda line: None)
     works = {"good": lambda: None, "broken": lambda: torch.zeros(2) + torch.zeros(3)}
     assert list(meter.compare(works, against=("broken", "good"), facts={"part": "x", "work": "y"})) == ["good"]
     assert meter.failed[0].startswith("x, y: broken cannot be run (RuntimeError: The size of tensor a (2)")
 
 
-def test_what_was_measured_is_saved_before_the_machine_goes(monkeypatch):
+def test_results_so_far_are_saved_before_an_interruption(monkeypatch):
     def gone(*args):
         raise KeyboardInterrupt
 
@@ -225,7 +225,7 @@ def test_what_was_measured_is_saved_before_the_machine_goes(monkeypatch):
     assert [len(names) for names in shapes] == [1, 2, 3]
 
 
-def test_the_definition_in_parts_is_the_whole(monkeypatch):
+def test_the_definition_computed_in_parts_equals_the_whole(monkeypatch):
     shape = Shape(5, 23, 4, 3)
     layer, inputs = attention._layer(shape, "hyla"), attention._inputs(shape, torch.device("cpu"))
     wide = {name: tensor.detach().double().requires_grad_(name != "gradient") for name, tensor in inputs.items()}
@@ -253,7 +253,7 @@ def test_lengths_that_would_not_fit_are_left_out_and_named(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() and sys.platform != "linux", reason="memory cannot be read here")
-def test_peak_memory_is_what_a_work_takes_beyond_what_was_there():
+def test_peak_memory_counts_only_what_a_workload_adds():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = bench.Meter(device, repeats=1, say=lambda line: None)
     kept = torch.ones(2**24, device=device)
@@ -262,7 +262,7 @@ def test_peak_memory_is_what_a_work_takes_beyond_what_was_there():
     assert meter._peak_bytes(lambda: None) < 4 * 2**20
 
 
-def test_eager_attention_for_answers_only_gives_the_loss_of_all_tokens(tmp_path):
+def test_eager_attention_for_answers_only_gives_the_same_loss(tmp_path):
     recipe = load_recipe("recipes/sraven/hyla.yaml", TINY | {"model.attention_dropout": "0.0"})
     losses, widths = [], []
     for answers_only in (False, True):
@@ -284,7 +284,7 @@ def test_model_and_pipeline_answer_the_same_questions(task):
     assert [result["answer"] for result in found] == (answers if task == "sraven" else pytest.approx(answers))
 
 
-def test_answers_a_second_are_measured_on_one_and_two_threads_and_the_number_is_put_back(monkeypatch):
+def test_answers_per_second_are_measured_on_one_and_two_threads_and_the_number_is_restored(monkeypatch):
     before, asked = torch.get_num_threads(), []
     monkeypatch.setattr(
         bench, "measure_inference", lambda meter, task, threads, overrides: asked.append((task, threads))
@@ -300,13 +300,13 @@ def test_answers_a_second_are_measured_on_one_and_two_threads_and_the_number_is_
     assert all(row["samples_per_second"] == pytest.approx(2 / row["seconds"]) for row in meter.rows)
 
 
-def test_curves_are_drawn_of_rows_with_a_length(result):
+def test_curves_are_drawn_from_rows_with_a_length(result):
     pytest.importorskip("matplotlib")
     assert length_curves(result["rows"]).startswith(b"\x89PNG")
     assert length_curves([row for row in result["rows"] if "length" not in row]) is None
 
 
-def test_the_command_prints_json_alone_or_a_table(monkeypatch, result, tmp_path, capsys):
+def test_the_command_prints_either_json_or_a_table(monkeypatch, result, tmp_path, capsys):
     asked = []
 
     def measured_before(*args, **kwargs):
@@ -324,7 +324,7 @@ def test_the_command_prints_json_alone_or_a_table(monkeypatch, result, tmp_path,
     assert json.loads(file.read_text()) == json.loads((folder / "bench.json").read_text()) == result
 
 
-def test_the_command_ends_with_what_failed(monkeypatch, result, capsys):
+def test_the_command_reports_failures_at_the_end(monkeypatch, result, capsys):
     monkeypatch.setattr(bench, "benchmark", lambda *args, **kwargs: result | {"failed": ["fused is wrong."]})
     assert main(["bench"]) == 1
     assert capsys.readouterr().err == "hyla: fused is wrong.\n"
@@ -338,7 +338,7 @@ def test_the_command_ends_with_what_failed(monkeypatch, result, capsys):
         (["--repeats", "0"], "--repeats must be an integer of at least 1, got 0"),
         (["--lengths", "0"], "--lengths must be an integer of at least 1, got 0"),
         (["--json", "/"], "--json must name a file, but / is a folder"),
-        (["--against", "HEAD", "--task", "logic"], "--task has no use with --against"),
+        (["--against", "HEAD", "--task", "logic"], "--task cannot be used with --against"),
         (["--bf16"], "--bf16 belongs to --against COMMIT_OR_FOLDER"),
         (["--recipe", "sraven/hyla"], "--recipe belongs to --against COMMIT_OR_FOLDER"),
         (["--against", "HEAD", "--recipe", "nosuch"], "There is no recipe nosuch"),
@@ -349,7 +349,7 @@ def test_bad_input_is_refused_before_anything_is_measured(arguments, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_the_script_for_gpus_takes_home_nothing_too_large_and_removes_only_what_it_wrote(tmp_path):
+def test_the_script_for_gpus_keeps_no_large_files_and_removes_only_its_own(tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     own = out / "mine" / "thesis.bin"
     for path in (run / "model.safetensors", run / "run.json", own):
@@ -367,9 +367,7 @@ def test_the_script_for_gpus_takes_home_nothing_too_large_and_removes_only_what_
     ("ratio", "begun", "compiled"),
     [(0.9, None, True), (1.1, None, False), (None, None, False), (1.1, "true", True), (0.9, "false", False)],
 )
-def test_the_script_for_gpus_compiles_where_that_was_measured_to_help_or_the_run_was_begun_so(
-    tmp_path, ratio, begun, compiled
-):
+def test_the_script_for_gpus_compiles_if_that_was_faster_or_the_run_began_compiled(tmp_path, ratio, begun, compiled):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)

@@ -46,7 +46,7 @@ def test_every_official_attention_converts_to_its_row_of_table_a1(official, mixe
         ("state_mixer", "relu_mlp"), ("norm", "batch"),
     ],
 )  # fmt: skip
-def test_what_is_not_supported_is_refused_by_name(official, field, value):
+def test_unsupported_fields_are_refused_by_name(official, field, value):
     tensors, description = official
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
         convert(tensors, {**description["config"], field: value}, loss_fn=description["loss_fn"])
@@ -140,7 +140,7 @@ def test_a_json_without_the_config_is_refused(golden, tmp_path):
         convert_files(tmp_path / "p.safetensors", tmp_path / "c.json", tmp_path / "out")
 
 
-def test_files_that_are_not_what_they_should_be_are_refused(golden, tmp_path):
+def test_files_of_another_format_are_refused(golden, tmp_path):
     (tmp_path / "broken").write_text("not a file of that kind")
     with pytest.raises(ValueError, match="is not JSON"):
         convert_files(golden / "logic_params.safetensors", tmp_path / "broken", tmp_path / "out")

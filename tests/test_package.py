@@ -1,4 +1,4 @@
-"""The package as a whole: silent to import, light, and layered as CONTRIBUTING.md says."""
+"""Tests of the package as a whole: imports are silent and light, and parts import what CONTRIBUTING.md allows."""
 
 import ast
 import graphlib
@@ -27,7 +27,7 @@ def test_importing_prints_nothing_and_needs_no_optional_package():
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
     result = python(
         f"import sys\n{blocked}\nimport hf_hyla, hf_hyla.tasks, hf_hyla.training, hf_hyla.convert, hf_hyla.runs.compare, "
-        "hf_hyla.sweep, hf_hyla.cli, hf_hyla.hub.publish, hf_hyla.benchmark, hf_hyla.analysis"
+        "hf_hyla.training.sweep, hf_hyla.cli, hf_hyla.hub.publish, hf_hyla.benchmark, hf_hyla.analysis"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -35,7 +35,7 @@ def test_importing_prints_nothing_and_needs_no_optional_package():
 def test_training_imports_neither_datasets_nor_evaluate():
     result = python(
         "import sys\nsys.modules['evaluate'] = sys.modules['datasets'] = None\n"
-        "import hf_hyla.training, hf_hyla.tasks, hf_hyla.runs.compare, hf_hyla.sweep, hf_hyla.benchmark, hf_hyla.hub.publish\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
+        "import hf_hyla.training, hf_hyla.tasks, hf_hyla.runs.compare, hf_hyla.training.sweep, hf_hyla.benchmark, hf_hyla.hub.publish\nassert hf_hyla.tasks.get_task('sraven').dataset('train')[0]"
     )
     assert result.returncode == 0, result.stderr
 
@@ -59,7 +59,6 @@ ALLOWED = {
         {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
     ),
     "convert": ({"model"}, {"torch", "safetensors", "huggingface_hub"}),
-    "sweep": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch"}),
     "benchmark": ({"training", "model", "tasks", "metrics", "runs", "utils", "paths"}, {"torch", "transformers"}),
 }
 # Imports the modules of each part in a process of its own, forked from one that has imported the model, and prints which parts
@@ -118,7 +117,7 @@ def test_parts_import_only_what_they_may(part):
                 assert name in libraries, f"{path.name} imports {name}"
 
 
-def test_parts_load_only_what_they_may_so_that_nothing_after_a_run_loads_the_trainer():
+def test_parts_load_only_what_they_may_and_never_the_trainer_after_a_run():
     modules = {part: [module_of(path) for path in files_of(part)] for part in ALLOWED}
     words = [sys.executable, "-c", LOADING, json.dumps(modules)]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
@@ -146,13 +145,13 @@ def parents(module: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def test_nobody_imports_the_command_line():
+def test_no_other_part_imports_the_command_line():
     for path in FILES:
         if path.parent.name != "cli" and path.name != "__main__.py":
             assert not any(name.startswith("hf_hyla.cli") for name in imported(path)), path
 
 
-def test_what_travels_to_the_hub_is_flat_and_imports_only_siblings():
+def test_model_files_are_flat_and_import_only_siblings():
     for path in (PACKAGE / "model").iterdir():
         if path.suffix != ".py" or path.name == "__init__.py":
             continue

@@ -1,4 +1,4 @@
-"""One rule for what a word names, and the nearest name for what is not there."""
+"""Tests of the paths that words on the command line name, and of the nearest names in errors."""
 
 import os
 
@@ -19,7 +19,7 @@ def test_a_recipe_of_the_package_is_found_by_each_of_its_names(here, word):
     assert find_recipe(word) == recipes_folder() / "logic" / "hyla.yaml"
 
 
-def test_a_file_that_is_here_comes_before_one_of_the_package(here):
+def test_a_local_file_takes_precedence_over_one_of_the_package(here):
     (here / "recipes" / "logic").mkdir(parents=True)
     (here / "recipes" / "logic" / "hyla.yaml").touch()
     assert find_recipe("recipes/logic/hyla").resolve() == here / "recipes" / "logic" / "hyla.yaml"
@@ -40,7 +40,7 @@ def test_a_file_that_is_here_comes_before_one_of_the_package(here):
         ("xyzzy", "There is no recipe xyzzy: expected a YAML file, or a name that `hyla recipes` lists"),
     ],
 )
-def test_a_wrong_recipe_is_refused_with_the_nearest(here, word, message):
+def test_a_wrong_recipe_is_refused_with_the_nearest_name(here, word, message):
     (here / "mine").mkdir()
     (here / "mine" / "fines.yaml").touch()
     os.mkfifo(here / "pipe")
@@ -48,7 +48,7 @@ def test_a_wrong_recipe_is_refused_with_the_nearest(here, word, message):
         find_recipe(word)
 
 
-def test_a_wrong_path_is_refused_with_the_nearest_beside_it_or_among_the_runs(here):
+def test_a_wrong_path_is_refused_with_the_nearest_name_beside_it_or_among_the_runs(here):
     (here / "runs" / "logic-demo").mkdir(parents=True)
     for word in ("runs/logic-deno", "logic-deno"):
         with pytest.raises(FileNotFoundError, match=rf"There is no run {word} \(did you mean runs/logic-demo\?\)"):
@@ -57,7 +57,7 @@ def test_a_wrong_path_is_refused_with_the_nearest_beside_it_or_among_the_runs(he
         find_file("runs", "file of parameters")
 
 
-def test_a_model_that_is_not_here_is_asked_of_the_hub_once(here, hub_here):
+def test_the_hub_is_asked_once_for_a_model_that_is_not_here(here, hub_here):
     with pytest.raises(
         FileNotFoundError, match=r"no run or model nosuch: expected .* a repository on the Hub as ORG/NAME"
     ):
@@ -71,12 +71,12 @@ def test_a_model_that_is_not_here_is_asked_of_the_hub_once(here, hub_here):
         find_model("runs/demoo")
 
 
-def test_a_hub_that_cannot_be_reached_is_said_without_trying_again(here, monkeypatch):
+def test_an_unreachable_hub_is_reported_without_retrying(here, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
     )
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for another try"))
-    with pytest.raises(FileNotFoundError, match="the Hub cannot be asked"):
+    with pytest.raises(FileNotFoundError, match="the Hub cannot be reached"):
         find_model("org/nosuch")

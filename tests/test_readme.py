@@ -1,4 +1,4 @@
-"""What the documents show is what happens: snippets run, commands are taken, and numbers are those of committed records."""
+"""Tests of the documents: snippets run, commands are valid, and numbers come from committed records."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ import pytest
 
 from hf_hyla.cli import main, parse
 from hf_hyla.runs.paper import paper_result
-from hf_hyla.sweep import load_sweep
 from hf_hyla.training import load_recipe
+from hf_hyla.training.sweep import load_sweep
 
 
 PROJECT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_every_python_snippet_shows_its_output():
 
 
 @pytest.mark.parametrize(("code", "shown"), SNIPPETS)
-def test_snippets_print_what_is_shown(code, shown):
+def test_snippets_print_the_output_that_is_shown(code, shown):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
@@ -59,7 +59,7 @@ def test_snippets_print_what_is_shown(code, shown):
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_commands_are_ones_that_the_command_line_takes_and_name_files_that_are_there(line):
+def test_commands_are_valid_and_name_existing_files(line):
     words = shlex.split(line, comments=True)
     if words[0] != "python":
         parse(words[1 + words.index("hyla" if "hyla" in words else "hf_hyla") :])
@@ -76,7 +76,7 @@ def row_of(text, title):
     return row.split(" | ")
 
 
-def test_the_demos_scores_are_those_of_its_committed_record():
+def test_the_demos_scores_come_from_its_committed_record():
     record = record_of("logic-demo")
     for split, scores in record["metrics"].items():
         assert f"{split:<15}{scores['r2']:>18.4f}" in README
@@ -92,7 +92,7 @@ def test_the_table_of_results_is_what_the_command_prints(capsys):
     assert f"$ hyla compare recipes/results\n{capsys.readouterr().out}```" in README
 
 
-def test_the_rows_of_table_a1_are_the_sweeps_points_with_the_papers_values():
+def test_the_rows_of_table_a1_equal_the_sweeps_points_and_the_papers_values():
     rows = re.findall(r"^\| \d+ \| [^|]* \| `(.*)` \| (.*) \| (.*) \|$", RECIPES, flags=re.MULTILINE)
     for column, task in enumerate(("logic", "sraven"), start=1):
         points = [p.recipe for p in load_sweep(f"figures/{task}-table-a1").points if p.recipe.task.seed == 0]
@@ -106,7 +106,7 @@ def test_the_rows_of_table_a1_are_the_sweeps_points_with_the_papers_values():
             assert row[column] == f"{paper.mean:.4f} ± {paper.standard_error:.4f}"
 
 
-def test_the_table_of_trials_is_what_their_records_hold():
+def test_the_table_of_trials_comes_from_their_records():
     records = {
         path.stem: json.loads(path.read_text()) for path in (PROJECT / "recipes/results/sraven-muon-trials").glob("*")
     }
@@ -119,7 +119,7 @@ def test_the_table_of_trials_is_what_their_records_hold():
     assert sorted(shown) == sorted(found) != []
 
 
-def test_the_effect_of_held_out_draws_follows_from_the_committed_scores_by_combination():
+def test_the_effect_of_held_out_draws_comes_from_the_committed_scores_by_combination():
     found = json.loads((PROJECT / "recipes" / "results" / "logic-by-combination" / "softmax.json").read_text())
     by_rarest = {}
     for one in found["combinations"]:
@@ -142,7 +142,7 @@ def test_the_effect_of_held_out_draws_follows_from_the_committed_scores_by_combi
     assert f"draw in {round(2000 / lacking)} leaves a term untrained" in RECIPES
 
 
-def test_the_scores_on_the_papers_own_draws_are_those_of_the_committed_records():
+def test_the_scores_on_the_papers_own_draws_come_from_committed_records():
     def ood(recipe, seed):
         return record_of(recipe, seed)["metrics"]["ood"]["r2"]
 
@@ -175,11 +175,11 @@ def test_the_scores_on_the_papers_own_draws_are_those_of_the_committed_records()
         assert row_of(RECIPES, f"seed {seed}") == [f"{in_jax['curve'][-1]['ood']:.4f}", f"{ours:.4f}"]
 
 
-def test_the_ideal_observers_accuracies_are_those_of_its_committed_record():
+def test_the_ideal_observers_accuracies_come_from_its_committed_record():
     record = json.loads((PROJECT / "recipes" / "results" / "sraven-ideal-observer.json").read_text())
     for title, score in (
         ("knows the rule combinations of the split", "accuracy"),
-        ("holds every combination possible", "accuracy_all_combinations"),
+        ("takes every combination to be possible", "accuracy_all_combinations"),
     ):
         assert row_of(RECIPES, title) == [f"{record['splits'][split][score]:.4f}" for split in ("test", "ood")]
 
@@ -191,7 +191,7 @@ def test_the_maps_of_codes_that_documents_show_are_those_that_the_cards_show():
         assert f"]({picture})" in (PROJECT / "hub_cards" / model / "README.md").read_text()
 
 
-def test_what_the_codes_tell_is_what_the_committed_probes_found():
+def test_the_probes_accuracies_come_from_the_committed_reports():
     columns = []
     for model in ("hyla", "softmax"):
         report = json.loads((PROJECT / "hub_cards" / f"{model}-sraven" / "probe" / "probe.json").read_text())
@@ -203,7 +203,7 @@ def test_what_the_codes_tell_is_what_the_committed_probes_found():
         assert row_of(DOCUMENTS["hub_cards/README.md"], title) == [f"{score:.2f}" for score in scores]
 
 
-def test_the_ratios_of_speed_and_memory_are_those_of_the_committed_benchmark():
+def test_the_ratios_of_speed_and_memory_come_from_the_committed_benchmark():
     def rows_of(name):
         record = json.loads((PROJECT / "recipes" / "results" / "bench" / f"{name}.json").read_text())
         assert record["failed"] == []

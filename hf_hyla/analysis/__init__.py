@@ -1,4 +1,4 @@
-"""What the latent codes say: collected, probed, averaged away, drawn. Needs the extra `analysis` beyond collecting."""
+"""Latent codes: collecting, probing, ablating and drawing them. All but collecting needs the extra `analysis`."""
 
 from .ablation import ablate_heads, ablated, mean_codes
 from .combinations import score_by_combination

@@ -1,4 +1,4 @@
-"""Heads whose code is replaced by its mean: how well the model does without what such a head tells of the sample."""
+"""Ablation of heads: the code of a head is replaced by its mean over samples, which says nothing about a sample."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from .latents import Batch, code_hooks, run, watching
 
 def mean_codes(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]:
     """
-    The mean over samples of every pair's code, of each layer (heads, query, key), summed in float64.
+    The mean code of every pair over all samples, as one tensor (heads, query, key) per layer. Sums are in float64.
 
     Raises:
         ValueError: if there are no batches, or their sequences differ in length.
@@ -25,7 +25,7 @@ def mean_codes(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]
     def add(layer: int, codes: torch.Tensor) -> None:
         total = codes.sum(dim=0, dtype=torch.float64)
         if layer in sums and sums[layer].shape != total.shape:
-            raise ValueError("A mean code needs sequences of one length: pad them, or pass batches of one length.")
+            raise ValueError("Mean codes need sequences of one length: pad them, or pass batches of one length.")
         sums[layer] = sums[layer] + total if layer in sums else total
 
     with watching(model, add):
@@ -33,15 +33,15 @@ def mean_codes(model: nn.Module, batches: Iterable[Batch]) -> list[torch.Tensor]
             run(model, batch)
             count += len(next(iter(batch.values())))
     if not count:
-        raise ValueError("There is no mean code: the batches hold no samples.")
+        raise ValueError("There are no mean codes: the batches hold no samples.")
     return [sums[layer] / count for layer in sorted(sums)]
 
 
 @contextmanager
 def ablated(model: nn.Module, layer: int, heads: list[int], mean: torch.Tensor) -> Iterator[None]:
     """
-    Within the context, these heads of a layer have the code `mean` (heads, query, key) for every sample; HYLA's value network
-    reads it in both places. Other layers compute what they always do.
+    Within the context, these heads of a layer use the code `mean` (heads, query, key) for every sample. In HYLA, both layers of
+    the value network use it. Other layers are not changed.
 
     Raises:
         IndexError: if there is no such layer or head.
@@ -66,11 +66,14 @@ def ablate_heads(
     model: nn.Module, means: list[torch.Tensor], score: Callable[[], np.ndarray | float], progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    What `score` returns for the whole model, and (layers, heads, ...) for the model without one head. `score` may compute
-    anything with this model.
+    Scores of the whole model, and of the model without each head.
 
     Args:
-        means: see `mean_codes`, of samples that need not be those of the score.
+        means: mean codes from `mean_codes`. Their samples may be others than those of the score.
+        score: computes a score (...) with this model.
+
+    Returns:
+        The whole model's score (...), and the scores (layers, heads, ...) of the model without one head.
     """
     whole = np.asarray(score())
     without = np.zeros((len(means), max(map(len, means)), *whole.shape))

@@ -1,4 +1,4 @@
-"""Scores by combination: which combinations a model solves, and how often training showed it their parts."""
+"""Scores of a model by combination, beside the number of training combinations that share its parts."""
 
 from collections import Counter
 from typing import Any
@@ -27,11 +27,12 @@ def score_by_combination(
         num_samples: samples of the split; the paper's number if it is `None`.
 
     Returns:
-        for each combination that occurs among the samples its `parts` (ids), `trained`, in how many training
-        combinations each of them occurs, `num_samples`, and `scores` by metric.
+        A dict for each combination that occurs among the samples: `parts` (ids), `trained` (the number of training
+        combinations with each of these parts), `num_samples`, and `scores` by metric.
 
     Raises:
-        ValueError: if model and task do not fit, or the split is unknown.
+        ValueError: if the model does not fit the task, or the split is unknown.
+        FloatingPointError: if an answer of the model is not finite.
     """
     task.check_model(model.config)
     num_samples = len(task.dataset(split, num_samples))
@@ -63,7 +64,10 @@ def score_by_combination(
 
 
 def table(found: list[dict[str, Any]], metric: str) -> str:
-    """What `score_by_combination` found as text: every combination, then their mean by how often the rarest part was trained."""
+    """
+    The result of `score_by_combination` as text: a row for each combination, then the mean score of all combinations whose
+    rarest part was trained equally often.
+    """
     lines = [f"{'combination':<16}{'trained with':<20}{'samples':>8}{metric:>12}"]
     for one in found:
         parts, trained = (" ".join(map(str, one[key])) for key in ("parts", "trained"))

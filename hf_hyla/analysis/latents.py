@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ..model.layers_hyla import HylaAttention
-from ..model.modeling_hyla import answer_states
+from ..model.modeling_hyla import HylaModel, answer_states
 
 
-# Entries of a batch that a model reads; the others describe its samples.
+# Entries of a batch that a model reads. The others describe the samples.
 _INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "input_values")
 
 Batch = dict[str, torch.Tensor]
@@ -26,7 +27,7 @@ class Codes:
     """
     Attributes:
         codes: float32 (samples, layers, answers, keys, heads).
-        columns: what else the batches held, joined: labels, rules, terms or whatever describes the samples.
+        columns: the other entries of the batches, joined, such as labels, rules or terms.
     """
 
     codes: np.ndarray
@@ -34,8 +35,8 @@ class Codes:
 
     def features(self, layer: int | None = None) -> np.ndarray:
         """
-        Codes (samples · answers, keys · heads) of a layer, as a probe reads them; of all layers side by side, (samples ·
-        answers, layers · keys · heads), where `layer` is `None`.
+        Codes (samples · answers, keys · heads) of one layer, as probes read them. If `layer` is `None`, those of all layers
+        side by side, (samples · answers, layers · keys · heads).
         """
         chosen = self.codes if layer is None else self.codes[:, [layer]]
         by_answer = chosen.transpose(0, 2, 1, 3, 4)
@@ -50,20 +51,21 @@ def collect_codes(
     progress: bool = False,
 ) -> Codes:
     """
-    The latent codes with which the answer tokens read from some keys, in every layer (arXiv 2406.05816, section 2).
+    The latent codes between the answer tokens and some keys, in every layer (arXiv 2406.05816, section 2).
 
-    The queries are the tokens that the classification head reads, the last `num_answers`. What is kept takes
-    4 · samples · layers · answers · keys · heads bytes, and at most twice that as they come in: 50,000 samples are 3 MB
-    for the paper's fuzzy-logic model and 102 MB for its SRAVEN model. Besides, one layer's codes of one batch are alive.
+    The queries are the tokens that the classification head reads, the last `num_answers`. The result takes
+    4 · samples · layers · answers · keys · heads bytes, and up to twice as much while it grows. For 50,000 samples these are
+    3 MB with the paper's fuzzy-logic model and 102 MB with its SRAVEN model. The full codes of one layer and one batch are in
+    memory besides.
 
     Args:
-        model: a `HylaModel`, or a model that holds one, of any attention type; it is run without dropout.
-        batches: dicts of the model's inputs, which are tensors, and of anything else that numpy makes an array of; the first
-            axis is that of the samples.
-        keys: positions (batch, answers, keys) of the keys, of a batch; `None`, or a function that returns it, takes each
-            answer token as its own key.
+        model: a `HylaModel`, or a model that holds one, of any attention type. It is run without dropout.
+        batches: dicts with the model's inputs as tensors, and any other columns that numpy can make an array of. The first
+            axis of each is that of the samples.
+        keys: a function from a batch to the positions (batch, answers, keys) of its keys. If it is `None` or returns `None`,
+            each answer token is its own key.
         total: number of batches, for the progress bar.
-        progress: whether to show it.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError: if the model has no attention of this family, or there are no batches.
@@ -100,8 +102,8 @@ def _as_array(column: Any) -> np.ndarray:
 
 class _Rows:
     """
-    Rows that arrive in batches, in one array that doubles. Kept one by one, the small arrays of batches would lie between
-    freed tensors, which then never go back to the system.
+    Rows that arrive in batches, in one array that doubles when it is full. Many small arrays would lie between freed tensors
+    and keep the allocator from returning that memory to the system.
     """
 
     def __init__(self):
@@ -123,7 +125,7 @@ class _Rows:
 
 @contextmanager
 def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within the context, `see(layer, codes)` gets the codes (batch, heads, query, key) of every layer that is computed."""
+    """Within the context, every layer that is computed calls `see(layer, codes)` with its codes (batch, heads, query, key)."""
     layers = range(len(attention_layers(model)))
     with code_hooks(model, {layer: lambda _, __, ___, output, layer=layer: see(layer, output[1]) for layer in layers}):
         yield
@@ -133,31 +135,27 @@ def watching(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iter
 def code_hooks(model: nn.Module, hooks: dict[int, Callable]) -> Iterator[None]:
     """
     Within the context, the attention of these layers returns (output, codes) of all tokens to its forward hook,
-    `hook(attention, args, kwargs, returned)`. The codes are requested from the layers, since the model would keep those of all
-    layers. The model computes with the eager implementation, since the others leave out tokens of the last layer that nothing
-    reads.
+    `hook(attention, args, kwargs, returned)`. Each layer is asked for its codes, since a model that is asked keeps the codes
+    of all layers. The last layer computes all tokens, also those that nothing reads.
 
     Raises:
         IndexError: if there is no such layer.
     """
     layers = attention_layers(model)
-    config = layers[0].config
-    implementation = config._attn_implementation
     with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, HylaModel):
+                stack.enter_context(_with_arguments(module, num_last=None))
         for layer, hook in hooks.items():
-            stack.enter_context(layers[layer].register_forward_pre_hook(_codes_wanted, with_kwargs=True))
+            stack.enter_context(_with_arguments(layers[layer], output_attentions=True))
             stack.enter_context(layers[layer].register_forward_hook(hook, with_kwargs=True))
-        config._attn_implementation = "eager"
-        try:
-            yield
-        finally:
-            config._attn_implementation = implementation
+        yield
 
 
 def attention_layers(model: nn.Module) -> list[HylaAttention]:
     """
     Raises:
-        ValueError: if the model has none.
+        ValueError: if the model has no attention layers.
     """
     layers = [module for module in model.modules() if isinstance(module, HylaAttention)]
     if not layers:
@@ -167,16 +165,17 @@ def attention_layers(model: nn.Module) -> list[HylaAttention]:
     return layers
 
 
-def _codes_wanted(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs | {"output_attentions": True}
+def _with_arguments(module: nn.Module, **changed: Any) -> RemovableHandle:
+    """A context in which the module's forward gets these keyword arguments."""
+    return module.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | changed), with_kwargs=True)
 
 
 @torch.no_grad()
 def run(model: nn.Module, batch: Batch):
-    """The model's output on the inputs among a batch's entries, without dropout."""
+    """The model's output on a batch, without dropout. Entries that are not inputs are ignored."""
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
-    training = [module for module in model.modules() if module.training]  # some may be frozen
+    training = [module for module in model.modules() if module.training]  # some may be in evaluation mode
     model.eval()
     try:
         return model(**inputs, output_attentions=False)
@@ -186,7 +185,7 @@ def run(model: nn.Module, batch: Batch):
 
 
 def _answer_positions(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Positions (batch, answers), by the classification head's own rule, for which every layer has the config."""
+    """Positions (batch, answers) of the tokens that the classification head reads, found by its own function."""
     tokens = next((batch[name] for name in ("input_ids", "input_values", "inputs_embeds") if name in batch), None)
     if tokens is None:
         raise ValueError(f"A batch must hold input_ids, input_values or inputs_embeds, got {', '.join(batch)}.")

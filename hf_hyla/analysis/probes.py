@@ -1,4 +1,4 @@
-"""Linear probes of codes, with a shuffled-label control; and how alike the mean codes of two classes are."""
+"""Linear probes of codes, with a shuffled-label control, and the similarity of the mean codes of classes."""
 
 from typing import Any
 
@@ -18,28 +18,35 @@ def probe(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Fits a linear probe on training codes and scores it on others: logistic regression, with classes weighed equally, for
-    integers (classes) and booleans (rows, names), several of which may be true at once; ridge regression for numbers.
+    Fits a linear probe on training codes and scores it on other codes.
 
-    The control is the same probe fitted on shuffled training values. Chance is what predictions as frequent as the
-    control's would score if they were independent of the values; for numbers, what predicting the training mean scores.
-    The control must be at chance; if it is not, the scores are not what they seem.
+    The probe is a logistic regression with equally weighted classes, or a ridge regression, by the kind of the values.
+    Integers (rows,) are classes, booleans (rows, names) are classes of which several may be true at once, and floats (rows,)
+    are numbers.
+
+    The control is the same probe fitted on shuffled training values. For classes, chance is the score of predictions that are
+    as frequent as the control's and independent of the values. For numbers, chance is the score of predicting the training
+    mean. Scores mean little if the control is not at chance.
 
     Args:
         train_features, features: (rows, features), see `Codes.features`.
         train_values, values: integers (rows,), booleans (rows, names) or floats (rows,).
-        groups: integers (rows,), equal for scored rows that are not independent, such as samples of one combination of rules;
-            the bootstrap draws groups. `None`: every row by itself.
-        num_shuffles: controls, over which scores are averaged.
-        seed: of shuffles and bootstrap.
+        groups: integers (rows,), equal for scored rows that are not independent, such as samples of one combination of rules.
+            The bootstrap draws whole groups. If it is `None`, every row is a group.
+        num_shuffles: number of controls whose scores are averaged.
+        seed: seed of shuffles and bootstrap.
 
     Returns:
-        `scores`, by metric the `value` and its bootstrap `standard_error`; `control`, by metric the mean over shuffles and
-        its `standard_error`; `chance`, by metric; and `f1_by_class`, of the scored classes that occur, by class or index of
-        the name. Metrics are `accuracy` and `f1`, the mean over those classes, or `r2`.
+        - `scores`: for each metric the `value` and its bootstrap `standard_error`;
+        - `control`: for each metric the mean over shuffles as `value`, and its `standard_error`;
+        - `chance`: a value for each metric;
+        - `f1_by_class`, for classes: the F1 of every class that occurs among the scored rows, by class or index of the name.
+
+        The metric is `r2` for numbers. For classes, the metrics are `accuracy` and `f1`, the mean of `f1_by_class`.
 
     Raises:
-        ValueError: if rows do not fit together, there is too little to fit or to score, or scikit-learn is not installed.
+        ValueError: if rows do not fit together, if there are too few rows to fit or to score, or if scikit-learn is not
+            installed.
     """
     train_features, train_values, features, values = map(np.asarray, (train_features, train_values, features, values))
     _check(train_features, train_values, features, values)
@@ -70,11 +77,11 @@ def probe(
     draws = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(_BOOTSTRAP)])
     shuffles = [statistics(rng.permutation(train_values)).sum(axis=0) for _ in range(num_shuffles)]
 
-    numbers = values.dtype.kind == "f"
-    score = _r2 if numbers else _f1_and_accuracy
+    numeric = values.dtype.kind == "f"
+    score = _r2 if numeric else _f1_and_accuracy
     scores, spread = score(own.sum(axis=0, keepdims=True)), score(draws @ by_group)
     control = score(np.stack(shuffles))
-    chance = _constant_r2(values, train_values) if numbers else _independent(np.stack(shuffles), values.ndim == 1)
+    chance = _constant_r2(values, train_values) if numeric else _independent(np.stack(shuffles), values.ndim == 1)
     result = {
         "scores": {
             name: {"value": float(score[0]), "standard_error": float(spread[name].std())}
@@ -88,7 +95,7 @@ def probe(
         },
         "chance": {name: float(score) for name, score in chance.items()},
     }
-    if not numbers:
+    if not numeric:
         occurs = own.sum(axis=0)[2:].reshape(3, -1)[0] > 0
         by_class = zip(_classes(values, train_values), scores["by_class"][0], occurs, strict=True)
         result["f1_by_class"] = {int(name): float(f1) for name, f1, found in by_class if found}
@@ -102,8 +109,8 @@ def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, 
     Args:
         features: (rows, features).
         values: integers (rows,), or booleans (rows, classes).
-        centred: whether to subtract the mean of all codes, which hides how the mean codes differ. A class that
-            differs by no more than rounding, or than three standard errors of its mean, is like no other, 0.
+        centred: whether to subtract the mean of all codes, which hides how the mean codes differ. The similarities of a
+            class are then 0 if its mean code differs from that mean by no more than rounding or three standard errors.
 
     Raises:
         ValueError: if a class has no row.
@@ -111,7 +118,7 @@ def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, 
     shown = (values[:, None] == np.arange(num_classes) if values.ndim == 1 else values).astype(np.float64)
     counts = shown.sum(axis=0)
     if not counts.all():
-        raise ValueError(f"Class {int(counts.argmin())} has no code to take the mean of: pass more samples.")
+        raise ValueError(f"Class {int(counts.argmin())} has no codes to average: pass more samples.")
     codes = features.astype(np.float64)
     means = shown.T @ codes / counts[:, None]
     least = np.full((num_classes, 1), 1e-6 * np.abs(means).max())
@@ -151,8 +158,8 @@ def _check(train_features, train_values, features, values) -> None:
         enough = len(np.unique(train_values)) >= 2 and len(values) > 0
     if not enough:
         raise ValueError(
-            f"Too few samples for a probe: the {len(train_values)} rows of train_values must show every class and rows "
-            "without it, or two numbers, and there must be rows to score."
+            f"Too few samples for a probe: the {len(train_values)} rows of train_values must include rows with and without "
+            "every class, or at least two different numbers, and there must be rows to score."
         )
 
 
@@ -170,11 +177,13 @@ def _predict(train: np.ndarray, train_values: np.ndarray, features: np.ndarray) 
 
 def _statistics(values: np.ndarray, predicted: np.ndarray, train_values: np.ndarray) -> np.ndarray:
     """
-    Sums over rows that scores are made of, row by row, so that resampled scores are a matrix product. Numbers: 1, value,
-    its square, squared error. Classes: 1, accuracy, then for each class whether it is true, is predicted, and both.
+    The terms of each row in the sums from which scores are computed. With these terms, resampling is a matrix product.
+
+    For numbers, the columns are 1, the value, its square and the squared error. For classes, they are 1, the accuracy, and
+    then for every class whether it is true, whether it is predicted, and whether both hold.
     """
     if values.dtype.kind == "f":
-        # Around the mean, where the variance loses no digits.
+        # The variance loses no digits when values are centred.
         centred = values.astype(np.float64) - values.mean(dtype=np.float64)
         return np.stack([np.ones(len(values)), centred, centred**2, (values - predicted) ** 2], axis=1)
     if values.dtype.kind == "b":
@@ -187,7 +196,7 @@ def _statistics(values: np.ndarray, predicted: np.ndarray, train_values: np.ndar
 
 
 def _classes(values: np.ndarray, train_values: np.ndarray) -> np.ndarray:
-    """The classes that occur, or the indices of names that may be true together."""
+    """The classes that occur, or the indices of names if several may be true at once."""
     return np.arange(values.shape[1]) if values.dtype.kind == "b" else np.union1d(values, train_values)
 
 
@@ -209,7 +218,7 @@ def _f1_and_accuracy(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _independent(sums: np.ndarray, one_class: bool) -> dict[str, float]:
-    """What predictions of these frequencies score if they are independent of the values; the mean over replicates."""
+    """The scores of predictions with these frequencies that are independent of the values, averaged over replicates."""
     count = sums[:, :1]
     holds, predicted, _ = np.split(sums[:, 2:] / count, 3, axis=1)
     f1 = 2 * holds * predicted / np.maximum(holds + predicted, 1e-12)

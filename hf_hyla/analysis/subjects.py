@@ -1,4 +1,4 @@
-"""What a task gives to probes: its batches, the values that codes may tell, and how many samples a probe needs."""
+"""The inputs of probes that a task provides: batches, subjects, and the number of samples that a probe needs."""
 
 from collections.abc import Iterator
 
@@ -11,9 +11,9 @@ from .latents import Batch
 
 # A probe is fitted and scored on at least this many examples of every class.
 LEAST_PER_CLASS = 10
-# How many samples of a split are searched to find out how many a probe needs.
+# The samples of a split that are searched to find the number that a probe needs.
 _SEARCHED = 20_000
-# The number of classes into which a numeric answer is divided when a probe reads it.
+# The number of bins for a numeric answer that a probe reads as one-hot features.
 _ANSWER_BINS = 16
 
 
@@ -21,8 +21,8 @@ def task_batches(
     task: Task, split: str, num_samples: int, batch_size: int = 512, query: np.ndarray | None = None
 ) -> Iterator[Batch]:
     """
-    The first samples of a split in batches, with the columns that describe them. With `query`, a point of `Task.query_point`,
-    all of them ask for that point.
+    The first samples of a split in batches, with the columns that describe them. With `query`, a point from
+    `Task.query_point`, all samples are queried at that point.
     """
     for first in range(0, num_samples, batch_size):
         samples = task.samples(split, np.arange(first, min(first + batch_size, num_samples)))
@@ -33,10 +33,10 @@ def task_batches(
 
 def subjects(task: Task, columns: dict[str, np.ndarray]) -> list[Subject]:
     """
-    What probes read from the codes of a task's answer tokens, see `Task.subjects`.
+    The properties that probes read from the codes of a task's answer tokens, see `Task.subjects`.
 
     Raises:
-        ValueError: if the columns lack what describes the samples.
+        ValueError: if the columns lack the labels or the parts of the samples.
     """
     if missing := [name for name in (task.parts_column, "labels") if name not in columns]:
         raise ValueError(
@@ -46,16 +46,16 @@ def subjects(task: Task, columns: dict[str, np.ndarray]) -> list[Subject]:
 
 
 def combinations_of(task: Task, columns: dict[str, np.ndarray]) -> np.ndarray:
-    """The group (samples,) of each sample: a number that samples of the same combination of parts share."""
+    """For each sample an integer (samples,) that stands for its combination of parts."""
     return np.unique(np.sort(columns[task.parts_column], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def answer_features(train_target: Subject, target: Subject) -> tuple[np.ndarray, np.ndarray]:
     """
-    Features (rows, bins) of training and other samples that hold the right answer and nothing else, one-hot. A probe is
-    compared with these, since codes that hold only the answer tell of the parts what the answer tells of them.
+    One-hot features (rows, bins) of training and other samples that hold only the right answer. Probes of codes are compared
+    with a probe of these, since an answer alone says something about the parts.
 
-    Numbers are told apart by the quantiles of the training samples' numbers.
+    The bins of numeric answers are bounded by quantiles of the training samples' answers.
     """
     edges = np.unique(np.quantile(train_target.values, np.arange(1, _ANSWER_BINS) / _ANSWER_BINS))
     if target.names:
@@ -67,15 +67,18 @@ def answer_features(train_target: Subject, target: Subject) -> tuple[np.ndarray,
 def check_sizes(task: Task, split: str, train_samples: int, num_samples: int) -> None:
     """
     Raises:
-        ValueError: for a split that cannot be probed, or fewer samples than a probe needs, saying how many it needs.
+        ValueError: for a split that cannot be probed, or for fewer samples than a probe needs. The message says how many
+            those are.
     """
     if split == "train":
         raise ValueError("A probe is fitted on the split train: score it on another, such as ood.")
-    task.dataset(split, num_samples), task.dataset("train", train_samples)  # refuse unknown splits and sizes below 1
+    # `task.dataset` refuses unknown splits and sizes below 1.
+    task.dataset(split, num_samples), task.dataset("train", train_samples)
     known = {part for combination in task.combinations("train") for part in combination}
     if not known & {part for combination in task.combinations(split) for part in combination}:
         raise ValueError(
-            f"No probe can be scored on the split {split} of {task.name}: training shows none of its parts; choose ood or test."
+            f"No probe can be scored on the split {split} of {task.name}: none of its parts occurs in training; choose ood or "
+            "test."
         )
     for name, where, count in (("train_samples", "train", train_samples), ("num_samples", split, num_samples)):
         needed = _samples_needed(task, where)
@@ -87,7 +90,7 @@ def check_sizes(task: Task, split: str, train_samples: int, num_samples: int) ->
 
 
 def _samples_needed(task: Task, split: str) -> int:
-    """Samples of a split after which all classes that occur in it at all have occurred often enough for a probe."""
+    """The number of first samples of a split in which every class that occurs at all occurs often enough for a probe."""
     needed = 1
     for subject in subjects(task, task.samples(split, np.arange(_SEARCHED))):
         if subject.kind == "number":

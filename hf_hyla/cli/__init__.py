@@ -1,8 +1,8 @@
 """
 The `hyla` command. Bad input ends with one sentence and exit code 2.
 
-A command is a file with two functions: `add` declares its arguments, and `run` imports what the command needs and does it. So
-help and wrong arguments are answered before torch and transformers are imported.
+A command is a file with two functions: `add` declares the arguments, and `run` imports what the command needs and executes it.
+So `--help` and wrong arguments need no import of torch and transformers.
 """
 
 import argparse
@@ -22,7 +22,8 @@ COMMANDS = (train, evaluate, probe, compare, sweep, recipes, data, ceiling, benc
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """
-    The arguments of a command; `run` is its function, and `overrides` its `--section.key value` by key.
+    The parsed arguments of a command. `run` is the command's function, and `overrides` maps the key of each
+    `--section.key value` to its value.
 
     Raises:
         ValueError: for a command or an argument that is missing, unknown or wrong.
@@ -35,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="MODULE",
         action="append",
         default=[],
-        help="import a module that holds a task of your own, so that runs of it can be read",
+        help="import a module with a task of your own, so that its runs can be read",
     )
     commands = parser.add_subparsers(metavar="COMMAND")
     for command in COMMANDS:
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # The reader has closed the output, as `head` does. Python would complain again at exit.
+        # The reader has closed the pipe, as `head` does. Without this, Python would report the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, FloatingPointError) as error:
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _split_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Takes `--section.key value` and `--section.key=value` out of the words, wherever they stand."""
+    """Separates `--section.key value` and `--section.key=value`, anywhere among the words, from the other words."""
     rest: list[str] = []
     overrides: dict[str, str] = {}
     left = iter(words)

@@ -1,4 +1,4 @@
-"""`hyla bench`: time and memory."""
+"""`hyla bench`: benchmarks of time and memory."""
 
 import argparse
 import json
@@ -9,18 +9,19 @@ from typing import Any
 from .parser import one_of, whole
 
 
-# Those of `hf_hyla.benchmark`, which is slow to import.
+# The parts of `hf_hyla.benchmark`, repeated here since that is slow to import.
 PARTS = ("attention", "inference", "sraven", "logic", "data")
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time and memory of attention, training steps, answers and data",
-        description="Measures attention by every implementation and by torch's softmax attention, the training steps of the "
-        "SRAVEN and logic recipes, answers a second of model and pipeline, and how fast data are made, in turn in one run. An "
-        "implementation that does not compute what the definition says gets no speed; the others are measured, and the exit "
-        "code is 1. Takes some minutes. With --against, steps and attention are compared with another version instead.",
+        help="measure time and memory of attention, training steps, answers and data",
+        description="Measures all implementations of attention beside torch's softmax attention, training steps of the SRAVEN "
+        "and logic recipes, answers per second of model and pipeline, and samples per second of the tasks. Workloads that are "
+        "compared take turns in one process. An implementation whose result differs from the definition is not timed; the "
+        "others are, and the exit code is 1. Takes some minutes. With --against, training steps and attention are compared "
+        "with another version instead.",
     )
     parser.add_argument("--task", type=one_of(PARTS), help=f"one of {', '.join(PARTS)} (default: all)")
     parser.add_argument(
@@ -29,7 +30,9 @@ def add(commands) -> None:
     parser.add_argument("--output", type=Path, help="folder to write bench.json and the curves bench.png into")
     parser.add_argument("--threads", type=whole(at_least=1), help="threads of the CPU (default: torch's number)")
     parser.add_argument(
-        "--repeats", type=whole(at_least=1), help="measurements of each (default: as fit into 10 seconds, 5 to 100)"
+        "--repeats",
+        type=whole(at_least=1),
+        help="measurements of each workload (default: as many as fit into 10 seconds, 5 to 100)",
     )
     parser.add_argument(
         "--lengths", type=whole(at_least=1), nargs="+", help="tokens of the attention curves (default: 128 to 4096)"
@@ -37,10 +40,10 @@ def add(commands) -> None:
     parser.add_argument(
         "--against",
         metavar="COMMIT_OR_FOLDER",
-        help="compare training steps and attention of this checkout with those of a commit of it, or of another checkout",
+        help="compare training steps and attention of this checkout with those of one of its commits, or of another checkout",
     )
-    parser.add_argument("--recipe", help="with --against: whose steps are compared (default: sraven/hyla)")
-    parser.add_argument("--bf16", action="store_true", help="with --against: under autocast in bfloat16")
+    parser.add_argument("--recipe", help="with --against: the recipe whose steps are compared (default: sraven/hyla)")
+    parser.add_argument("--bf16", action="store_true", help="with --against: compute in bfloat16 under autocast")
     parser.set_defaults(run=run)
 
 
@@ -53,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     output, file = arguments.output, Path(arguments.json or "-")
     if file.is_dir():
         raise ValueError(f"--json must name a file, but {file} is a folder.")
-    for folder in (output, file.parent):  # before minutes of work
+    for folder in (output, file.parent):  # created now, so that an error here does not cost minutes of work
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
     files = ([output / "bench.json"] if output else []) + ([file] if arguments.json not in (None, "-") else [])
@@ -78,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         if can_draw() and (curves := length_curves(result["rows"])):
             (output / "bench.png").write_bytes(curves)
         else:
-            print("bench.png is not drawn: it takes matplotlib and rows of attention.", file=sys.stderr)
+            print("bench.png is not drawn, since it needs matplotlib and rows of attention.", file=sys.stderr)
     for sentence in result["failed"]:
         print(f"hyla: {sentence}", file=sys.stderr)
     return int(bool(result["failed"]))
@@ -96,7 +99,9 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.recipe = arguments.recipe or "sraven/hyla"
         for name in ("task", "lengths"):
             if getattr(arguments, name):
-                raise ValueError(f"--{name} has no use with --against, which compares training steps: leave it out.")
+                raise ValueError(
+                    f"--{name} cannot be used with --against, which compares training steps: leave it out."
+                )
         find_recipe(arguments.recipe)
     else:
         for name in ("recipe", "bf16"):

@@ -13,7 +13,7 @@ def add(commands) -> None:
         description="Writes the card of a finished run: README.md, its pictures and .eval_results/. Needs no network.",
     )
     add_run_arguments(parser)
-    parser.add_argument("--repo-id", help="ORG/NAME that the card is for (default: it loads the model from RUN)")
+    parser.add_argument("--repo-id", help="ORG/NAME that the card's snippet loads (default: RUN)")
     parser.add_argument("--output", type=Path, help="folder to write into (default: RUN)")
     parser.set_defaults(run=run)
 
@@ -26,13 +26,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         nargs="+",
         default=(),
-        help="runs (folders, or records as JSON) of the same recipe with other seeds, for the spread, and of the same task with "
-        "another attention, for the comparison",
+        help="runs (folders or JSON records) of the same recipe with other seeds, for means and standard errors, and of the same "
+        "task with another attention, for the comparison",
     )
 
 
 def find_runs(arguments: argparse.Namespace) -> tuple[Path, list[Path]]:
-    """The run and those beside it, as `add_run_arguments` declares them."""
+    """The folder of the run, and the other runs that `--with` names."""
     return find_existing(arguments.folder, "run"), [find_existing(word, "run") for word in arguments.others]
 
 

@@ -1,4 +1,4 @@
-"""`hyla ceiling`: what an ideal observer reaches on SRAVEN."""
+"""`hyla ceiling`: the scores of an ideal observer on SRAVEN."""
 
 import argparse
 import json
@@ -11,9 +11,9 @@ from .task import task_of
 def add(commands) -> None:
     parser = commands.add_parser(
         "ceiling",
-        help="what an ideal observer reaches on SRAVEN",
+        help="score an ideal observer on SRAVEN",
         description="Scores the ideal observer of SRAVEN, which knows how puzzles are made and answers with the most probable "
-        "panel: the highest accuracy that any model can expect.",
+        "panel. No model can expect a higher accuracy.",
     )
     parser.add_argument(
         "--num-samples", type=whole(at_least=1), default=51_200, help="puzzles per split (default: 51200)"

@@ -1,4 +1,4 @@
-"""`hyla compare`: runs beside what was expected of them and the paper."""
+"""`hyla compare`: runs beside their expectations and the paper's results."""
 
 import argparse
 from pathlib import Path
@@ -9,10 +9,10 @@ from ..paths import find_existing
 def add(commands) -> None:
     parser = commands.add_parser(
         "compare",
-        help="compare runs with what was expected of them, and with the paper",
-        description="Prints for each recipe what its runs reached over their seeds (mean ± standard error, number of runs), "
-        "what was expected, the paper's value, the share of the budget and a verdict. Exits with 1 if an expectation was "
-        "missed. With --output, also draws the runs of one task, with the paper's values and the ideal observer's.",
+        help="compare runs with their expectations and with the paper",
+        description="Prints for each recipe the mean ± standard error of its runs and their number, the expected value, the "
+        "paper's value, the share of the budget and a verdict. Exits with 1 if an expectation was missed. With --output, also "
+        "draws the runs of one task, with the paper's values and the ideal observer's.",
     )
     parser.add_argument("runs", nargs="+", help="folders of runs, record files, or folders of them")
     parser.add_argument("--json", action="store_true", help="print a JSON list")

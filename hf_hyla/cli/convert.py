@@ -1,4 +1,4 @@
-"""`hyla convert`: the official implementation's parameters as a checkpoint."""
+"""`hyla convert`: a checkpoint from the official implementation's parameters."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,9 @@ def add(commands) -> None:
     parser.add_argument("--config", required=True, help="JSON file with the official config and loss_fn")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--num-answers", type=whole(at_least=1), help="last tokens that carry an answer (default: by the loss)"
+        "--num-answers",
+        type=whole(at_least=1),
+        help="number of last tokens that carry an answer (default: 4 on SRAVEN, 1 on logic)",
     )
     parser.set_defaults(run=run)
 

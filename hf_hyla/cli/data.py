@@ -11,8 +11,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "data",
         help="write a task's samples as a dataset",
-        description="Writes the first samples of splits as Parquet files with a dataset card, a folder that load_dataset "
-        "reads. Settings of the task as --task.num_features 3. A folder may be filled split by split.",
+        description="Writes the first samples of splits as Parquet files with a dataset card, into a folder that load_dataset "
+        "reads. Settings of the task are given like --task.num_features 3. A folder may be filled split by split.",
     )
     parser.add_argument("task", type=task_name, help="name of the task")
     parser.add_argument("--split", nargs="+", help="splits to write (default: all)")

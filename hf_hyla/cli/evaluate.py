@@ -12,8 +12,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a run or a model on a split",
-        description="Scores a run or a model on a split. A run knows its task; for any other model name it, with its settings "
-        "as --task.num_examples 32.",
+        description="Scores a run or a model on a split. A run knows its task. For any other model, --task names it, and its "
+        "settings are given like --task.num_examples 32.",
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
     parser.add_argument("--task", type=task_name, help="name of the task (default: the run's)")
@@ -21,7 +21,7 @@ def add(commands) -> None:
     parser.add_argument("--num-samples", type=whole(at_least=1), help="samples to score (default: the paper's number)")
     parser.add_argument("--batch-size", type=whole(at_least=1), default=1024, help="samples per batch (default: 1024)")
     parser.add_argument(
-        "--by-combination", action="store_true", help="score every combination of rules or terms by itself"
+        "--by-combination", action="store_true", help="score every combination of rules or terms separately"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run, sections=("task",))

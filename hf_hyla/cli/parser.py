@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common."""
+"""The parser of the command line, and the types of its arguments."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from ..utils import nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are sentences, with the nearest name where a name is wrong."""
+    """An `ArgumentParser` whose errors are `ValueError`s with one sentence."""
 
     def __init__(self, **kwargs: Any):
         self.options: list[str] = []  # the names of its `--options`
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(at_least: int) -> Callable[[str], int]:
-    """A type of arguments: integers from `at_least` on."""
+    """An argument type for integers of at least `at_least`."""
 
     def read(text: str) -> int:
         if re.fullmatch(r"[+-]?\d+", text) and int(text) >= at_least:
@@ -41,7 +41,7 @@ def whole(at_least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """A type of arguments: finite numbers above 0."""
+    """An argument type for finite numbers above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -52,7 +52,7 @@ def positive(text: str) -> float:
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """A type of arguments: one of these names."""
+    """An argument type for one of these names. An error gives the nearest name."""
 
     def read(text: str) -> str:
         if text in names:

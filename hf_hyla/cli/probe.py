@@ -1,4 +1,4 @@
-"""`hyla probe`: what latent codes tell."""
+"""`hyla probe`: probes of latent codes."""
 
 import argparse
 from pathlib import Path
@@ -11,10 +11,11 @@ from .task import task_name, task_of_model
 def add(commands) -> None:
     parser = commands.add_parser(
         "probe",
-        help="what the latent codes of a run or a model tell",
-        description="Fits probes on the latent codes of training tasks and scores them on another split: which rule or "
-        "terms, and which value, the code of an answer token tells. Writes probe.json and figures. A run knows its task; "
-        "for any other model name it, with its settings as --task.num_examples 32.",
+        help="probe the latent codes of a run or a model",
+        description="Fits linear probes on the latent codes of training samples and scores them on another split. The probes "
+        "read the rule or the terms, and the value of the answer, from the codes of answer tokens. Writes probe.json and "
+        "figures. A run knows its task. For any other model, --task names it, and its settings are given like "
+        "--task.num_examples 32.",
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
     parser.add_argument("--task", type=task_name, help="name of the task (default: the run's)")
@@ -28,16 +29,16 @@ def add(commands) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder to write (default: probe/ in a run's folder, where its card finds it, or runs/probe- and the model's name)",
+        help="folder to write (default: probe/ in a run's folder, where its card finds it, or else runs/probe-NAME)",
     )
     parser.add_argument(
-        "--seed", type=whole(at_least=0), default=0, help="of controls, standard errors and maps (default: 0)"
+        "--seed", type=whole(at_least=0), default=0, help="seed of controls, standard errors and maps (default: 0)"
     )
     parser.add_argument(
-        "--ablate", action="store_true", help="also score the model with each head's code averaged away"
+        "--ablate", action="store_true", help="also score the model with each head's code replaced by its mean"
     )
     parser.add_argument(
-        "--fixed-query", action="store_true", help="ask all functions of fuzzy logic for the same point"
+        "--fixed-query", action="store_true", help="query all functions of fuzzy logic at the same point"
     )
     parser.set_defaults(run=run, sections=("task",))
 

@@ -1,4 +1,4 @@
-"""`hyla publish`: a finished run on the Hub."""
+"""`hyla publish`: publishing a finished run on the Hub."""
 
 import argparse
 from pathlib import Path
@@ -11,19 +11,21 @@ def add(commands) -> None:
         "publish",
         help="publish a finished run on the Hub, with its card",
         description="Publishes a finished run on the Hub: weights, code, card, pictures, record and recipe, in one commit. "
-        "Repeating the command changes nothing that is there already. With --output everything is written into a folder "
-        "instead, from where it can be published too.",
+        "Repeating the command changes nothing that is already there. With --output, everything is written into a folder "
+        "instead, from which it can also be published.",
     )
     add_run_arguments(parser)
     parser.add_argument("--repo-id", required=True, help="ORG/NAME of the model's repository")
-    parser.add_argument("--dataset", metavar="DIR", type=Path, help="publish this folder of `hyla data` too")
-    parser.add_argument("--metric", action="store_true", help="publish the task's metric too")
-    parser.add_argument("--space", action="store_true", help="publish a page that asks the model too")
+    parser.add_argument(
+        "--dataset", metavar="DIR", type=Path, help="also publish this folder, which `hyla data` wrote"
+    )
+    parser.add_argument("--metric", action="store_true", help="also publish the task's metric")
+    parser.add_argument("--space", action="store_true", help="also publish a page on which the model can be asked")
     parser.add_argument("--collection", metavar="TITLE", help="put all of them into this collection")
     parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
     parser.add_argument(
-        "--output", type=Path, help="folder to write repositories into, each by its name; send nothing"
+        "--output", type=Path, help="write each repository into a folder of its name inside this folder; send nothing"
     )
     parser.set_defaults(run=run)
 

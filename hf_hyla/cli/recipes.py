@@ -1,4 +1,4 @@
-"""`hyla recipes`: what comes with the package, listed and copied."""
+"""`hyla recipes`: lists and copies the recipes that come with the package."""
 
 import argparse
 import shutil
@@ -12,9 +12,9 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "recipes",
         help="list or copy the recipes that come with the package",
-        description="Lists the recipes, sweeps and launcher settings that come with the package, each with what it takes. "
-        "Every command finds them by these names. With --output they are copied, to be changed: then "
-        "accelerate launch --config_file finds its files too.",
+        description="Lists the recipes, sweeps and launcher settings that come with the package, each with the hardware and "
+        "time that it takes. Every command finds them by these names. With --output, they are copied into a folder, where "
+        "you can change them and where accelerate launch --config_file finds its files.",
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="recipes, or folders of them (default: all)")
     parser.add_argument("--output", type=Path, help="folder to copy into, such as recipes; nothing is overwritten")
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _chosen(name: str) -> Path:
-    """The file or folder of this name among those that come with the package."""
+    """The file or folder with this name among the recipes that come with the package."""
     top = recipes_folder()
     folder = top / name.removeprefix("recipes/")
     found = folder if folder.is_dir() else find_existing(folder, "recipe") if folder.exists() else find_recipe(name)
@@ -49,7 +49,7 @@ def _chosen(name: str) -> Path:
 
 def _copy(files: list[Path], top: Path, output: Path) -> None:
     targets = {file: output / file.relative_to(top) for file in files}
-    for file, target in targets.items():  # before the first is written
+    for file, target in targets.items():  # all are checked before the first is written
         if target.exists() and target.read_bytes() != file.read_bytes():
             raise FileExistsError(f"{target} has been changed: choose another --output, or remove it.")
     for file, target in targets.items():
@@ -58,6 +58,6 @@ def _copy(files: list[Path], top: Path, output: Path) -> None:
 
 
 def _about(file: Path) -> str:
-    """The comment that a recipe begins with: what it takes."""
+    """The comment in a recipe's first line, which names hardware and time."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""

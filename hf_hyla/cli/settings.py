@@ -1,9 +1,8 @@
 """
-Settings as the command line takes them, `--section.key value`, and answers to those that it does not know.
+The names of the settings that the command line takes as `--section.key value`, and the errors for unknown ones.
 
-What a setting may be is declared where it is used: by `HylaConfig`, the tasks and `HylaTrainingArguments`. Their names are
-listed here once more, since a misspelt one should not take the seconds in which torch is imported to be answered; a test
-compares the lists.
+Settings are declared where they are used: in `HylaConfig`, the tasks and `HylaTrainingArguments`. Their names are repeated
+here so that a misspelt one is reported at once, before the seconds in which torch is imported. A test compares the lists.
 """
 
 import difflib
@@ -37,12 +36,12 @@ SETTINGS = {
     "task": ["name", "data", *dict.fromkeys(name for names in TASKS.values() for name in names)],
     **{section: _NAMES[section].split() for section in ("model", "trainer", "expect")},
 }
-# Keys that a recipe refuses with a reason of its own are less similar than this.
+# A name this similar to a known one is misspelt. Keys that a recipe refuses for other reasons are less similar to any.
 _MISSPELT = 0.9
 
 
 def unknown_argument(word: str, options: Collection[str], sections: Collection[str]) -> str:
-    """The sentence that answers an unknown argument of a command with these options and sections of settings."""
+    """The error message for an unknown argument of a command that has these options and sections of settings."""
     if not word.startswith("-"):
         return f"Unknown argument {word!r}; see --help."
     section, dot, name = word.partition("=")[0].lstrip("-").partition(".")
@@ -63,7 +62,7 @@ def _near_option(key: str, options: Collection[str]) -> list[str]:
 
 
 def _near_settings(key: str, sections: Collection[str]) -> list[str]:
-    """The settings that are called so, or else whose names hold the key, or else the nearest."""
+    """The settings with this name, or else those whose names contain it, or else the one with the nearest name."""
     names = [name for section in sections for name in SETTINGS[section]]
     chosen = (
         [name for name in names if name == key]
@@ -76,7 +75,7 @@ def _near_settings(key: str, sections: Collection[str]) -> list[str]:
 def check_settings(overrides: dict[str, str]) -> None:
     """
     Raises:
-        ValueError: for a misspelt setting. Others are left to the recipe, which knows why it refuses them.
+        ValueError: for a misspelt setting. Other unknown settings are left to the recipe, which knows why it refuses them.
     """
     for full in overrides:
         section, _, name = full.partition(".")

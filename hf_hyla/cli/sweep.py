@@ -15,12 +15,12 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "sweep",
         help="run a base recipe over a grid of settings and seeds",
-        description="Runs a base recipe over a grid of settings and seeds, each point in a folder of its own, and compares "
+        description="Runs a base recipe over a grid of settings and seeds, each point in a separate folder, and compares "
         "them at the end. The same command skips finished runs and resumes the others. Exits with 1 if a run failed.",
     )
     parser.add_argument("sweep", help="YAML file, or a name that `hyla recipes` lists")
-    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/ and the sweep's name)")
-    parser.add_argument("--jobs", type=whole(at_least=1), help="runs at a time (default: one for each GPU, or one)")
+    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/NAME)")
+    parser.add_argument("--jobs", type=whole(at_least=1), help="runs at a time (default: one per GPU, or one)")
     parser.add_argument("--dry-run", action="store_true", help="print the runs; start nothing")
     parser.set_defaults(run=run)
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = find_recipe(arguments.sweep)
 
     from ..runs.compare import compare, find_records, table
-    from ..sweep import load_sweep, run_sweep
+    from ..training.sweep import load_sweep, run_sweep
 
     sweep = load_sweep(path)
     output = arguments.output or Path("runs") / sweep.name
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Within the context, a signal that would stop a run raises an exception, so that a sweep stops its runs first."""
+    """Within the context, a signal that would stop a run raises an exception, so that the sweep can stop its runs first."""
     from ..training.stopping import stop_signals
 
     before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in stop_signals()}

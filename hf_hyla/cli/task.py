@@ -1,4 +1,4 @@
-"""The task that a command is about."""
+"""The task that a command works on."""
 
 import argparse
 from pathlib import Path
@@ -9,19 +9,24 @@ from .settings import TASKS
 
 
 def task_name(text: str) -> str:
-    """A type of arguments: the name of a task, or `module:Class` for a user's own task."""
+    """An argument type for the name of a task, or `module:Class` for a user's own task."""
     return text if ":" in text else one_of(TASKS)(text)
 
 
 def task_of(name: str, overrides: dict[str, str]):
-    """The task of that name, with the settings among the overrides."""
+    """The task with this name and the settings in the overrides."""
     from ..training.recipe import checked_task
 
     return checked_task("--task", {"name": name}, _by_key(overrides), may_import=True)
 
 
 def task_of_model(arguments: argparse.Namespace):
-    """The task of the run that `arguments.model` is, or that `--task` names, with the settings among the overrides."""
+    """
+    The task that `--task` names, or else that of the run in the folder `arguments.model`, with the settings in the overrides.
+
+    Raises:
+        ValueError: if neither names a task.
+    """
     from ..runs import RunRecord
     from ..training.recipe import checked_task
 
@@ -33,7 +38,7 @@ def task_of_model(arguments: argparse.Namespace):
         settings = {"name": arguments.task}
     if not settings:
         raise ValueError(f"{arguments.model} has no run.json that names a task: pass --task logic or --task sraven.")
-    # A record may have been downloaded: only a task that the user has named is imported.
+    # A record may have been downloaded, so only a task that the user has named is imported.
     return checked_task("--task", settings, _by_key(arguments.overrides), may_import=bool(arguments.task))
 
 

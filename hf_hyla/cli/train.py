@@ -1,4 +1,4 @@
-"""`hyla train`: from a recipe to a run."""
+"""`hyla train`: trains and evaluates the model of a recipe."""
 
 import argparse
 import hashlib
@@ -17,21 +17,21 @@ def add(commands) -> None:
         "train",
         help="train a recipe's model and evaluate it on every split",
         description="Trains a recipe's model, evaluates it on every split, and writes weights and run.json. Any value of the "
-        "recipe can be overridden: --model.attention_type softmax. The same command resumes a run that was "
-        "interrupted. SIGTERM and the end of the terminal save, stop and end with exit code 143 and 129; --max-minutes saves, "
-        "stops and ends with 0.",
+        "recipe can be overridden, like --model.attention_type softmax. The same command resumes a run that was "
+        "interrupted. A run that is stopped saves first. Its exit code is 143 after SIGTERM, 129 after the end of the "
+        "terminal, and 0 after --max-minutes.",
     )
     parser.add_argument("recipe", help="YAML file, or a name that `hyla recipes` lists")
-    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/ and the recipe's name)")
-    parser.add_argument("--overwrite", action="store_true", help="remove a run that the folder already holds")
-    parser.add_argument("--max-minutes", type=positive, help="save and stop before training has taken so long")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/ with recipe and overrides)")
+    parser.add_argument("--overwrite", action="store_true", help="remove a run that is already in the folder")
+    parser.add_argument("--max-minutes", type=positive, help="save and stop before training takes longer than this")
     parser.add_argument(
         "--dry-run", action="store_true", help="print recipe, parameters, steps, time and memory; write nothing"
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a whole run in about a minute: {_QUICK_STEPS} steps with the schedule fitted, and few samples to score",
+        help=f"make a whole run in about a minute: {_QUICK_STEPS} steps with a fitted schedule, and few samples to score",
     )
     parser.set_defaults(run=run, sections=("task", "model", "trainer", "expect"))
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         PartialState().print(dry_run(recipe))
         return 0
     output = arguments.output or Path("runs") / _run_name(recipe.name, arguments.quick, arguments.overrides)
-    # Of several processes one prints.
+    # Only one of several processes prints.
     PartialState().print(
         f"{recipe.name}: {recipe.config.attention_type} attention on {recipe.task.name}, into {output}", flush=True
     )
@@ -73,13 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
     except Stopped as stopped:
         PartialState().print(stopped, file=sys.stderr)
         code = stopped.exit_code
-    # Otherwise its threads may abort the process at exit.
+    # Without this, the threads of the process group may abort the process at exit.
     PartialState().destroy_process_group()
     return code
 
 
 def _quick(overrides: dict[str, str]) -> dict[str, str]:
-    """The settings of a quick run of any recipe, of as many steps as the overrides name, if they do."""
+    """The settings that make a quick run of any recipe. The number of steps may be overridden."""
     text = overrides.get("trainer.max_steps", str(_QUICK_STEPS))
     steps = int(text) if text.isdecimal() else _QUICK_STEPS  # anything else is refused with the recipe
     tenth = str(max(1, steps // 10))
@@ -94,15 +94,15 @@ def _quick(overrides: dict[str, str]) -> dict[str, str]:
 
 
 def _run_name(recipe: str, quick: bool, overrides: dict[str, str]) -> str:
-    """The folder of a run: its recipe and its overrides, or their digest if they are long."""
+    """The name of a run's folder, made of the recipe and the overrides, or a digest of them if they are long."""
     changed = "".join(f"-{key}={value}" for key, value in overrides.items()).replace("/", "_")
-    if len(changed.encode()) > 150:  # file systems take 255 bytes
+    if len(changed.encode()) > 150:  # file systems limit names to 255 bytes
         changed = f"-{hashlib.sha256(changed.encode()).hexdigest()[:8]}"
     return recipe + "-quick" * quick + changed
 
 
 def _report(recipe, record) -> str:
-    """Scores per split beside the paper's, and the share of the paper's budget that was used."""
+    """A table of the scores per split beside the paper's, and the share of the paper's budget that was used."""
     from ..runs.paper import paper_result
 
     paper = paper_result(recipe.settings)
@@ -112,7 +112,7 @@ def _report(recipe, record) -> str:
         theirs = "-"
         if paper and paper.metric.startswith(f"{split}/"):
             theirs = f"{paper.metric.partition('/')[2]} {paper.mean:.4f} ± {paper.standard_error:.4f}"
-        # A score that has no sample to be measured on is left out.
+        # A score that could not be computed on any sample is missing from the record.
         ours = [f"{scores[name]:.4f}" if name in scores else "-" for name in metric_names]
         lines.append(f"{split:<15}" + "".join(f"{score:>18}" for score in ours) + f"{theirs:>22}")
     minutes = f"{record.seconds / 60:.1f} minutes of training"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # evaluate and datasets are slow to import and not needed for training.
+    # Loaded on demand, since evaluate and datasets are slow to import and training does not need them.
     if name in ("LogicR2", "SravenAccuracy"):
         from . import modules
 

@@ -5,7 +5,7 @@ import numpy as np
 
 def sraven_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """
-    SRAVEN: a puzzle is solved only if every feature of the answer is right.
+    The accuracy on SRAVEN, where a puzzle is solved only if every feature of the answer is right.
 
     Args:
         predictions, references: (puzzles, features), integers.
@@ -18,21 +18,22 @@ def sraven_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str
 
 
 def base_mse(values: np.ndarray) -> np.ndarray:
-    """Mean squared error of guessing a sample's mean: the variance of its values (samples, points), per sample."""
+    """Variance (samples,) of each sample's values (samples, points), the mean squared error of answering their mean."""
     return values.astype(np.float64).var(axis=1)
 
 
 def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarray) -> dict[str, float]:
     """
-    Fuzzy logic: the mean over samples of 1 - squared error / base_mse.
+    The R² on fuzzy logic, the mean over samples of 1 - squared error / base_mse.
 
-    A mean of ratios, as in the paper, not scikit-learn's ratio of means; samples of nearly equal values weigh heavily.
+    As in the paper, this is a mean of ratios and not a ratio of means as in scikit-learn. Samples whose values are nearly
+    equal weigh heavily.
 
     Args:
         predictions, references, base_mse: (samples,).
 
     Returns:
-        `r2`, 1 at best, without lower bound.
+        `r2`, which is 1 at best and has no lower bound.
 
     Raises:
         ValueError: if shapes differ or a `base_mse` is not positive.

@@ -1,4 +1,4 @@
-"""The metrics as `evaluate.Metric` classes: made from this package, without a network."""
+"""The metrics as `evaluate.Metric` classes, which need no network."""
 
 import datasets
 import evaluate

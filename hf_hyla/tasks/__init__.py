@@ -21,15 +21,15 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (LogicTask, SravenTa
 
 def get_task(name: str, **settings: Any) -> Task:
     """
-    The task of that name.
+    The task with this name and these settings.
 
     Args:
-        name: `"logic"`, `"sraven"`, or `"module:Class"`, a user's own task in a module that has been imported.
+        name: `"logic"`, `"sraven"`, or `"module:Class"` for a user's own task, whose module must have been imported.
         settings: see `LogicTask` and `SravenTask`.
 
     Raises:
-        ValueError: for an unknown task or setting, with the nearest name, and for settings of the wrong type or that
-            make no sense.
+        ValueError: for an unknown task or setting, with the nearest name, and for a setting of the wrong type or with an
+            impossible value.
     """
     task = find_task(name)
     known = [field.name for field in dataclasses.fields(task)]
@@ -46,15 +46,15 @@ def get_task(name: str, **settings: Any) -> Task:
 
 def find_task(name: str, may_import: bool = False) -> type[Task]:
     """
-    The class of the task of that name, see `get_task`.
+    The class of the task with this name, see `get_task`.
 
     Args:
         may_import:
-            whether `"module:Class"` may import its module, which runs the module's code: only where the user has written the
-            name, never where it comes from a record or another file that may have been downloaded.
+            whether `"module:Class"` may import its module, which runs the module's code. Allow it only where the user has
+            written the name, never where the name comes from a record or another file that may have been downloaded.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such task, or the module may not be imported.
     """
     if not isinstance(name, str) or (name not in TASKS and ":" not in name):
         raise ValueError(
@@ -66,18 +66,18 @@ def find_task(name: str, may_import: bool = False) -> type[Task]:
     module, _, class_name = name.partition(":")
     if module not in sys.modules and not may_import:
         raise ValueError(
-            f"The task {name} is code in the module {module}, and a file that names it is no reason to run it: if you trust "
-            f"that module, import it first, in a command by `hyla --import {module}`."
+            f"The task {name} is code in the module {module}, which is not run only because a file names it: if you trust the "
+            f"module, import it first, on the command line by `hyla --import {module}`."
         )
     import_module(module)
     task = getattr(sys.modules[module], class_name, None)
     if not isinstance(task, type) or not issubclass(task, Task):
-        raise ValueError(f"{name} is no task: expected a subclass of hf_hyla.tasks.Task.")
+        raise ValueError(f"{name} is not a task: expected a subclass of hf_hyla.tasks.Task.")
     if left := sorted(task.__abstractmethods__):
         raise ValueError(f"The task {name} is incomplete: it lacks {', '.join(left)}.")
     if not re.fullmatch("[a-z][a-z0-9_]*", getattr(task, "name", "")) or task.name in TASKS:
         raise ValueError(
-            f"The task {name} needs a name of its own, in lower case and without spaces, such as {class_name.lower()!r}; "
+            f"The task {name} needs a name in lower case and without spaces, such as {class_name.lower()!r}; "
             f"{' and '.join(TASKS)} are taken."
         )
     return task

@@ -1,4 +1,4 @@
-"""What a task is: its splits, samples and batches, how answers are scored, what probes ask for, and what cards say."""
+"""The base class of tasks: splits, samples and batches, the scores of answers, the subjects of probes, and the words of cards."""
 
 import dataclasses
 import hashlib
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     import datasets
 
 
-# A split that leaves some part unseen is drawn again, at most this many times.
+# Most draws of the held-out combinations before a split is refused for leaving some part untrained.
 _MAX_SPLIT_DRAWS = 20_000
-# The fingerprint is made of these samples of every split: its first 64, and the last 64 of 20 million.
+# The fingerprint covers these samples of every split: its first 64, and the last 64 of 20 million.
 _FINGERPRINT_INDICES = np.r_[0:64, 19_999_936:20_000_000]
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperRuns:
     """
-    What the paper reports of a task.
+    The paper's results for a task.
 
     Attributes:
-        settings: of the task in its Table A1.
-        table_a1: mean and standard error over three seeds of the headline metric on `ood`, by the names of the table's rows,
+        settings: the task's settings in the paper's Table A1.
+        table_a1: mean and standard error of the headline metric on `ood` over three seeds, by the names of the table's rows,
             see `hf_hyla.runs.paper`.
     """
 
@@ -46,8 +46,8 @@ class PaperRuns:
 @dataclasses.dataclass
 class Task(ABC):
     """
-    A compositional task: every instance is made by a combination of parts (rules, terms), and some combinations are
-    held out of training.
+    A compositional task. Every sample is made from a combination of parts (rules or terms), and some combinations are held
+    out of training.
 
     A subclass is a dataclass whose fields are the task's settings, each with a default. Equal settings give equal samples,
     bit for bit, on every platform and for every batch size and order.
@@ -55,21 +55,21 @@ class Task(ABC):
 
     # In lower case, since it is part of the names of repositories.
     name: ClassVar[str]
-    # Split: what it holds. The same names in every task that has them.
+    # What each split holds. A split of the same kind has the same name in every task.
     splits: ClassVar[dict[str, str]] = {
         "train": "training samples",
         "test": "fresh samples of the trained combinations",
         "ood": "combinations that were held out",
     }
-    # Columns of `samples` that a model reads, labels among them; the others describe a sample.
+    # Columns of `samples` that a model reads, including the labels. The others describe a sample.
     model_columns: ClassVar[tuple[str, ...]]
-    # The column of `samples` that holds the ids of a sample's parts, (samples, parts).
+    # The column of `samples` with the ids (samples, parts) of each sample's parts.
     parts_column: ClassVar[str] = "parts"
-    # What `metrics` returns; the first is the headline.
+    # The names of the scores that `metrics` returns. The first is the headline metric.
     metric_names: ClassVar[tuple[str, ...]]
-    # What cards say of the task.
+    # The task's texts for cards.
     words: ClassVar[type[Words]] = Words
-    # What the paper reports of it, if it is one of the paper's.
+    # The paper's results, if the task is one of the paper's.
     paper: ClassVar[PaperRuns | None] = None
 
     reference_split: bool = False
@@ -78,36 +78,36 @@ class Task(ABC):
     @property
     @abstractmethod
     def num_samples(self) -> dict[str, int]:
-        """Samples per split of a whole run: the paper's, where the task is one of the paper's."""
+        """Samples per split in a whole run. The paper's tasks have the paper's numbers."""
 
     @property
     @abstractmethod
     def model_interface(self) -> dict[str, Any]:
-        """Fields of `HylaConfig` that a model must have to fit this task."""
+        """Fields of `HylaConfig`, and the values that they must have in a model for this task."""
 
     @property
     @abstractmethod
     def model_defaults(self) -> dict[str, Any]:
-        """Fields of `HylaConfig` that make the task's model, which is the paper's, the interface included."""
+        """Fields of `HylaConfig` for the task's default model, including those of `model_interface`."""
 
     @cached_property
     @abstractmethod
     def split_combinations(self) -> dict[str, np.ndarray]:
-        """Combinations per split, each an array (combinations, parts) of ids, sorted; see `hold_out`."""
+        """Combinations per split, each an array (combinations, parts) of sorted ids; see `hold_out`."""
 
     @abstractmethod
     def draw(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns of the samples with these indices: arrays whose first axis is that of the samples; see `random_words`."""
+        """The samples with these indices as columns, which are arrays (samples, ...); see `random_words`."""
 
     @abstractmethod
     def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
         """
-        Scores, by `metric_names`, of a model's logits on samples with these labels and inputs. A score that no sample can be
-        measured by is left out.
+        Scores by `metric_names` for a model's logits on samples with these labels and inputs. A score that cannot be computed
+        on these samples is left out.
         """
 
     def features(self) -> "datasets.Features":
-        """The columns of a published table of samples, see `to_table`; by default those of `samples`."""
+        """The types of the columns that `to_table` returns; by default those of `samples`."""
         from datasets import Features, List, Value
 
         def feature(column: np.ndarray):
@@ -119,13 +119,13 @@ class Task(ABC):
         return Features({name: feature(column) for name, column in self.samples("train", [0]).items()})
 
     def to_table(self, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Samples as the columns that `features` names: what somebody wants to see who does not train our models."""
+        """The columns that `features` names. They describe the samples for readers who do not train our models."""
         return samples
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """
-        The samples that `to_table` made this table of: columns of arrays, `model_columns` among them. So a dataset that
-        `hyla data` wrote is turned into what a model reads:
+        The samples behind a table; the inverse of `to_table`. Both are columns of arrays. A dataset of `hyla data` becomes what a
+        model reads by:
 
         ```python
         rows = datasets.load_dataset(folder, split="train").with_format("numpy")
@@ -135,67 +135,67 @@ class Task(ABC):
         return table
 
     def show(self, sample: dict[str, np.ndarray]) -> str:
-        """One sample as text of a few lines."""
+        """One sample as a few lines of text."""
         return "\n".join(f"{name}: {column.tolist()}" for name, column in sample.items())
 
     def subjects(self, columns: dict[str, np.ndarray]) -> list[Subject]:
         """
-        What probes read from the codes of answer tokens, the answer itself last; by default the parts of the sample's
-        combination, and the answer.
+        The properties that probes read from the codes of answer tokens. The last one is the answer itself. By default the
+        only other one is the parts of the sample's combination.
 
         Args:
-            columns: those of `samples` that describe the samples, and the labels.
+            columns: the labels, and the columns of `samples` that describe the samples.
         """
         labels = columns["labels"]
         trained = sorted({part for combination in self.combinations("train") for part in combination})
         present = (columns[self.parts_column][..., None] == np.array(trained)).any(axis=1)
-        numbers = labels.dtype.kind == "f"
-        answers = () if numbers else tuple(map(str, range(self.model_interface["num_labels"])))
+        numeric = labels.dtype.kind == "f"
+        answers = () if numeric else tuple(map(str, range(self.model_interface["num_labels"])))
         return [
             Subject("part", present.repeat(labels[0].size, axis=0), tuple(map(self.part_name, trained))),
             Subject("target", labels.reshape(-1), answers),
         ]
 
     def part_name(self, part: int) -> str:
-        """What a part is called in reports."""
+        """The name of a part in reports."""
         return str(part)
 
     def answer_keys(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """
-        The keys (batch, answers, keys) whose codes are probed, for the samples of a batch; `None` takes each answer token as
-        its own key.
+        Positions (batch, answers, keys) of the keys whose codes are probed in a batch. `None` stands for each answer token
+        as its own key.
         """
         return None
 
     def query_point(self, seed: int) -> np.ndarray:
         """
-        A point that every sample can be asked for, so that codes differ by the combination alone.
+        A point at which every sample can be queried, so that codes differ only by the combination.
 
         Raises:
-            ValueError: if the task asks for no point.
+            ValueError: if samples of the task have no query point.
         """
-        raise ValueError(f"The task {self.name} asks for no point that could be fixed: leave fixed_query out.")
+        raise ValueError(f"Samples of the task {self.name} have no query point to fix: leave fixed_query out.")
 
     def ask(self, samples: dict[str, np.ndarray], point: np.ndarray) -> dict[str, np.ndarray]:
-        """The samples, asked for a point of `query_point`."""
-        raise NotImplementedError(f"{type(self).__name__} has a query_point, but no ask: define both or neither.")
+        """The samples, queried at a point from `query_point`."""
+        raise NotImplementedError(f"{type(self).__name__} defines query_point without ask: define both or neither.")
 
     @property
     def reference(self) -> str:
-        """What `get_task` finds the task by: its name, or for a task of one's own `module:Class`."""
+        """The name by which `get_task` finds the task: its own, or `module:Class` for a user's task."""
         own = not type(self).__module__.startswith(__package__ or "")
         return f"{type(self).__module__}:{type(self).__qualname__}" if own else self.name
 
     @property
     def spec(self) -> dict[str, Any]:
-        """`name` and settings, of which `get_task` makes this task again."""
+        """`name` and settings, from which `get_task` makes this task again."""
         return {"name": self.reference, **self.settings}
 
     @property
     def settings(self) -> dict[str, Any]:
         """
-        The settings by name, as `get_task` takes them. `reference_split` is among them only if it is set, so that they equal
-        the settings in older records.
+        The settings by name, as `get_task` takes them. They include `reference_split` only if it is set, so that they equal
+        those in older records.
         """
         settings = dataclasses.asdict(self)
         if not self.reference_split:
@@ -204,11 +204,12 @@ class Task(ABC):
 
     def fingerprint(self) -> str:
         """
-        A digest that two machines share if they draw the same data: `"sha256:"` and, in hexadecimal, the digest of these bytes.
+        A digest of the data, which is equal on two machines if they draw the same data. It is `"sha256:"` followed by the
+        hexadecimal digest of the bytes below.
 
-        For every split in the order of `splits`, and for every column of `samples(split, indices)` in its order, where
-        indices are 0 to 63 and 19,999,936 to 19,999,999: the text `split/column dtype shape` and a line feed, such as
-        `train/labels int64 (128, 4)`, in ASCII; then the column in C order, its elements little-endian.
+        The bytes cover every split in the order of `splits`, and in each split the columns of `samples(split, indices)` in
+        their order, for the indices 0 to 63 and 19,999,936 to 19,999,999. Each column contributes a line of ASCII text,
+        `split/column dtype shape`, such as `train/labels int64 (128, 4)`, and then its little-endian elements in C order.
         """
         digest = hashlib.sha256()
         for split in self.splits:
@@ -224,7 +225,7 @@ class Task(ABC):
 
     def samples(self, split: str, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """
-        The samples with these indices as columns: arrays whose first axis is that of the samples.
+        The samples with these indices as columns, which are arrays (samples, ...).
 
         Raises:
             ValueError: for an unknown split.
@@ -237,20 +238,20 @@ class Task(ABC):
         return self.draw(split, indices)
 
     def dataset(self, split: str, num_samples: int | None = None) -> "TaskDataset":
-        """A map-style dataset that stores nothing; of the paper's length if `num_samples` is `None`."""
+        """A map-style dataset that stores nothing. Its length is the paper's if `num_samples` is `None`."""
         self._check_split(split)
         return TaskDataset(self, split, self.num_samples[split] if num_samples is None else num_samples)
 
     def collate(self, samples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         """
-        A batch of what the model reads.
+        The columns that the model reads, as a batch of tensors.
 
         Raises:
-            ValueError: if a sample holds a number that is not finite.
+            ValueError: if a value in a sample is not finite.
         """
         batch = {}
         for name in self.model_columns:
-            # A batch of ours still holds its columns whole.
+            # A `SampleList` still has its columns whole.
             column = samples.columns[name] if isinstance(samples, SampleList) else np.stack([s[name] for s in samples])
             if column.dtype.kind == "f" and not np.isfinite(column).all():
                 row = int(np.flatnonzero(~np.isfinite(column.reshape(len(column), -1)).all(axis=1))[0])
@@ -261,7 +262,7 @@ class Task(ABC):
     def check_model(self, config) -> None:
         """
         Raises:
-            ValueError: if a model with this `HylaConfig` does not fit the task, naming the field.
+            ValueError: if a model with this `HylaConfig` does not fit the task. The message names the field.
         """
         for name, expected in self.model_interface.items():
             found = getattr(config, name, None)
@@ -277,13 +278,21 @@ class Task(ABC):
             raise ValueError(f"The task {self.name} has no split {split!r}: expected one of {', '.join(self.splits)}.")
 
     def random_words(self, split: str, indices: np.ndarray, count: int) -> np.ndarray:
-        """`count` random words for each of these samples, a pure function of task, seed, split and index; see `sampling`."""
+        """
+        `count` random words for each of these samples. They are a pure function of task, seed, split and index; see
+        `sampling`.
+        """
         return draw_words(stream_key(self.name, self.seed, split), indices, count)
 
     def hold_out(self, combinations: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
         """
-        Combinations (train, held out), by a random draw in which every part occurs in `train`, so that those held out
-        are new combinations of *known* parts; or as the reference does, which draws once.
+        The combinations divided at random into (train, held out).
+
+        Every part occurs in `train`, so that the held-out combinations are new combinations of *known* parts. With
+        `reference_split` there is one draw, as in the reference, which may leave parts untrained.
+
+        Raises:
+            ValueError: if there is no such division.
         """
         if not 0 < held_out < 1:  # NaN is refused too
             raise ValueError(f"held_out must lie between 0 and 1, got {held_out}.")
@@ -308,8 +317,8 @@ class Task(ABC):
 
 class SampleList(Sequence):
     """
-    The samples of a batch, each a dict of arrays that are views of `columns`; the dicts are made when asked for, since
-    `Task.collate` reads the columns whole and making them takes longer than drawing the samples.
+    The samples of a batch. Each is a dict of views into `columns`, made when it is asked for: `Task.collate` reads whole
+    columns, and making the dicts takes longer than drawing the samples.
     """
 
     def __init__(self, columns: dict[str, np.ndarray]):
@@ -328,7 +337,7 @@ class TaskDataset(Dataset):
     """
     The first `num_samples` samples of a split, drawn on demand.
 
-    Items are dicts of numpy arrays; `__getitems__` draws a whole batch at once and is what data loaders call.
+    Items are dicts of numpy arrays. Data loaders call `__getitems__`, which draws a whole batch at once.
     """
 
     def __init__(self, task: Task, split: str, num_samples: int):
@@ -345,12 +354,10 @@ class TaskDataset(Dataset):
         return self.__getitems__([operator.index(index)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> SampleList:
-        numbers = np.asarray(indices, dtype=np.int64)
-        if len(numbers) and (numbers.min() < 0 or numbers.max() >= self.num_samples):
-            raise IndexError(
-                f"Indices must lie in 0 to {self.num_samples - 1}, got {numbers.min()} to {numbers.max()}."
-            )
-        return SampleList(self._samples(numbers))
+        chosen = np.asarray(indices, dtype=np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_samples):
+            raise IndexError(f"Indices must lie in 0 to {self.num_samples - 1}, got {chosen.min()} to {chosen.max()}.")
+        return SampleList(self._samples(chosen))
 
     def _samples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         return self.task.samples(self.split, indices)

@@ -1,4 +1,4 @@
-"""A task's samples as a folder of Parquet files, which `datasets.load_dataset` reads, and training from such a folder."""
+"""Folders of Parquet files with a task's samples: writing them for `datasets.load_dataset`, and training from them."""
 
 import dataclasses
 import json
@@ -23,13 +23,13 @@ _COMPARED = 64
 @dataclasses.dataclass
 class Manifest:
     """
-    What a folder holds, as its task.json says.
+    The content of a folder's task.json.
 
     Attributes:
-        task: the task's settings, and its `name`.
-        data_fingerprint: `Task.fingerprint`.
-        splits: of each split, `num_examples`, `num_bytes` (in memory), `file_bytes`, and the mean of every column that is one
-            number or truth value per example.
+        task: the task's `name` and settings.
+        data_fingerprint: the task's `fingerprint`.
+        splits: for each split, `num_examples`, `num_bytes` (in memory), `file_bytes`, and `means`, with the mean of every
+            column that holds one number or truth value per example.
     """
 
     task: dict[str, Any]
@@ -56,23 +56,23 @@ class Manifest:
     def check(self, task: Task, folder: Path) -> None:
         """
         Raises:
-            ValueError: if the folder's data are not those of the task.
+            ValueError: if the folder holds data of another task.
         """
         expected = Manifest.of(task)
         if self.task != expected.task:
             raise ValueError(
-                f"{folder} holds data of the task {self.task}, but {expected.task} is asked for: use another folder."
+                f"{folder} holds data of the task {self.task}, but {expected.task} was requested: use another folder."
             )
         if self.data_fingerprint != expected.data_fingerprint:
             raise ValueError(
-                f"{folder} was written by other generators: its fingerprint is {self.data_fingerprint}, but these settings "
-                f"now give {expected.data_fingerprint}; write the folder again."
+                f"{folder} was written by another version of the generators: its fingerprint is {self.data_fingerprint}, but "
+                f"these settings now give {expected.data_fingerprint}; write the folder again."
             )
 
     def check_files(self, folder: Path) -> None:
         """
         Raises:
-            ValueError: if the folder's Parquet files are not whole, or not those of the splits that are named here.
+            ValueError: if the folder's Parquet files are incomplete, or do not belong to the splits that are named here.
         """
         files = {path.relative_to(folder) for path in folder.rglob("*.parquet")}
         for split, held in self.splits.items():
@@ -84,8 +84,8 @@ class Manifest:
                 raise ValueError(f"The data of {folder} cannot be read: {error}; write the folder again.") from None
             if found != held["num_examples"] or sum(path.stat().st_size for path in shards) != held["file_bytes"]:
                 raise ValueError(
-                    f"{folder} holds {found} examples of {split} in {len(shards)} files, which are not the "
-                    f"{held['num_examples']} that {MANIFEST_NAME} names: write the folder again."
+                    f"{folder} holds {found} examples of {split} in {len(shards)} files, which are not those that "
+                    f"{MANIFEST_NAME} describes, with {held['num_examples']} examples: write the folder again."
                 )
         if files:
             raise ValueError(f"{folder} holds {min(files)}, which {MANIFEST_NAME} does not name: remove it.")
@@ -93,22 +93,21 @@ class Manifest:
 
 def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path) -> Manifest:
     """
-    Writes the first samples of splits as Parquet files, beside a task.json; a folder that holds splits of the same task keeps
-    them, so the same call resumes after an interruption.
+    Writes the first samples of splits as Parquet files, beside a task.json. Complete splits of the same task stay in the
+    folder, so the same call resumes after an interruption.
 
     Args:
-        task: whose samples.
-        splits: names of splits.
-        num_examples: per split; the paper's number if it is `None`.
-        folder: is made if it does not exist.
+        task: the task whose samples are written.
+        splits: names of the splits.
+        num_examples: examples per split; `None` for the paper's number.
+        folder: the folder to write into, which is created if it does not exist.
 
     Raises:
         ValueError: for an unknown split, a number below 1, or a folder of another task.
         FileExistsError: if the folder holds something else, or one of the splits with another number of examples.
     """
-    lengths = {
-        split: len(task.dataset(split, num_examples)) for split in splits
-    }  # refuses unknown splits and lengths below 1
+    # `task.dataset` refuses unknown splits and lengths below 1.
+    lengths = {split: len(task.dataset(split, num_examples)) for split in splits}
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         manifest.check(task, folder)
@@ -120,7 +119,7 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
         held = manifest.splits.get(split, {}).get("num_examples", length)
         if held != length:
             raise FileExistsError(
-                f"{folder} holds the split {split} already, of {held} examples, and {length} are asked for: choose another "
+                f"{folder} already holds the split {split} with {held} examples, but {length} were requested: choose another "
                 "folder."
             )
     for split, length in lengths.items():
@@ -128,7 +127,7 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
             continue
         manifest.splits[split] = _write_split(task, split, length, folder / "data")
         manifest.splits = {name: manifest.splits[name] for name in task.splits if name in manifest.splits}
-        # Last, so that all it names is complete.
+        # task.json is written last, so that every file that it names is complete.
         write_whole(folder / MANIFEST_NAME, json.dumps(dataclasses.asdict(manifest), indent=2, allow_nan=False) + "\n")
     return manifest
 
@@ -140,7 +139,7 @@ def _write_split(task: Task, split: str, num_examples: int, folder: Path) -> dic
     features = task.features()
     num_files = -(-num_examples // _EXAMPLES_PER_FILE)
     num_bytes = 0
-    # Of every column that is one number or truth value per example.
+    # Sums of the columns that hold one number or truth value per example.
     sums = {name: 0.0 for name, column in features.items() if getattr(column, "dtype", None) in ("bool", "float32")}
     for number in range(num_files):
         path = folder / f"{split}-{number:05d}-of-{num_files:05d}.parquet"
@@ -179,18 +178,18 @@ def _arrow(column: np.ndarray, arrow_type: pa.DataType) -> pa.Array:
 
 def _numpy(column: pa.Array) -> np.ndarray:
     if not pa.types.is_fixed_size_list(column.type):
-        return np.array(column.to_numpy(zero_copy_only=False))  # a copy: torch wants memory that it may write
+        return np.array(column.to_numpy(zero_copy_only=False))  # copied, since torch needs writable memory
     inner = _numpy(column.flatten())
     return inner.reshape(len(column), column.type.list_size, *inner.shape[1:])
 
 
 class FolderDataset(TaskDataset):
     """
-    The first `num_samples` samples of a split, read from a folder that `write_data` made; the same samples as the task's
-    own, so a run that reads them is the same run.
+    The first `num_samples` samples of a split, read from a folder that `write_data` made. They equal those that the task
+    draws, so a run that reads them is the same run.
 
     Raises:
-        ValueError: if the folder is not of this task, or holds too few examples, or others than the task draws.
+        ValueError: if the folder holds another task, too few examples, or other examples than the task draws.
     """
 
     def __init__(self, folder: str | Path, task: Task, split: str, num_samples: int):
@@ -201,7 +200,7 @@ class FolderDataset(TaskDataset):
         held = manifest.splits.get(split, {}).get("num_examples", 0)
         if held < num_samples:
             raise ValueError(
-                f"{folder} holds {held} examples of {split}, but {num_samples} are needed: write as many into a folder by "
+                f"{folder} holds {held} examples of {split}, but {num_samples} are needed: write a folder with that many by "
                 "`hyla data`."
             )
         files = sorted(str(path) for path in (folder / "data").glob(f"{split}-*.parquet"))
@@ -215,10 +214,10 @@ class FolderDataset(TaskDataset):
         if len(rows) != held or any(
             not np.array_equal(self._samples(ends)[name], expected[name]) for name in expected
         ):
-            raise ValueError(f"The data of {folder} are not those of its {MANIFEST_NAME}: write the folder again.")
+            raise ValueError(f"The data of {folder} do not match its {MANIFEST_NAME}: write the folder again.")
 
     def _samples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        # Reading a range takes a twentieth of the time of gathering its rows.
+        # Reading consecutive rows as a range takes a twentieth of the time of gathering them.
         consecutive = len(indices) > 0 and bool((np.diff(indices) == 1).all())
         table = self.rows[range(int(indices[0]), int(indices[-1]) + 1) if consecutive else indices.tolist()]
         return self.task.from_table({name: _numpy(table[name].combine_chunks()) for name in table.column_names})

@@ -22,7 +22,7 @@ _SET_ASIDE = 0.25
 
 
 class LogicWords(Words):
-    """What cards say of fuzzy logic."""
+    """Texts of cards about fuzzy logic."""
 
     title = "fuzzy logic"
     dataset_title = "Fuzzy logic functions in context"
@@ -119,24 +119,31 @@ the points are the same in all splits. Here every split has a stream of its own.
 @dataclasses.dataclass
 class LogicTask(Task):
     """
-    A function of `num_variables` numbers in [0, 1], the disjunction (max) of `num_terms` different conjunctions (min)
-    that each use every variable, plain (x) or negated (1 - x); shown by examples, and asked for at the last point.
+    Fuzzy logic functions in context. A sample shows a function by its values at some points and asks for its value at one
+    more point.
 
-    Samples: `input_values` (num_examples, num_variables + 1), each point beside its value, the last value set to 0;
-    `labels`, the last value; `terms` (num_terms), sorted ids whose binary digits are the variables, the first the most
-    significant, 1 for plain; `base_mse`, the variance of all the sample's values, the asked one included.
+    A function of `num_variables` numbers in [0, 1] is the disjunction (max) of `num_terms` different terms. A term is the
+    conjunction (min) of all variables, each plain (x) or negated (1 - x).
+
+    A sample has these columns:
+
+    - `input_values` (num_examples, num_variables + 1): each point beside its value. The last value is set to 0.
+    - `labels`: the last value.
+    - `terms` (num_terms): sorted ids. The binary digits of an id are the variables, 1 for plain. The first variable is the
+      most significant digit.
+    - `base_mse`: the variance of all the sample's values, including the last.
 
     Args:
         num_variables (`int`, *optional*, defaults to 4): variables, 2 to 8.
         num_terms (`int`, *optional*, defaults to 2): conjunctions in a function.
-        num_examples (`int`, *optional*, defaults to 16): points in a sample, the asked one included; at least 2.
+        num_examples (`int`, *optional*, defaults to 16): points in a sample, including the last; at least 2.
         held_out (`float`, *optional*, defaults to 0.5):
-            fraction held out of training, among the combinations of those terms that are not set aside. A quarter of
-            all terms, the last ones, is set aside for `extrapolation`.
+            fraction of the combinations that are held out of training. The last quarter of all terms is set aside for
+            `extrapolation`, and only combinations of the other terms count here.
         reference_split (`bool`, *optional*, defaults to `False`):
-            whether they are those that the official implementation holds out for this seed, which may leave terms
-            untrained; otherwise they are drawn so that every term is trained.
-        seed (`int`, *optional*, defaults to 0): of the held-out combinations and of all samples.
+            whether to hold out the combinations that the official implementation holds out for this seed, which may leave
+            terms untrained. Otherwise the combinations are drawn so that every term is trained.
+        seed (`int`, *optional*, defaults to 0): seed of the held-out combinations and of all samples.
     """
 
     name: ClassVar[str] = "logic"
@@ -189,7 +196,7 @@ class LogicTask(Task):
                 f"num_terms must be 1 to {set_aside}, the number of terms set aside for extrapolation with "
                 f"{self.num_variables} variables, got {self.num_terms}."
             )
-        self.split_combinations  # noqa: B018  refuses an impossible split here rather than in training
+        self.split_combinations  # noqa: B018  an impossible split is refused here rather than in training
 
     @property
     def _num_set_aside(self) -> int:
@@ -262,7 +269,7 @@ class LogicTask(Task):
         return {"points": points, "values": values, "target": samples["labels"], **described}
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = np.pad(table["values"], ((0, 0), (0, 1)))  # the value that is asked for is not shown
+        values = np.pad(table["values"], ((0, 0), (0, 1)))  # the value at the last point is not shown
         input_values = np.concatenate([table["points"], values[..., None]], axis=-1)
         described = {"terms": table["terms"], "base_mse": table["base_mse"]}
         return {"input_values": input_values, "labels": table["target"], **described}
@@ -295,7 +302,7 @@ class LogicTask(Task):
         return np.random.default_rng(seed).random(self.num_variables).astype(np.float32)
 
     def ask(self, samples: dict[str, np.ndarray], point: np.ndarray) -> dict[str, np.ndarray]:
-        """The functions at another point (variables,); `base_mse`, which belongs to the point of the sample, is left out."""
+        """The functions queried at another point (variables,). `base_mse` is left out, since it depends on the sample's point."""
         input_values = samples["input_values"].copy()
         input_values[:, -1, :-1] = point
         labels = disjunction(samples["terms"], input_values[:, -1:, :-1])[:, 0]
@@ -311,20 +318,20 @@ def disjunction(terms: np.ndarray, x: np.ndarray) -> np.ndarray:
     Zadeh's fuzzy logic: max over terms of the min over variables of x (plain) or 1 - x (negated).
 
     Args:
-        terms: (samples, terms), ids whose binary digits are the variables, the first the most significant, 1 for plain.
+        terms: (samples, terms), ids as in `LogicTask`.
         x: (samples, points, variables).
 
     Returns:
         (samples, points).
     """
     variables = x.shape[-1]
-    # Samples go last: numpy is fast along long axes.
+    # Samples are the last axis, since numpy is fast along long axes.
     values = np.ascontiguousarray(x.transpose(2, 1, 0))
     plain = terms.T >> np.arange(variables)[::-1, None, None] & 1
     negated = (1 - plain).astype(x.dtype)
 
     def conjunction(term: int) -> np.ndarray:
-        # x, or |x - 1| = 1 - x, to the last bit.
+        # |x - 0| = x for plain variables and |x - 1| = 1 - x for negated ones, both exactly.
         literals = (np.abs(values[variable] - negated[variable, term]) for variable in range(variables))
         return functools.reduce(np.minimum, literals)
 

@@ -1,4 +1,4 @@
-"""What probes read from the codes of a task's answer tokens."""
+"""The subjects of probes: properties of answers that codes may reveal."""
 
 import dataclasses
 
@@ -11,9 +11,10 @@ class Subject:
     A property of each answer that a probe reads from its code.
 
     Attributes:
-        name: of the property.
-        values: per answer token: classes (rows,) as integers, several at a time (rows, names) as booleans, or numbers (rows,).
-        names: of the classes; empty for numbers.
+        name: name of the property.
+        values: one row per answer token: integers (rows,) for classes, booleans (rows, names) if several classes can be true
+            at once, or floats (rows,) for a number.
+        names: names of the classes; empty for a number.
     """
 
     name: str

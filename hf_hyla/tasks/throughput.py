@@ -1,4 +1,4 @@
-"""How fast a task makes batches, on the core it runs on."""
+"""How many training samples per second a task draws on one core."""
 
 import statistics
 import time
@@ -11,16 +11,16 @@ from .base import Task
 
 def data_throughput(task: Task, batch_size: int = 128, seconds: float = 1.0) -> dict[str, Any]:
     """
-    Samples per second of drawing and collating training batches, as a data loader without workers does.
+    Samples per second when training batches are drawn and collated, as a data loader without workers does it.
 
     Args:
-        task: whose samples.
-        batch_size: samples of a batch.
-        seconds: how long to measure each of the two orders.
+        task: the task to measure.
+        batch_size: samples per batch.
+        seconds: time to spend on each of the two orders.
 
     Returns:
-        `sequential` and `shuffled`, samples per second of the median batch, of consecutive samples and of samples from
-        anywhere in the training split; `batch_size` and `batches`, the number of batches timed in each order.
+        `sequential` and `shuffled`, the samples per second of the median batch: consecutive samples, and samples from
+        anywhere in the training split; `batch_size`; and `batches`, the number of batches timed in each order.
     """
     dataset = task.dataset("train")
     rng = np.random.default_rng(0)
@@ -29,7 +29,7 @@ def data_throughput(task: Task, batch_size: int = 128, seconds: float = 1.0) -> 
         "shuffled": lambda batch: rng.integers(0, len(dataset), batch_size).tolist(),
     }
     times: dict[str, list[float]] = {name: [] for name in orders}
-    # In turn, so that a machine that grows slower or faster does so for both.
+    # The orders take turns, so that a change in the machine's speed affects both alike.
     while sum(map(sum, times.values())) < 2 * seconds:
         for name, indices_of in orders.items():
             indices = list(indices_of(len(times[name]) % (len(dataset) // batch_size)))

@@ -74,6 +74,9 @@ class HylaTrainingArguments(TrainingArguments):
         takes_muon, takes_reference = self.optim == MUON, self.lr_scheduler_type == REFERENCE_SCHEDULE
         self._check_optimizer(takes_muon)
         self._check_schedule(takes_reference)
+        # Without an accelerator, transformers takes bfloat16 only from those who say that they train on the CPU.
+        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available():
+            self.use_cpu = True
         # transformers takes the names of its own optimisers and schedules only.
         if takes_muon:
             self.optim = OptimizerNames.ADAMW_TORCH

@@ -13,7 +13,7 @@ set -e
 recipe=$1
 run=$2
 
-# Ends with an error if there was one, which would only come again.
+# `set -e` ends the job if there is an error, since a repeated run would fail again.
 srun accelerate launch --config_file recipes/accelerate/ddp.yaml \
   -m hf_hyla train "$recipe" --output "$run" --max-minutes 50
 if [ ! -e "$run/run.json" ]; then

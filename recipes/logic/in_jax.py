@@ -1,11 +1,11 @@
-"""Fuzzy logic trained once more, in JAX: written apart from hf_hyla after what the official code does, to compare with.
+"""Trains fuzzy logic in JAX, for comparison. It follows the official code and shares no code with hf_hyla.
 
     python recipes/logic/in_jax.py --attention softmax --seed 0 --steps 4000 --output record.json
 
-Takes jax, flax and optax, which nothing else here needs. Initialisation, optimiser, schedule, dropout and random numbers are
-those of flax, optax and JAX as the official code calls them, its held-out combinations included; the settings are those of
-demo.yaml. `trained` and `ood` are R² on fresh samples of the combinations that were trained and held out. On one CPU core
-4,000 steps take 6 to 12 minutes.
+It needs jax, flax and optax, which nothing else here needs. Initialisation, optimiser, schedule, dropout and random numbers are
+those of flax, optax and JAX as the official code calls them, and so are the held-out combinations. The settings are those of
+demo.yaml. `trained` and `ood` are R² on fresh samples of the trained and of the held-out combinations. 4,000 steps take 6 to 12
+minutes on one CPU core.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def draw(rng, combinations):
 
 
 def buckets():
-    """Of every (query, key) pair the bucket of its distance."""
+    """The bucket of the distance of every (query, key) pair."""
     distance = np.maximum(np.arange(POINTS)[:, None] - np.arange(POINTS)[None, :], 0)
     exact = POINTS // 2
     beyond = np.log(np.maximum(distance, 1) / exact) / math.log(POINTS / exact) * (POINTS - exact)

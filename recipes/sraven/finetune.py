@@ -1,10 +1,10 @@
 """
-Fine-tunes a SRAVEN model on puzzles of five features, compares, and lists what publishing it would send:
+Fine-tunes a SRAVEN model on puzzles of five features, compares it with its start, and lists the files that publishing would send:
 
     python recipes/sraven/finetune.py MODEL OUTPUT [ORG/NAME] [section.key=value ...]
 
-MODEL is a repository's id or the folder of a run, OUTPUT the folder of the new run, ORG/NAME where it is to be published;
-without it nothing is asked of the run but to train. The rest are changes of the recipe, such as trainer.max_steps=2000.
+MODEL is a repository's id or the folder of a run. OUTPUT is the folder of the new run. ORG/NAME is the repository to publish it in,
+and may be left out. The other arguments change the recipe, such as trainer.max_steps=2000.
 """
 
 import sys
@@ -28,7 +28,7 @@ SETTINGS = {
 
 def finetune(model: str, output: Path, repo_id: str | None, changes: dict[str, str]) -> None:
     recipe = load_recipe("recipes/sraven/hyla.yaml", {"model.model_name_or_path": model} | SETTINGS | changes)
-    if repo_id:  # what would stop it is said before the training
+    if repo_id:  # reasons against publishing are reported before the training
         check_publishable(recipe.settings, repo_id)
     record = train(recipe, output)
 

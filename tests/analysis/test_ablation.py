@@ -1,4 +1,4 @@
-"""Heads whose code is replaced by its mean: exact if nothing is replaced, and all is lost if the head was the only one."""
+"""Tests of ablation, in which the code of a head is replaced by its mean."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
-def test_a_replaced_code_is_what_the_mathematics_makes_of_it(build, logic, monkeypatch, settings):
+def test_replacing_a_code_gives_what_the_definition_gives_with_that_code(build, logic, monkeypatch, settings):
     model = build(logic, **settings).double()
     batch = next(task_batches(logic, "ood", 8))
     mean = torch.randn(4, 6, 6, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_a_replaced_code_is_what_the_mathematics_makes_of_it(build, logic, monke
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
-def test_no_replaced_head_changes_nothing_and_the_model_is_restored(build, logic, settings):
+def test_replacing_no_head_changes_nothing_and_the_model_is_restored(build, logic, settings):
     model = build(logic, **settings)
     inputs = next(task_batches(logic, "ood", 8))["input_values"]
     mean = torch.zeros(4, 6, 6)
@@ -60,7 +60,7 @@ def test_no_replaced_head_changes_nothing_and_the_model_is_restored(build, logic
         assert torch.equal(model(input_values=inputs).logits, before)
 
 
-def test_the_mean_is_that_of_all_samples_whatever_the_batches(build, logic):
+def test_the_mean_code_does_not_depend_on_the_batches(build, logic):
     model = build(logic)
     whole = next(task_batches(logic, "train", 50))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_mean_is_that_of_all_samples_whatever_the_batches(build, logic):
         mean_codes(model, [whole, {"input_values": whole["input_values"][:, 1:]}])
 
 
-def test_a_head_that_nothing_reads_loses_nothing(build, logic):
+def test_ablating_a_head_that_nothing_reads_changes_nothing(build, logic):
     model = build(logic, num_hidden_layers=1, attention_type="linear")
     weight = model.model.layers[0].self_attn.o_proj.weight
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_head_that_nothing_reads_loses_nothing(build, logic):
     assert np.abs(without[0, 0] - whole).max() > 0.01 * np.abs(whole).max()
 
 
-def test_the_only_head_of_a_constant_value_is_all_that_tells_samples_apart(build, sraven):
+def test_without_its_only_head_a_model_with_constant_values_cannot_distinguish_samples(build, sraven):
     model = build(sraven, num_hidden_layers=1, num_attention_heads=1, attention_type="linear")
     attention, batch = model.model.layers[0].self_attn, next(task_batches(sraven, "ood", 30))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Scores by combination: of the right samples, under the right names."""
+"""Tests of scores by combination: each is computed on the right samples and has the right name."""
 
 import json
 
@@ -12,7 +12,7 @@ from hf_hyla.training import evaluate
 
 
 @pytest.mark.parametrize("name", ["logic", "sraven"])
-def test_combinations_are_scored_on_their_own_samples_and_all_together_as_ever(build, request, name):
+def test_scores_by_combination_agree_with_the_score_of_the_split(build, request, name):
     task = request.getfixturevalue(name)
     model = build(task)
     found = score_by_combination(model, task, "ood", 300, batch_size=128)

@@ -1,4 +1,4 @@
-"""Collected codes are the model's own, of the right queries and keys, and nothing else of it stays."""
+"""Tests of collected codes: they are the model's own, for the right queries and keys, and no other tensor is kept."""
 
 import gc
 
@@ -45,7 +45,7 @@ def test_features_keep_answers_apart_and_layers_in_order(build, sraven):
     np.testing.assert_array_equal(collected.features(1), features[:, 8:])
 
 
-def test_a_module_that_holds_a_model_will_do_and_frozen_parts_stay_frozen(build, logic):
+def test_codes_of_a_module_that_holds_a_model_are_the_models_and_frozen_parts_stay_frozen(build, logic):
     class Held(nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -62,7 +62,7 @@ def test_a_module_that_holds_a_model_will_do_and_frozen_parts_stay_frozen(build,
     np.testing.assert_array_equal(held.codes, collect_codes(model, batches).codes)
 
 
-def test_any_model_and_batches_with_padding_and_training_mode(build, logic):
+def test_codes_of_a_padded_batch_in_training_mode_are_those_without_dropout(build, logic):
     model = build(logic, attention_dropout=0.5).model.train()
     values = torch.rand(3, 6, 4)
     mask = torch.ones(3, 6, dtype=torch.long)

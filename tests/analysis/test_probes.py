@@ -1,4 +1,4 @@
-"""Probes on codes of which the truth is known, and their control on all of them."""
+"""Tests of probes on codes with known content, and of their control."""
 
 import sys
 
@@ -80,7 +80,7 @@ def test_scores_are_those_of_scikit_learn():
         assert {name: score["value"] for name, score in result["scores"].items()} == pytest.approx(expected)
 
 
-def test_standard_errors_are_the_spread_over_fresh_samples():
+def test_standard_errors_equal_the_spread_over_new_samples():
     train = planted("classes", 1500, 1.0, 1)
     results = [probe(*train, *planted("classes", 400, 1.0, seed), num_shuffles=2) for seed in range(2, 42)]
     spread = np.std([result["scores"]["accuracy"]["value"] for result in results])
@@ -98,7 +98,7 @@ def test_the_seed_makes_a_probe_repeatable():
     assert probed("labels", seed=1)["control"] != probed("labels", seed=2)["control"]
 
 
-def test_a_class_that_was_not_trained_counts_as_wrong_and_one_not_asked_has_no_f1():
+def test_an_untrained_class_counts_as_wrong_and_one_that_is_not_scored_has_no_f1():
     train, values = planted("classes", 1000, 0.3, 1)
     other, asked = planted("classes", 1000, 0.3, 2)
     seen = probe(train, values, other[asked != 4], asked[asked != 4])
@@ -108,7 +108,7 @@ def test_a_class_that_was_not_trained_counts_as_wrong_and_one_not_asked_has_no_f
     assert unseen["f1_by_class"][4] == 0.0
 
 
-def test_classes_may_have_any_numbers():
+def test_classes_may_be_any_integers():
     train, values = planted("classes", 1000, 0.3, 1)
     other, asked = planted("classes", 1000, 0.3, 2)
     plain, moved = (probe(train, values - shift, other, asked - shift) for shift in (0, 100))
@@ -117,7 +117,7 @@ def test_classes_may_have_any_numbers():
     assert moved == plain
 
 
-def test_differences_of_mean_codes_that_may_be_chance_are_none():
+def test_differences_of_mean_codes_within_chance_count_as_zero():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 6, size=6000)
     codes = 1 + rng.normal(size=(6000, 8)) @ rng.normal(size=(8, 8))
@@ -127,7 +127,7 @@ def test_differences_of_mean_codes_that_may_be_chance_are_none():
     assert found[2, 2] == pytest.approx(1) and (np.delete(np.diagonal(found), 2) >= 0).all()
 
 
-def test_mean_codes_of_equal_rules_are_alike_and_of_opposite_ones_opposite():
+def test_code_similarity_is_1_for_equal_means_and_minus_1_for_opposite_ones():
     values = np.repeat([0, 1, 2, 3], 10)
     codes = np.array([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])[values]
     expected = [[1, 1, 0, -1], [1, 1, 0, -1], [0, 0, 1, 0], [-1, -1, 0, 1]]
@@ -166,7 +166,7 @@ def test_mean_codes_of_equal_rules_are_alike_and_of_opposite_ones_opposite():
         ((np.eye(4), np.arange(4), np.eye(4), np.arange(4), None, 1), "num_shuffles must be at least 2"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(arguments, message):
+def test_data_that_cannot_be_fitted_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         probe(*arguments)
 

@@ -1,4 +1,4 @@
-"""`hyla probe`: what it writes, that it can be repeated, and what it refuses before it starts."""
+"""Tests of `hyla probe`: its report and figures, its repeatability, and its refusals before any work."""
 
 import itertools
 import json
@@ -60,7 +60,7 @@ def test_a_logic_report_holds_scores_controls_and_figures(saved, capsys):
         assert path.read_bytes() == (saved / "again" / path.name).read_bytes(), path.name
 
 
-def test_a_sraven_report_of_a_softmax_model_knows_rules(saved, monkeypatch):
+def test_a_sraven_report_of_a_softmax_model_has_scores_of_rules(saved, monkeypatch):
     monkeypatch.chdir(saved)
     assert main(["probe", str(saved / "sraven"), *SRAVEN, *SIZES, "--split", "test"]) == 0
     report = json.loads((saved / "runs" / "probe-sraven" / "probe.json").read_text())
@@ -70,9 +70,7 @@ def test_a_sraven_report_of_a_softmax_model_knows_rules(saved, monkeypatch):
     assert set(report["probes"][0]["f1_by_class"]) == set(RULES)
 
 
-def test_what_a_head_is_worth_is_the_mean_over_samples_with_the_error_of_one_over_combinations(
-    build, logic, monkeypatch
-):
+def test_the_effect_of_a_head_is_a_mean_over_samples_with_an_error_over_combinations(build, logic, monkeypatch):
     model = build(logic)
     report = probe_report(model, logic, train_samples=150, num_samples=120, ablate=True)["ablation"]
     assert report["whole"] == pytest.approx(evaluate(model, logic, "ood", 120)["r2"], rel=1e-5)
@@ -115,7 +113,7 @@ def test_the_rules_that_models_mix_up_have_colours_that_differ_clearly():
         assert np.linalg.norm(np.subtract(colours[one], colours[other])) > 0.6, (one, other)
 
 
-def test_numbers_are_kept_when_a_figure_fails(build, logic, tmp_path, monkeypatch):
+def test_scores_are_kept_when_a_figure_fails(build, logic, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
@@ -125,7 +123,7 @@ def test_numbers_are_kept_when_a_figure_fails(build, logic, tmp_path, monkeypatc
     assert json.loads((tmp_path / "probe.json").read_text())["probes"]
 
 
-def test_the_rule_of_an_answer_is_that_of_its_feature_wherever_it_was_moved():
+def test_the_rule_of_an_answer_is_that_of_its_feature_after_the_permutation():
     task = get_task("sraven")
     columns = task.samples("ood", np.arange(200))
     rules = subjects(task, columns)[0].values.reshape(200, 4)
@@ -143,7 +141,7 @@ def test_the_rule_of_an_answer_is_that_of_its_feature_wherever_it_was_moved():
                 assert cells[sample, 6, place[sample, 0, feature]] == columns["labels"][sample, answer]
 
 
-def test_terms_are_those_of_the_function(logic):
+def test_probed_terms_are_those_of_the_function(logic):
     columns = logic.samples("ood", np.arange(20))
     term, target = subjects(logic, columns)
     for row, terms in zip(term.values, columns["terms"], strict=True):
@@ -153,7 +151,7 @@ def test_terms_are_those_of_the_function(logic):
         subjects(logic, {"labels": columns["labels"]})
 
 
-def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic, tmp_path):
+def test_a_fixed_query_is_the_same_point_for_every_function(build, logic, tmp_path):
     query = logic.query_point(seed=3)
     batch = next(task_batches(logic, "ood", 50, query=query))
     plain = next(task_batches(logic, "ood", 50))
@@ -171,7 +169,7 @@ def test_a_fixed_query_asks_every_function_for_the_same_point(build, logic, tmp_
     assert report["figures"] == ["probes.png", "similarity.png", "map_layer_2.png"]
 
 
-def test_what_the_answer_alone_tells_is_told_beside_what_the_codes_tell(build, logic, tmp_path):
+def test_the_report_compares_codes_with_the_answer_alone(build, logic, tmp_path):
     report = probe_report(build(logic), logic, train_samples=600, num_samples=600, fixed_query=True, output=tmp_path)
     # One point has few answers, and each is the value of its larger term: they tell more of the terms than nothing does.
     term = next(result for result in report["probes"] if (result["subject"], result["layer"]) == ("term", None))
@@ -181,7 +179,7 @@ def test_what_the_answer_alone_tells_is_told_beside_what_the_codes_tell(build, l
     assert f"{alone:.3f}" in table(report) and "from the answer alone" in table(report)
 
 
-def test_answers_are_read_as_classes_and_numbers_by_their_quantiles():
+def test_numeric_answers_are_divided_by_their_quantiles():
     numbers = Subject("target", np.arange(1600) / 1600), Subject("target", np.array([-1.0, 0.0, 0.5, 2.0]))
     train, other = answer_features(*numbers)
     np.testing.assert_array_equal(train.sum(axis=0), np.full(16, 100))
@@ -198,7 +196,7 @@ def test_answers_are_read_as_classes_and_numbers_by_their_quantiles():
     np.testing.assert_array_equal(other, np.eye(3)[[2]])
 
 
-def test_samples_of_one_combination_are_one_observation(logic, sraven):
+def test_samples_of_one_combination_count_as_one_observation(logic, sraven):
     columns = logic.samples("ood", np.arange(200))
     expected = {frozenset(terms) for terms in columns["terms"].tolist()}
     groups = combinations_of(logic, columns)
@@ -210,7 +208,7 @@ def test_samples_of_one_combination_are_one_observation(logic, sraven):
     )
 
 
-def test_the_number_of_samples_that_is_named_is_enough(logic):
+def test_the_number_of_samples_that_an_error_names_is_enough(logic):
     def refused(train: int, other: int) -> str | None:
         try:
             check_sizes(logic, "ood", train, other)
@@ -235,13 +233,13 @@ def test_the_number_of_samples_that_is_named_is_enough(logic):
         (["logic", *SRAVEN], "does not fit the task sraven"),
         (["logic", *LOGIC, "--split", "odd"], "has no split 'odd'"),
         (["logic", *LOGIC, "--split", "train"], "score it on another, such as ood"),
-        (["logic", *LOGIC, "--split", "extrapolation"], "training shows none of its parts"),
+        (["logic", *LOGIC, "--split", "extrapolation"], "none of its parts occurs in training"),
         (["logic", *LOGIC, "--num-samples", "3"], "num_samples must be at least"),
         (["sraven", *SRAVEN, "--train-samples", "3"], "train_samples must be at least"),
         (["sraven", *SRAVEN, "--num-samples", "0"], "--num-samples must be an integer of at least 1"),
         (["sraven", *SRAVEN, "--seed", "-1"], "--seed must be an integer of at least 0"),
         (["sraven", *SRAVEN, "--seed", "5000000000"], "below 2**32, got 5000000000"),
-        (["sraven", *SRAVEN, "--fixed-query"], "asks for no point"),
+        (["sraven", *SRAVEN, "--fixed-query"], "have no query point to fix"),
         (["sraven"], "pass --task logic"),
         (["logic", *LOGIC, "--output", "{saved}/logic/config.json"], "config.json"),
     ],
@@ -271,7 +269,7 @@ def test_shuffled_labels_are_at_chance_for_a_whole_model(build, sraven):
             assert abs(control["value"] - result["chance"][metric]) < 5 * control["standard_error"] + 0.03
 
 
-def test_codes_into_which_the_rule_is_written_are_read_out(monkeypatch, build, sraven):
+def test_a_rule_written_into_the_codes_is_read_out(monkeypatch, build, sraven):
     """The whole report on codes of which the truth is known: head r speaks for rule r, in the second layer."""
 
     def planted(model, batches, *_, **__):

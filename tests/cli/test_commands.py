@@ -1,4 +1,4 @@
-"""The command line as a user meets it: results on standard output, one sentence and exit code 2 for bad input."""
+"""Tests of the command line as users see it: results on standard output, one sentence and exit code 2 for bad input."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_train_prints_every_split_and_an_override_changes_the_model(recipe, run,
     assert record["recipe"]["model"]["attention_type"] == "softmax" and record["recipe"]["trainer"]["seed"] == 3
 
 
-def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(recipe, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_describes_the_run_and_writes_nothing(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe), "--dry-run", "--trainer.max_steps", "4000"]) == 0
     printed = capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_convert_writes_a_model_that_evaluate_scores(golden, tmp_path, capsys):
     assert "accuracy" in json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
 
 
-def test_data_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
+def test_data_writes_a_folder_and_prints_its_content(tmp_path, capsys):
     arguments = ["data", "logic", "--split", "test", "ood", "--num-examples", "20", "--task.num_examples", "3"]
     assert main([*arguments, "--output", str(tmp_path / "data")]) == 0
     printed = capsys.readouterr().out
@@ -100,10 +100,10 @@ def test_data_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
     assert json.loads((tmp_path / "data" / "task.json").read_text())["task"]["num_examples"] == 3
     arguments[arguments.index("20")] = "30"
     assert main([*arguments, "--output", str(tmp_path / "data")]) == 2
-    assert "holds the split test already, of 20 examples, and 30 are asked for" in capsys.readouterr().err
+    assert "already holds the split test with 20 examples, but 30 were requested" in capsys.readouterr().err
 
 
-def test_ceiling_prints_and_records_what_the_ideal_observer_reaches(tmp_path, capsys):
+def test_ceiling_prints_and_records_the_ideal_observers_scores(tmp_path, capsys):
     output = tmp_path / "results" / "record.json"
     assert main(["ceiling", "--num-samples", "50", "--task.num_features", "2", "--output", str(output)]) == 0
     record = json.loads(output.read_text())
@@ -113,7 +113,7 @@ def test_ceiling_prints_and_records_what_the_ideal_observer_reaches(tmp_path, ca
     assert record["task"]["num_features"] == 2 and "git_commit" in record["environment"]
 
 
-def test_env_is_json(capsys):
+def test_env_prints_json(capsys):
     assert main(["env"]) == 0
     assert "torch" in json.loads(capsys.readouterr().out)["environment"]
 
@@ -194,7 +194,7 @@ def test_a_folder_without_weights_is_refused(run, tmp_path, capsys):
     assert "holds no weights" in capsys.readouterr().err
 
 
-def test_a_recipe_may_be_named_without_its_ending_and_without_its_folder(recipe, monkeypatch, tmp_path, capsys):
+def test_a_recipe_may_be_named_without_its_suffix_and_folder(recipe, monkeypatch, tmp_path, capsys):
     assert main(["train", str(recipe.with_suffix("")), "--dry-run"]) == 0
     monkeypatch.chdir(tmp_path)
     small = ["--model.num_hidden_layers=1", "--model.hidden_size=16", "--task.num_examples=4"]
@@ -225,7 +225,9 @@ def test_a_quick_run_fits_the_schedule_and_scores_few_samples(recipe, monkeypatc
     assert "steps                100 of 128 samples" in capsys.readouterr().out
 
 
-def test_a_run_needs_no_name_for_a_repository(recipe, run, monkeypatch, tmp_path, capsys):
+def test_a_run_whose_settings_give_no_repository_name_trains_and_gets_a_card(
+    recipe, run, monkeypatch, tmp_path, capsys
+):
     assert main(["train", str(recipe), "--dry-run", "--task.seed", "-1"]) == 0
     monkeypatch.chdir(tmp_path)
     changed = {"num_variables": 3, "num_terms": 2, "num_examples": 5, "held_out": 0.25, "seed": -1}
@@ -257,7 +259,7 @@ def test_recipes_are_listed_and_copied_and_nothing_is_overwritten(monkeypatch, t
     assert "does not come with the package" in capsys.readouterr().err
 
 
-def test_an_installed_package_finds_what_comes_with_it(tmp_path):
+def test_an_installed_package_finds_its_recipes_from_anywhere(tmp_path):
     # As the wheel has it, recipes inside.
     package = tmp_path / "site" / "hf_hyla"
     shutil.copytree(PROJECT / "hf_hyla", package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -276,7 +278,7 @@ def test_an_installed_package_finds_what_comes_with_it(tmp_path):
     assert (here / "recipes" / "accelerate" / "ddp_cpu.yaml").exists()
 
 
-def test_a_reader_that_has_enough_ends_the_command_without_a_word():
+def test_a_closed_pipe_ends_the_command_silently():
     command = [sys.executable, "-m", "hf_hyla", "recipes"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()

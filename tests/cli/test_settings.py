@@ -1,4 +1,4 @@
-"""The names of settings that the command line knows without torch are those of the recipes."""
+"""Tests of the names of settings, which the command line knows without importing torch."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def fields(cls) -> set[str]:
     return {field.name for field in dataclasses.fields(cls) if field.init}
 
 
-def test_the_names_are_those_that_recipes_take():
+def test_the_names_of_settings_are_those_that_recipes_take():
     assert {name: set(names) for name, names in TASKS.items()} == {name: fields(cls) for name, cls in CLASSES.items()}
     assert set(SETTINGS["task"]) == {"name", "data"}.union(*map(fields, CLASSES.values()))
     assert set(SETTINGS["model"]) == fields(HylaConfig) - recipe._REFUSED_MODEL.keys() | {
@@ -29,7 +29,7 @@ def test_the_names_are_those_that_recipes_take():
     assert tuple(SETTINGS) == recipe.SECTIONS and bench.PARTS == PARTS
 
 
-def test_a_setting_that_a_recipe_refuses_with_a_reason_is_left_to_it():
+def test_settings_that_a_recipe_refuses_with_a_reason_are_left_to_the_recipe():
     refused = {"model": recipe._REFUSED_MODEL, "trainer": recipe._REFUSED_TRAINER}
     check_settings({f"{section}.{name}": "1" for section, names in refused.items() for name in names})
     with pytest.raises(ValueError, match=r"did you mean --trainer\.warmup_steps\?"):
@@ -48,6 +48,6 @@ def test_a_setting_that_a_recipe_refuses_with_a_reason_is_left_to_it():
         ("--trianer.seed", "--trainer.seed"),
     ],
 )
-def test_an_unknown_argument_is_answered_with_the_nearest(word, near):
+def test_an_unknown_argument_is_refused_with_the_nearest_name(word, near):
     options = ["--help", "--output", "--max-minutes"]
     assert unknown_argument(word, options, recipe.SECTIONS).endswith(f"(did you mean {near}?).")

@@ -1,4 +1,4 @@
-"""What can be answered without torch is answered at once, and the classes are registered all the same."""
+"""Tests of the start-up: commands that need no torch do not import it, and the classes are registered in any case."""
 
 import json
 import os
@@ -146,7 +146,7 @@ def test_the_classes_are_registered_in_every_order_of_imports():
     assert printed.count("hf_hyla.model.modeling_hyla") == len(orders)
 
 
-def test_a_pickled_config_loads_where_nothing_has_been_imported(tmp_path):
+def test_a_pickled_config_loads_in_a_process_without_imports(tmp_path):
     path = tmp_path / "config.pkl"
     processor_seconds("-c", f"import pickle, hf_hyla; pickle.dump(hf_hyla.HylaConfig(), open({str(path)!r}, 'wb'))")
     load = f"import pickle; config = pickle.load(open({str(path)!r}, 'rb'))"
@@ -158,7 +158,7 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
     assert "AttributeError: module 'hf_hyla' has no attribute 'HylaConfg'" in printed
 
 
-def test_threads_that_import_at_once_do_not_wait_for_each_other():
+def test_threads_that_import_at_the_same_time_do_not_deadlock():
     script = """
 import threading, hf_hyla
 failed, together = [], threading.Barrier(3)

@@ -1,4 +1,4 @@
-"""Ours in place of modules that transformers' tests import and its source distribution leaves out."""
+"""Replacements for modules that transformers' tests import and its source distribution leaves out."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""Finished runs to make cards of and to publish."""
+"""Finished runs for tests of cards and publishing."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What must not be published is refused with a sentence, before the first call."""
+"""Tests of the checks before publishing, which refuse with a sentence before the first request."""
 
 import bz2
 import gzip
@@ -96,7 +96,7 @@ SECRETS = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILT)
-def test_what_must_not_be_published_is_refused_before_the_first_call(
+def test_content_that_must_not_be_published_is_refused_before_the_first_call(
     hub_here, logic_run, copied, capsys, spoil, message
 ):
     run = copied(logic_run)
@@ -115,7 +115,7 @@ def test_a_pickle_is_refused_whatever_it_is_called_and_however_it_is_packed(logi
         plan(run, REPO)
 
 
-def test_text_that_begins_like_a_pickle_is_none_and_code_of_others_is_left_out(logic_run, copied):
+def test_text_that_begins_like_a_pickle_is_accepted_and_other_code_is_left_out(logic_run, copied):
     run = copied(logic_run)
     notes = {
         ".gitignore": b".venv\n",
@@ -132,7 +132,7 @@ def test_text_that_begins_like_a_pickle_is_none_and_code_of_others_is_left_out(l
 
 @pytest.mark.parametrize("secret", SECRETS)
 @pytest.mark.parametrize("name", [".env", "checkpoints/notes.txt"])
-def test_a_secret_is_found_in_files_that_would_only_be_left_out(logic_run, copied, name, secret):
+def test_a_secret_is_found_even_in_files_that_are_not_published(logic_run, copied, name, secret):
     run = copied(logic_run)
     write(name, b"TOKEN=" + secret)(run)
     with pytest.raises(ValueError, match=f"{name} holds what looks like a") as refused:
@@ -140,7 +140,7 @@ def test_a_secret_is_found_in_files_that_would_only_be_left_out(logic_run, copie
     assert secret.decode() not in str(refused.value)
 
 
-def test_the_token_in_use_is_found_whatever_it_looks_like_and_names_in_code_are_none(logic_run, copied, monkeypatch):
+def test_the_token_in_use_is_found_in_any_format_and_names_in_code_are_not_secrets(logic_run, copied, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "short-one")
     run = copied(logic_run)
     write("notes.txt", b"see hf_hyla.runs.record.finished and hf_transfer_a_long_name_of_a_thing")(run)
@@ -159,7 +159,7 @@ def test_a_token_in_the_record_is_refused_and_not_repeated(hub_here, logic_run, 
 
 
 @pytest.mark.parametrize("commit", ["0" * 40 + "+changes", "main", "0" * 7, ""])
-def test_a_run_of_code_that_is_no_commits_is_refused(logic_run, copied, commit):
+def test_a_run_of_uncommitted_code_is_refused(logic_run, copied, commit):
     record = json.loads((logic_run / "run.json").read_text())
     run = copied(logic_run, environment=record["environment"] | {"git_commit": commit})
     with pytest.raises(ValueError, match="commit the changes, and train again"):
@@ -174,19 +174,19 @@ def test_a_run_that_was_trained_from_a_folder_is_refused(logic_run, copied):
 
 
 @pytest.mark.parametrize("repo_id", ["hyla", "a/b/c", "org/-x", "org/x y"])
-def test_a_name_that_is_none_is_refused(logic_run, repo_id):
+def test_an_invalid_name_of_a_repository_is_refused(logic_run, repo_id):
     with pytest.raises(ValueError, match=r"ORG/NAME|[Rr]epo id|alphanumeric"):
         plan(logic_run, repo_id)
 
 
-def test_a_folder_that_holds_no_dataset_is_refused(logic_run, dataset, tmp_path):
+def test_a_folder_without_a_dataset_is_refused(logic_run, dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder"):
         plan(logic_run, REPO, dataset=tmp_path / "nowhere")
     (dataset / "cache.pkl").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"cache\.pkl is a pickle"):
         plan(logic_run, REPO, dataset=dataset)
     (dataset / "cache.pkl").unlink()
-    with pytest.raises(ValueError, match=r"holds data of the task .*'sraven'.* is asked for"):
+    with pytest.raises(ValueError, match=r"holds data of the task .*'sraven'.* was requested"):
         plan(logic_run, REPO, dataset=dataset)
 
 
@@ -209,7 +209,7 @@ SHARD = "data/ood-00000-of-00001.parquet"
         (lambda folder: (folder / "README.md").unlink(), "has no card"),
     ],
 )
-def test_a_dataset_that_is_not_what_its_task_json_says_is_refused(sraven_run, dataset, spoil, message):
+def test_a_dataset_that_differs_from_its_task_json_is_refused(sraven_run, dataset, spoil, message):
     spoil(dataset)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         plan(sraven_run, "org/x", dataset=dataset)

@@ -120,7 +120,7 @@ def test_a_new_process_loads_models_pipeline_and_dataset_by_their_names(publishe
     assert np.array_equal(np.reshape(panels, (10, 16)), drawn["input_ids"][:, :16])
 
 
-def test_a_process_without_the_package_gets_the_same_by_the_repositorys_code(
+def test_a_process_without_the_package_gets_the_same_outputs_by_the_repositorys_code(
     published, home, asked, logic_run, sraven_run
 ):
     printed = published.run(WITHOUT_PACKAGE + ASKED + "\n    print(json.dumps(answers(trust_remote_code=True)))", home)
@@ -130,7 +130,7 @@ def test_a_process_without_the_package_gets_the_same_by_the_repositorys_code(
     assert len(answers["solved"]["answer"]) == 2 and isinstance(answers["filled"]["answer"], float)
 
 
-def test_a_published_checkpoint_is_tuned_by_recipe_and_published_again_and_a_revision_pins(
+def test_a_published_checkpoint_is_fine_tuned_by_a_recipe_and_published_with_its_revision_pinned(
     published, home, asked, sraven_run
 ):
     repo = published.repo(LOGIC)
@@ -191,7 +191,7 @@ trainer: {{max_steps: 6, learning_rate: 0.05, warmup_steps: 1, weight_decay: 0.1
         (["{home}/nowhere", "{home}/five"], "cannot be loaded"),
     ],
 )
-def test_the_fine_tuning_script_says_in_a_sentence_what_would_go_wrong_before_it_trains(
+def test_the_fine_tuning_script_reports_errors_in_a_sentence_before_it_trains(
     sraven_run, tmp_path, monkeypatch, words, message
 ):
     monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40})
@@ -210,9 +210,7 @@ def planned(logic_run):
 
 
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut"])
-def test_a_recipe_whose_checkpoint_cannot_be_reached_is_refused_and_loads_afterwards(
-    planned, hub_here, tmp_path, fault
-):
+def test_a_recipe_is_refused_while_its_checkpoint_cannot_be_reached(planned, hub_here, tmp_path, fault):
     publish([planned])
     sections = {
         "task": {"name": "logic", "num_examples": 4},
@@ -239,7 +237,7 @@ def test_a_recipe_whose_checkpoint_cannot_be_reached_is_refused_and_loads_afterw
 
 @pytest.mark.parametrize("request_", ["preupload", "PUT /storage", "objects/batch"])
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut", "slow"])
-def test_a_passing_fault_is_overcome_and_the_run_published_whole(planned, hub_here, request_, fault):
+def test_a_temporary_fault_is_retried_and_the_run_is_published_completely(planned, hub_here, request_, fault):
     hub_here.slow_seconds = 0.1
     hub_here.fail(request_, with_=fault, times=2)
     publish([planned])

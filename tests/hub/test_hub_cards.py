@@ -1,4 +1,4 @@
-"""The trained models in hub_cards/: with the model's code they are what would be published, and score what their cards say."""
+"""Tests of the trained models in hub_cards/: they can be published, and reach the scores on their cards."""
 
 import functools
 import json
@@ -50,7 +50,7 @@ def test_there_are_trained_models():
 
 
 @trained
-def test_the_folder_holds_what_would_be_published_but_for_the_code(folder):
+def test_the_folder_holds_every_published_file_except_the_code(folder):
     repository = planned(folder)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert set(files) == set(repository.files) - set(CODE)
@@ -88,7 +88,7 @@ def without_package(folders, home: Path) -> list:
     return list(map(json.loads, loaded.stdout.splitlines()))
 
 
-def test_a_repository_that_is_built_of_each_folder_loads_without_the_package_and_computes_the_same(tmp_path):
+def test_each_folders_repository_loads_without_the_package_and_computes_the_same(tmp_path):
     expected = []
     for folder in FOLDERS:
         built = tmp_path / folder.name
@@ -105,7 +105,7 @@ def test_a_repository_that_is_built_of_each_folder_loads_without_the_package_and
     assert without_package([tmp_path / folder.name for folder in FOLDERS], tmp_path) == expected
 
 
-def test_a_folder_without_its_code_says_which_file_is_missing_where_the_package_is(tmp_path):
+def test_without_the_package_the_error_names_the_missing_code_file(tmp_path):
     [said] = without_package([FOLDERS[0]], tmp_path)
     assert f"{FOLDERS[0]} does not appear to have a file named configuration_hyla.py" in said
     assert (
@@ -119,7 +119,7 @@ def test_the_record_is_among_the_results(folder):
 
 
 @trained
-def test_the_weights_score_what_the_record_says(folder):
+def test_the_weights_reach_the_scores_in_the_record(folder):
     record = RunRecord.load(folder)
     task = get_task(**record.recipe["task"])
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -133,7 +133,7 @@ def test_the_weights_score_what_the_record_says(folder):
 
 
 @trained
-def test_the_weights_score_as_well_on_puzzles_of_another_generator(folder, golden):
+def test_the_weights_score_equally_well_on_puzzles_of_another_generator(folder, golden):
     """The official generator's puzzles, or truth tables at points that no code of this package has drawn."""
     record = RunRecord.load(folder)
     task = get_task(**record.recipe["task"])

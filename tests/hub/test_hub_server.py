@@ -1,4 +1,4 @@
-"""The loopback Hub answers huggingface_hub and datasets as the Hub does, and breaks when it is told to."""
+"""Tests of the loopback Hub: it answers huggingface_hub and datasets as the Hub does, and produces faults on request."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ def repo(api, hub_here, folder):
     return hub_here.repo("org/it")
 
 
-def test_a_process_of_its_own_uploads_pins_downloads_and_deletes(hub, folder):
+def test_another_process_can_upload_pin_download_and_delete(hub, folder):
     printed = hub.run(
         f"""
         from pathlib import Path
@@ -102,7 +102,7 @@ def test_files_come_with_the_commit_and_the_hash_that_clients_cache_by(repo, hub
         assert answer.status_code == 404 and answer.headers["X-Error-Code"] == code
 
 
-def test_what_the_apis_tell_of_a_repository_agrees(api, repo):
+def test_all_endpoints_agree_about_a_repository(api, repo):
     info = api.model_info("org/it", files_metadata=True)
     assert info.sha == repo.head and info.tags == ["hyla"] and info.card_data.license == "apache-2.0"
     sizes = {file.rfilename: (file.size, file.blob_id, file.lfs is not None) for file in info.siblings}
@@ -121,7 +121,7 @@ def test_an_unchanged_folder_makes_no_commit(api, repo, folder, hub_here):
     assert len(repo.commits) == before and sum(request.startswith("PUT") for request in hub_here.requests) == 1
 
 
-def test_a_commit_is_whole_or_nothing(api, repo):
+def test_a_commit_is_applied_completely_or_not_at_all(api, repo):
     before = repo.files()
     operations = [CommitOperationAdd("new.txt", b"new"), CommitOperationDelete("none.txt")]
     with pytest.raises(EntryNotFoundError, match="doesn't exist"):
@@ -147,7 +147,7 @@ def test_invalid_metadata_is_refused(api, repo, card):
         api.upload_file(repo_id="org/it", path_or_fileobj=card.encode(), path_in_repo="README.md")
 
 
-def test_repositories_exist_once_and_where_one_may_write(api, repo, hub_here):
+def test_a_repository_is_created_once_and_only_where_the_user_may_write(api, repo, hub_here):
     with pytest.raises(HfHubHTTPError, match="409"):
         api.create_repo("org/it")
     assert api.create_repo("org/it", exist_ok=True).repo_id == "org/it"
@@ -177,7 +177,7 @@ def test_revisions_that_do_not_exist_are_refused(repo, tmp_path):
         hf_hub_download("org/it", "README.md", revision="v9", cache_dir=tmp_path)
 
 
-def test_collections_hold_what_exists_once(api, repo, hub_here):
+def test_collections_hold_existing_repositories_once(api, repo, hub_here):
     collection = api.create_collection("HYLA models", namespace="org", description="all")
     assert api.create_collection("HYLA models", namespace="org", exists_ok=True).slug == collection.slug
     api.add_collection_item(collection.slug, "org/it", "model", note="first")
@@ -191,7 +191,7 @@ def test_collections_hold_what_exists_once(api, repo, hub_here):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_status_is_answered_as_often_as_told_and_changes_nothing(api, repo, hub_here, status):
+def test_a_faulty_status_is_returned_as_often_as_requested_and_changes_nothing(api, repo, hub_here, status):
     before = repo.files()
     hub_here.fail("POST .*/commit/", with_=status, times=1)
     new = [CommitOperationAdd("new.txt", b"new")]
@@ -202,7 +202,7 @@ def test_a_status_is_answered_as_often_as_told_and_changes_nothing(api, repo, hu
     assert repo.files() == before | {"new.txt": b"new"}
 
 
-def test_a_connection_cut_in_the_middle_of_an_upload_is_tried_again_or_fails(api, repo, hub_here):
+def test_a_connection_cut_during_an_upload_is_retried_or_fails(api, repo, hub_here):
     def upload():
         api.upload_file(repo_id="org/it", path_or_fileobj=os.urandom(1 << 20), path_in_repo="big.safetensors")
 
@@ -216,14 +216,14 @@ def test_a_connection_cut_in_the_middle_of_an_upload_is_tried_again_or_fails(api
     assert len(repo.files()["big.safetensors"]) == 1 << 20
 
 
-def test_a_lost_answer_is_a_commit_that_was_made(api, repo, hub_here):
+def test_a_commit_whose_answer_is_lost_has_been_made(api, repo, hub_here):
     hub_here.fail("POST .*/commit/", with_="lost answer")
     with pytest.raises(httpx.TransportError):
         api.upload_file(repo_id="org/it", path_or_fileobj=b"new", path_in_repo="new.txt")
     assert repo.files()["new.txt"] == b"new"
 
 
-def test_somebody_else_may_commit_just_before(api, repo, hub_here):
+def test_a_commit_of_another_user_just_before_is_refused_as_stale(api, repo, hub_here):
     hub_here.fail("POST .*/commit/", with_="stale")
     with pytest.raises(HfHubHTTPError, match="412"):
         new = [CommitOperationAdd("new.txt", b"new")]
@@ -231,7 +231,7 @@ def test_somebody_else_may_commit_just_before(api, repo, hub_here):
     assert "else.txt" in repo.files() and "new.txt" not in repo.files()
 
 
-def test_a_download_that_is_cut_goes_on_where_it_stopped(repo, hub_here, tmp_path):
+def test_an_interrupted_download_resumes_where_it_stopped(repo, hub_here, tmp_path):
     hub_here.fail("GET .*model.safetensors", with_="cut")
     path = snapshot_download("org/it", cache_dir=tmp_path / "again")
     with open(f"{path}/model.safetensors", "rb") as file:
@@ -239,13 +239,13 @@ def test_a_download_that_is_cut_goes_on_where_it_stopped(repo, hub_here, tmp_pat
     assert sum("GET" in request and "model.safetensors" in request for request in hub_here.requests) == 2
 
 
-def test_a_slow_answer_is_asked_for_again(repo, hub_here, tmp_path):
+def test_a_request_with_a_slow_answer_is_repeated(repo, hub_here, tmp_path):
     hub_here.slow_seconds = 0.4
     hub_here.fail("HEAD", with_="slow")
     hf_hub_download("org/it", "README.md", cache_dir=tmp_path / "again", etag_timeout=0.1)
     assert sum("HEAD" in request for request in hub_here.requests) == 2
 
 
-def test_a_fault_that_does_not_exist_is_refused(hub):
+def test_an_unknown_fault_is_refused(hub):
     with pytest.raises(ValueError, match="with_ must be"):
         hub.fail("GET", with_="cot")

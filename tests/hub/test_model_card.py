@@ -1,4 +1,4 @@
-"""A card says what run.json holds, what its snippet prints, and nothing else; it is checked before a run starts."""
+"""Tests of model cards: their numbers come from run.json, their outputs from their snippets, and they are checked before a run."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_the_card_shows_the_records_scores_beside_the_papers(demo_run, demo_card
         assert shown == ("none" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def test_a_budget_below_the_papers_is_said_in_the_first_lines(demo_card, logic_run, copied):
+def test_a_budget_below_the_papers_is_named_in_the_first_lines(demo_card, logic_run, copied):
     text = ModelCard(demo_card["README.md"]).text
     assert "> Trained on 512,000 samples, 8 % of the paper's 6,400,000" in "\n".join(text.splitlines()[:6])
     assert (
@@ -104,7 +104,7 @@ def test_metadata_and_eval_results_read_back_as_the_record(demo_run, demo_card):
     assert {entry.dataset_id for entry in entries} == {"org/logic"}
 
 
-def test_a_model_that_was_trained_further_is_not_compared_with_the_paper(demo_run, copied):
+def test_a_fine_tuned_model_is_not_compared_with_the_paper(demo_run, copied):
     recipe = RunRecord.load(demo_run).recipe
     recipe["model"] |= {"model_name_or_path": "org/base", "revision": "a" * 40}
     files = card_files(copied(demo_run, recipe=recipe))
@@ -190,7 +190,7 @@ def test_the_spread_is_the_standard_error_over_the_seeds(logic_run, other_seed):
     assert "| 0 | 0 | " in text and re.search(rf"\| 0 \| 1 \| [-.\d]+ \| {second:.4f} \|", text)
 
 
-def test_the_spread_says_where_held_out_combinations_differ_too(logic_run, other_seed, tmp_path):
+def test_the_spread_names_differing_held_out_combinations(logic_run, other_seed, tmp_path):
     record = RunRecord.load(other_seed)
     record.seeds["task"] = record.recipe["task"]["seed"] = 1
     record.save(tmp_path)
@@ -198,14 +198,14 @@ def test_the_spread_says_where_held_out_combinations_differ_too(logic_run, other
     assert "in their seeds only, which also draw other held-out combinations; this card's" in text
 
 
-def test_a_spread_over_something_else_is_refused(logic_run, sraven_run, other_seed, copied):
+def test_a_spread_over_runs_of_another_recipe_is_refused(logic_run, sraven_run, other_seed, copied):
     with pytest.raises(ValueError, match="is a run of another recipe"):
         card_files(logic_run, others=[sraven_run])
     with pytest.raises(ValueError, match="have the same seeds"):
         card_files(logic_run, others=[other_seed, copied(other_seed, seconds=1.0)])
 
 
-def test_what_hyla_probe_found_is_on_the_card_and_must_be_about_these_weights(logic_run, copied):
+def test_the_card_shows_a_probe_report_only_of_its_own_weights(logic_run, copied):
     run = copied(logic_run)
     command = ["probe", str(run), "--train-samples", "400", "--num-samples", "200", "--ablate"]
     assert main(command) == 0
@@ -274,7 +274,7 @@ def test_a_run_without_results_gets_no_card(logic_run, copied, changes, message)
         card_files(copied(logic_run, **changes))
 
 
-def test_a_score_that_no_sample_could_be_measured_by_is_shown_as_missing(sraven_run, copied):
+def test_a_score_without_samples_is_shown_as_missing(sraven_run, copied):
     metrics = json.loads((sraven_run / "run.json").read_text())["metrics"]
     del metrics["ood"]["accuracy_unique"]
     text = card_files(copied(sraven_run, metrics=metrics))["README.md"]
@@ -283,7 +283,7 @@ def test_a_score_that_no_sample_could_be_measured_by_is_shown_as_missing(sraven_
     assert sum(line.strip() == "- type: accuracy_unique" for line in text.splitlines()) == 1  # of test
 
 
-def test_a_run_that_is_not_finished_gets_no_card(logic_run, copied):
+def test_an_unfinished_run_gets_no_card(logic_run, copied):
     run = copied(logic_run)
     (run / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match="holds no finished run"):
@@ -334,7 +334,7 @@ def test_without_matplotlib_the_message_says_what_to_install(logic_run, monkeypa
         card_files(logic_run)
 
 
-def test_every_name_of_the_template_is_given(logic_run, monkeypatch):
+def test_every_placeholder_of_the_template_is_filled(logic_run, monkeypatch):
     given = {}
     render = ModelCard.from_template.__func__
     monkeypatch.setattr(
@@ -347,7 +347,7 @@ def test_every_name_of_the_template_is_given(logic_run, monkeypatch):
     assert named <= {*given, "card_data"} and set(given) <= {*named, "template_str"}
 
 
-def test_a_card_that_is_not_valid_stops_a_run_before_it_starts(logic_run, tmp_path, monkeypatch, capsys):
+def test_an_invalid_card_stops_a_run_before_it_starts(logic_run, tmp_path, monkeypatch, capsys):
     recipe = load_recipe(logic_run / "resolved_recipe.yaml")
     check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
     monkeypatch.setattr(model_card, "LICENSE", None)
@@ -358,7 +358,7 @@ def test_a_card_that_is_not_valid_stops_a_run_before_it_starts(logic_run, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_writes_the_card_beside_the_model_or_elsewhere(logic_run, copied, tmp_path, capsys):
+def test_the_command_writes_the_card_beside_the_model_or_into_another_folder(logic_run, copied, tmp_path, capsys):
     run = copied(logic_run)
     assert main(["card", str(run)]) == 0
     assert main(["card", str(run), "--repo-id", "org/x", "--output", str(tmp_path / "else")]) == 0
@@ -417,13 +417,13 @@ def test_a_space_for_another_task_is_refused():
         spaces.demo_files(get_task("logic"), "org/x")
 
 
-def test_all_cite_the_paper_alike():
+def test_all_citations_of_the_paper_are_the_same():
     # The metrics travel alone and cannot import it.
     assert modules._CITATION == cards.CITATION
     assert "@inproceedings" not in "".join(path.read_text() for path in TEMPLATES.iterdir())
 
 
-def test_a_dataset_is_named_by_its_settings_or_by_a_digest_where_that_is_no_name_of_a_repository():
+def test_a_dataset_is_named_by_its_settings_or_else_by_a_digest():
     assert dataset_repo(get_task("sraven", num_features=3), "org/model") == "org/sraven-num_features-3"
     settings = {"num_features": 3, "num_values": 7, "held_out": 0.125, "permute": False, "unambiguous": True}
     names = {

@@ -1,4 +1,4 @@
-"""What is published, and what happens when the Hub fails; over HTTP, against the loopback Hub."""
+"""Tests of publishing and of failures of the Hub, over HTTP with the loopback Hub."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def published(repo):
     return {name: data for name, data in repo.files().items() if name != ".gitattributes"}
 
 
-def test_a_run_is_published_whole_in_one_commit_and_not_twice(hub_here, logic_run, planned):
+def test_a_run_is_published_completely_in_one_commit_and_not_twice(hub_here, logic_run, planned):
     [line] = publish(planned)
     repo = hub_here.repo(REPO)
     assert [commit.title for commit in repo.commits] == ["initial commit", "Publish with hf_hyla"]
@@ -50,7 +50,7 @@ def test_a_run_is_published_whole_in_one_commit_and_not_twice(hub_here, logic_ru
     assert len(repo.commits) == 2 and f"unchanged, {hub_here.endpoint}/{REPO}/commit/{repo.head}" in line
 
 
-def test_everything_beside_the_model_is_linked_and_not_made_twice(hub_here, sraven_run, dataset, capsys):
+def test_the_repositories_beside_the_model_are_linked_and_made_only_once(hub_here, sraven_run, dataset, capsys):
     command = [
         "publish",
         str(sraven_run),
@@ -83,7 +83,7 @@ def test_everything_beside_the_model_is_linked_and_not_made_twice(hub_here, srav
     assert len(hub_here.collections) == 1 and len(collection["items"]) == 4
 
 
-def test_the_code_that_is_published_is_the_packages_whatever_lies_beside_the_weights(logic_run, planned, copied):
+def test_the_published_code_is_the_packages_and_not_that_beside_the_weights(logic_run, planned, copied):
     run = copied(logic_run)
     (run / "layers_hyla.py").unlink()
     (run / "modeling_hyla.py").write_text("raise SystemExit")
@@ -93,7 +93,7 @@ def test_the_code_that_is_published_is_the_packages_whatever_lies_beside_the_wei
     assert contents(repository) == contents(planned[0])
 
 
-def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub_here, logic_run, capsys):
+def test_a_dry_run_lists_files_and_sizes_without_a_request(hub_here, logic_run, capsys):
     assert main(["publish", str(logic_run), "--repo-id", REPO, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert re.search(rf" {(logic_run / 'model.safetensors').stat().st_size:,}  model\.safetensors", printed)
@@ -141,7 +141,7 @@ def plan_metric(task, hub):
     return hub.repo(name, "space")
 
 
-def test_private_repositories_are_private_and_nothing_is_sent_where_one_is_public(hub_here, planned, logic_run):
+def test_private_repositories_are_private_and_nothing_is_sent_if_one_is_public(hub_here, planned, logic_run):
     publish(planned, private=True)
     assert hub_here.repo(REPO).private
     HfApi().delete_repo(REPO)
@@ -152,7 +152,7 @@ def test_private_repositories_are_private_and_nothing_is_sent_where_one_is_publi
     assert published(hub_here.repo(REPO)) == {} and len(hub_here.repos) == 1
 
 
-def test_files_of_an_earlier_model_go_and_those_of_others_stay(hub_here, planned):
+def test_files_of_an_earlier_model_are_removed_and_those_of_others_stay(hub_here, planned):
     api = HfApi()
     api.create_repo(REPO)
     old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_hyla.py", "probe/old.png"]
@@ -222,7 +222,7 @@ def test_a_fault_at_the_first_publication_leaves_a_new_repository_empty_or_whole
 
 @pytest.mark.parametrize("request_", ["POST /api/collections$", "POST /api/collections/.*/items"])
 @pytest.mark.parametrize(("fault", "message"), [(500, "in trouble (status 500)"), ("cut", "cannot be reached")])
-def test_a_collection_that_fails_half_way_is_a_sentence_and_filled_by_the_same_command(
+def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_command(
     hub_here, logic_run, request_, fault, message
 ):
     repositories = plan(logic_run, REPO, metric=True)
@@ -237,14 +237,14 @@ def test_a_collection_that_fails_half_way_is_a_sentence_and_filled_by_the_same_c
     assert [item["id"] for item in collection["items"]] == ["org/hyla_logic_r2", REPO]
 
 
-def test_what_was_published_before_a_fault_is_said(hub_here, logic_run, capsys):
+def test_an_error_names_what_was_published_before_it(hub_here, logic_run, capsys):
     hub_here.fail(f"models/{REPO}/commit", with_=500, times=20)
     assert main(["publish", str(logic_run), "--repo-id", REPO, "--metric"]) == 2
     assert "Before it came: space org/hyla_logic_r2." in capsys.readouterr().err
     assert published(hub_here.repo(REPO)) == {}
 
 
-def test_a_wrong_token_or_none_or_anothers_organisation_is_a_sentence(hub_here, logic_run, capsys, monkeypatch):
+def test_a_wrong_or_missing_token_or_organisation_is_reported_in_a_sentence(hub_here, logic_run, capsys, monkeypatch):
     for token, repo_id, message in [
         (hub_here.read_token, REPO, "may not write there"),
         (hub_here.token, "other/x", "may not write there"),
@@ -257,7 +257,7 @@ def test_a_wrong_token_or_none_or_anothers_organisation_is_a_sentence(hub_here, 
     assert hub_here.repos == {}
 
 
-def test_push_to_hub_in_a_recipe_publishes_the_same_as_the_command(hub_here, trained, capsys):
+def test_push_to_hub_in_a_recipe_publishes_the_same_files_as_the_command(hub_here, trained, capsys):
     run = trained("logic", push_to_hub=True, hub_model_id=REPO, hub_private_repo=True)
     assert f"model {REPO}: published, " in capsys.readouterr().out
     repo = hub_here.repo(REPO)
@@ -312,7 +312,7 @@ def trainer_in(folder, args_class=HylaTrainingArguments, **settings):
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 @pytest.mark.parametrize("arguments", [HylaTrainingArguments, TrainingArguments])
-def test_a_trainer_that_is_to_push_is_refused_before_it_trains(hub_here, logic_run, arguments, strategy):
+def test_a_trainer_with_push_to_hub_is_refused_before_it_trains(hub_here, logic_run, arguments, strategy):
     with pytest.raises(ValueError, match=r"would upload pickles .* publish the finished run by `hyla publish`"):
         trainer_in(
             logic_run / "checkpoints",
@@ -336,7 +336,7 @@ def test_a_trainer_sends_nothing_and_writes_no_card_of_its_own(hub_here, logic_r
     assert not list((run / "out").iterdir()) and not (run / "README.md").exists()
 
 
-def test_an_error_that_is_not_the_hubs_stays_what_it_is(hub_here, logic_run, copied):
+def test_an_error_that_is_not_the_hubs_is_raised_unchanged(hub_here, logic_run, copied):
     run = copied(logic_run)
     repositories = plan(run, REPO)
     (run / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""What tests of the model share: rows of Table A1, plain loops, random inputs and models."""
+"""Helpers for tests of the model: rows of Table A1, plain loops, random inputs and models."""
 
 import dataclasses
 import itertools

@@ -103,7 +103,7 @@ def exact_bucket(distance: int, num_buckets: int) -> int:
 
 
 @pytest.mark.parametrize("num_buckets", [2, 3, 7, 16, 32, 36, 63, 64, 96, 128])
-def test_position_buckets_equal_t5_unidirectional(num_buckets):
+def test_position_buckets_equal_those_of_unidirectional_t5(num_buckets):
     length = 2 * num_buckets + 1
     buckets = by_pair(relative_position_buckets(length, length, num_buckets), length, length)
     for query, key in itertools.product(range(length), repeat=2):
@@ -117,6 +117,6 @@ def test_position_buckets_of_the_sraven_model_have_the_reference_quirks():
     assert (buckets.triu() == 0).all()  # all later keys share bucket 0
 
 
-def test_last_query_stands_beside_the_last_key():
+def test_the_last_query_has_the_position_of_the_last_key():
     some, all_of_them = (by_pair(relative_position_buckets(n, 9, 16), n, 9) for n in (3, 9))
     torch.testing.assert_close(some, all_of_them[-3:])

@@ -80,7 +80,7 @@ def test_cpu_kernel_equals_the_definition(row, mask):
     [(1, 1, 1), (2, 2, 17), (1, 36, 36), (2, 63, 63), (1, 17, 129), (1, 129, 17), (1, 20, 1000)],
     ids=lambda size: "x".join(map(str, size)),
 )
-def test_cpu_kernel_in_single_precision_at_odd_sizes(row, size, threads, monkeypatch):
+def test_cpu_kernel_equals_the_definition_in_single_precision_at_odd_sizes(row, size, threads, monkeypatch):
     # Fresh memory that holds NaN shows what was never written, and what is read before it was.
     monkeypatch.setattr(torch.Tensor, "new_empty", filled_with_nan(torch.Tensor.new_empty))
     before = torch.get_num_threads()
@@ -93,7 +93,7 @@ def test_cpu_kernel_in_single_precision_at_odd_sizes(row, size, threads, monkeyp
 
 
 @pytest.mark.parametrize(("dtype", "lowest"), [("float32", -87.0), ("float64", -708.0)])
-def test_exponentials_of_the_cpu_kernel_over_their_whole_range(dtype, lowest):
+def test_exponentials_of_the_cpu_kernel_are_accurate_over_their_whole_range(dtype, lowest):
     normal = np.linspace(lowest, 0.0, 10_001).astype(dtype)
     below = np.array([np.nextafter(normal[0], normal[0] - 1), -1e4, np.finfo(dtype).min, -np.inf], dtype)
     got = np.concatenate([normal, below, np.array([np.nan], dtype)])
@@ -113,7 +113,7 @@ def test_cpu_kernel_hides_no_nan(row, keys):
     assert broken[0, 7, 2] and not broken[0, :7].any() and not broken[0, 8:].any()
 
 
-def test_cpu_kernel_gives_the_same_bits_again_and_none_stored_of_size_query_times_key():
+def test_cpu_kernel_gives_the_same_bits_twice_and_stores_nothing_of_size_query_times_key():
     case = Case(batch=2, queries=300, keys=300, heads=5, width=4, value_width=3, dropout=0.2)
     first, second = (differentiate(BACKENDS["hyla_cpu"], HYLA, case, torch.float32) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -133,7 +133,7 @@ def test_sdpa_equals_the_definition(mask):
     compare("hyla_sdpa", SOFTMAX, Case(queries=5, keys=19, mask=mask))
 
 
-def test_what_a_backend_cannot_compute_it_refuses_with_the_reason():
+def test_a_backend_refuses_what_it_cannot_compute_with_the_reason():
     query = torch.randn(1, 2, 3, 4)
     calls = {
         ("hyla_sdpa", ("hyla", "rms_head", "relu"), 0.0): "mixes plain values by softmax scores only",
@@ -179,7 +179,7 @@ def test_the_default_takes_the_fastest_implementation_that_can_serve(row, shape,
     ("kind", "heads", "width", "length"),
     [("hyla", 1, 128, 512), ("hyla", 1, 128, 2048), ("hyla+", 4, 16, 400), ("hyla", 8, 16, 800)],
 )
-def test_where_no_kernel_serves_wide_values_do_not_fill_the_memory(kind, heads, width, length):
+def test_without_a_kernel_wide_values_do_not_fill_the_memory(kind, heads, width, length):
     mixing = torch.empty(heads, width, width, device="meta") if kind == "hyla+" else None
     layer = Layer("hyla", "rms_head", "relu", mixing)
     tensor = torch.empty(1, heads, length, width, device="meta")
@@ -281,14 +281,14 @@ def test_chunked_implementation_is_computed_between_the_graphs_of_a_compiled_mod
     torch.compiler.reset()
 
 
-def test_chunked_implementation_has_shapes_where_there_are_no_elements():
+def test_chunked_implementation_computes_shapes_of_meta_tensors():
     tensor = torch.empty(2, 3, 3000, 5, device="meta", requires_grad=True)
     output, _ = BACKENDS["hyla_chunked"](Layer(*HYLA[:3], None), tensor, tensor, tensor, None, 0.5)
     output.sum().backward()
     assert output.shape == (2, 3000, 3, 5) and tensor.grad.shape == tensor.shape
 
 
-def test_where_numba_is_missing_or_cannot_compile_another_implementation_takes_over_with_one_line(monkeypatch, caplog):
+def test_another_implementation_takes_over_with_a_warning_if_numba_is_missing_or_fails(monkeypatch, caplog):
     layer, query = Layer("hyla", "rms_head", "relu", None), torch.randn(8, 5, 129, 4)
     monkeypatch.setattr(ops_cpu_hyla, "numba", None)
     backends_hyla.logger.warning_once.__func__.cache_clear()
@@ -328,7 +328,7 @@ def test_without_numba_the_package_imports_and_trains():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", line)
 
 
-def test_where_nothing_can_be_cached_the_kernel_is_compiled_all_the_same(monkeypatch):
+def test_the_kernel_is_compiled_even_if_it_cannot_be_cached(monkeypatch):
     def nowhere(*_, **__):
         raise RuntimeError("cannot cache function 'forward': no locator available")
 
@@ -355,9 +355,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("backend", ["hyla_cpu", "hyla"])
 @pytest.mark.parametrize("shapes", MISFITS.values(), ids=MISFITS)
-def test_the_kernel_refuses_what_it_would_read_wrongly_and_the_default_computes_it_as_the_eager_implementation(
-    monkeypatch, backend, shapes
-):
+def test_the_kernel_refuses_shapes_that_broadcast_and_the_default_computes_them(monkeypatch, backend, shapes):
     monkeypatch.setattr(backends_hyla, "_SMALL", 0)
     shapes = {"query": (2, 4, 9, 5), "key": (2, 4, 9, 5), "value": (2, 4, 9, 3), "position_bias": (4, 17)} | shapes
     mask = torch.rand(shapes.pop("mask")) < 0.5 if "mask" in shapes else None
@@ -450,13 +448,13 @@ def test_pairs_are_dropped_at_the_stated_rate_and_anew_for_every_seed():
     assert torch.equal(part, pair_dropout(positions, positions, torch.tensor([5, 6]), 0.3)[10:20])
 
 
-def test_numbers_by_diagonal_belong_to_pairs_of_one_distance():
+def test_values_by_diagonal_belong_to_pairs_of_one_distance():
     by_diagonal = torch.arange(7.0)[None]
     expected = [[key - query + 3 for key in range(4)] for query in range(4)]
     assert by_pair(by_diagonal, 4, 4)[0].tolist() == expected
 
 
-def test_a_model_answers_alike_by_every_backend_and_returns_codes_by_all():
+def test_a_model_gives_the_same_answers_and_codes_by_every_backend():
     torch.manual_seed(0)
     config = HylaConfig(num_hidden_layers=2, num_attention_heads=5, attention_dropout=0.0)
     model = HylaForSequenceClassification(config).eval()
@@ -475,7 +473,7 @@ def test_a_model_answers_alike_by_every_backend_and_returns_codes_by_all():
         model(input_ids=ids)
 
 
-def test_the_operators_of_the_kernel_keep_torch_s_contract():
+def test_the_operators_of_the_kernel_pass_torchs_opcheck():
     case = Case(batch=2, heads=5, queries=9, keys=9, width=4, value_width=3)
     tensors = [tensor.requires_grad_() for tensor in case.tensors(HYLA, torch.float32).values()]
     arguments = (*tensors[:3], None, tensors[3], None, None, 0.5, "rms_head", "relu", True, 0.0)

@@ -17,7 +17,9 @@ def test_defaults_are_the_sraven_hyla_model():
     ("attention_type", "score_norm", "value_activation"),
     [("hyla", "rms_head", "relu"), ("linear", "none", "none"), ("softmax", "softmax", "none")],
 )
-def test_what_follows_from_the_type_stays_none_in_config_json(tmp_path, attention_type, score_norm, value_activation):
+def test_fields_that_follow_from_the_type_stay_none_in_config_json(
+    tmp_path, attention_type, score_norm, value_activation
+):
     config = HylaConfig(attention_type=attention_type)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -31,7 +33,7 @@ def test_every_number_of_labels_survives_saving(tmp_path, num_labels):
     assert AutoConfig.from_pretrained(tmp_path).num_labels == num_labels
 
 
-def test_what_transformers_stores_loads_again(tmp_path, caplog):
+def test_fields_that_transformers_stores_load_again(tmp_path, caplog):
     config = HylaConfig()
     config.sep_token_id = 3
     config.num_hidden_layer = 7  # near a field, which a keyword would be refused for
@@ -47,7 +49,7 @@ def test_what_transformers_stores_loads_again(tmp_path, caplog):
     ("name", "field"),
     [("num_heads", "num_attention_heads"), ("num_layers", "num_hidden_layers"), ("head_width", None)],
 )
-def test_a_part_of_a_fields_name_is_refused_with_the_whole(name, field):
+def test_a_part_of_a_fields_name_is_refused_with_the_whole_name(name, field):
     if field is None:
         assert HylaConfig(**{name: 4}).head_width == 4
         return
@@ -60,7 +62,7 @@ def test_a_part_of_a_fields_name_is_refused_with_the_whole(name, field):
     ["hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "value_head_dim", "intermediate_size",
      "vocab_size", "num_labels", "num_answers", "relative_attention_num_buckets", "num_experts"],
 )  # fmt: skip
-def test_sizes_that_no_memory_holds_are_refused_at_once(tmp_path, name):
+def test_sizes_beyond_any_memory_are_refused_at_once(tmp_path, name):
     HylaConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     written = json.loads(path.read_text()) | {name: 10**9, "answer_token_id": None, "ffn_type": "moe"}
@@ -84,7 +86,7 @@ def test_sizes_that_no_memory_holds_are_refused_at_once(tmp_path, name):
         ({"attention_type": ["hyla"]}, "attention_type"),
     ],
 )
-def test_a_file_of_wrong_types_is_refused_in_a_sentence(tmp_path, entries, message):
+def test_a_config_file_with_wrong_types_is_refused_in_a_sentence(tmp_path, entries, message):
     HylaConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
@@ -92,7 +94,7 @@ def test_a_file_of_wrong_types_is_refused_in_a_sentence(tmp_path, entries, messa
         AutoConfig.from_pretrained(tmp_path)
 
 
-def test_a_config_that_is_no_object_is_refused():
+def test_a_config_file_without_an_object_is_refused():
     for config in (None, [], "hyla"):
         with pytest.raises(ValueError, match="must be an object of names and values"):
             HylaConfig.from_dict(config)
@@ -119,7 +121,7 @@ def test_misspelt_field_is_refused_with_the_nearest_name():
         ({"vocab_size": 30}, "Token id 8 is the answer slot"),
     ],
 )
-def test_what_may_be_a_mistake_is_reported(caplog, settings, message):
+def test_probable_mistakes_are_reported(caplog, settings, message):
     HylaConfig(**settings)
     assert message in caplog.text
 
@@ -147,6 +149,6 @@ def test_what_may_be_a_mistake_is_reported(caplog, settings, message):
         ({"attention_type": "linear", "score_norm": "softmax"}, "does not go with attention_type='linear'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_with_a_reason(settings, message):
+def test_impossible_settings_are_refused_with_a_reason(settings, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         HylaConfig(**settings)

@@ -1,4 +1,4 @@
-"""Every implementation of attention where numbers are extreme, rows see nothing, or some inputs need no gradient."""
+"""Tests of every implementation of attention with extreme values, rows that see nothing, or inputs that need no gradient."""
 
 import itertools
 
@@ -70,7 +70,7 @@ def differentiate(attention, row, inputs, dtype, needed, keys=9) -> dict[str, to
 
 
 @pytest.mark.parametrize(("backend", "row"), PAIRS)
-def test_gradients_do_not_depend_on_what_else_needs_one(backend, row):
+def test_a_gradient_does_not_depend_on_which_others_are_requested(backend, row):
     inputs = tensors(row)
     expected = differentiate(eager_attention_forward, row, inputs, torch.float64, list(inputs))
     for count in range(1, len(inputs) + 1):
@@ -90,7 +90,7 @@ def test_gradients_do_not_depend_on_what_else_needs_one(backend, row):
         if row[1] != "none"
     ],
 )
-def test_normalised_scores_may_be_as_large_and_as_small_as_float32_holds(backend, row, size):
+def test_scores_of_every_magnitude_in_float32_can_be_normalised(backend, row, size):
     inputs = {name: x.float().double() for name, x in tensors(row, size=size).items()}
     expected = differentiate(eager_attention_forward, row, inputs, torch.float64, list(inputs))
     found = differentiate(BACKENDS[backend], row, inputs, torch.float32, list(inputs))
@@ -149,7 +149,7 @@ def penalised(backend, row, differentiated, by) -> None:
 @pytest.mark.parametrize("by", ["backward", "grad", "allow_unused", "the gradient of the output"])
 @pytest.mark.parametrize("differentiated", [0, 1, 2])
 @pytest.mark.parametrize("backend", FUSED)
-def test_a_gradient_penalty_is_refused_and_not_left_out(backend, differentiated, by):
+def test_a_gradient_penalty_is_refused_and_not_ignored(backend, differentiated, by):
     row = SOFTMAX if backend == "hyla_sdpa" else ROWS[2]
     with pytest.raises(RuntimeError, match="attn_implementation='eager'"):
         penalised(backend, row, differentiated, by)

@@ -1,4 +1,4 @@
-"""What users of transformers rely on besides loading and training: compilers, exporters, adapters, devices, settings."""
+"""Tests of the features of transformers besides loading and training: compilers, exporters, adapters, devices, settings."""
 
 import itertools
 import shutil
@@ -389,7 +389,7 @@ def test_reentrant_checkpointing_refuses_to_lose_the_gradient_of_the_balancing_l
         model(ids(), labels=ids(length=4, vocab=8))
 
 
-def test_tuples_by_config():
+def test_return_dict_of_the_config_makes_the_model_return_tuples():
     model = make(return_dict=False)
     assert [type(model(ids())), type(model.model(ids()))] == [tuple, tuple]
     assert torch.equal(model(ids())[0], model(ids(), return_dict=True).logits)

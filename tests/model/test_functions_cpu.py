@@ -1,4 +1,4 @@
-"""What a CPU computes faster than torch does by itself: products by oneDNN, GELU by numba."""
+"""Tests of the functions that are faster than torch's own on a CPU: products by oneDNN and GELU by numba."""
 
 import copy
 from pathlib import Path
@@ -184,7 +184,7 @@ def without(monkeypatch, function):
         return function()
 
 
-def test_layers_are_served_and_stay_plain_linear_layers(served, monkeypatch):
+def test_linear_layers_use_our_products_and_stay_plain_modules(served, monkeypatch):
     model, ids = model_and_ids()
     logits = model(ids).logits
     assert served.count("_Linear") == 6 * 2 and served.count("_Gelu") == 2
@@ -192,7 +192,7 @@ def test_layers_are_served_and_stay_plain_linear_layers(served, monkeypatch):
     torch.testing.assert_close(logits, without(monkeypatch, lambda: model(ids).logits))
 
 
-def test_hooks_and_replaced_layers_see_what_they_always_see(monkeypatch):
+def test_hooks_and_replaced_layers_are_called_as_usual(monkeypatch):
     model, ids = model_and_ids()
     layer, seen = model.model.layers[0].mlp, []
     layer.up_proj.register_forward_hook(lambda module, args, output: seen.append(output) or 2 * output)
@@ -207,14 +207,14 @@ def test_hooks_and_replaced_layers_see_what_they_always_see(monkeypatch):
     assert len(seen) == 2
 
 
-def test_quantised_layers_compute_by_themselves(monkeypatch):
+def test_quantised_layers_use_their_own_products(monkeypatch):
     model, ids = model_and_ids()
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     assert not isinstance(quantised.model.layers[0].mlp.up_proj, nn.Linear)
     torch.testing.assert_close(quantised(ids).logits, without(monkeypatch, lambda: quantised(ids).logits))
 
 
-def test_adapters_are_trained_as_without(monkeypatch):
+def test_adapters_have_the_gradients_of_torchs_products(monkeypatch):
     peft = pytest.importorskip("peft")
     model, ids = model_and_ids()
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
@@ -245,7 +245,7 @@ def test_compiled_and_exported_graphs_hold_torchs_own_products():
     assert graphs and not any("mkldnn" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
-def test_double_precision_goes_to_torch(served):
+def test_torch_computes_products_in_double_precision(served):
     x, weight, bias = (tensor.double() for tensor in given())
     assert torch.equal(served_block(x, weight, bias), block(x, weight, bias)) and not served
 
@@ -266,13 +266,13 @@ def test_gelu_in_half_precision_is_rounded_once(dtype, served):
     torch.testing.assert_close(gradient.double(), right_gradient, rtol=half_a_step, atol=1e-6)
 
 
-def test_autocast_goes_to_torch(served):
+def test_torch_computes_products_under_autocast(served):
     with torch.autocast("cpu", torch.bfloat16), cpu_functions(given()[0]):
         assert linear(*given()).dtype == torch.bfloat16
     assert not served
 
 
-def test_where_onednn_is_not_faster_torchs_products_serve(monkeypatch, served):
+def test_torchs_products_are_used_where_onednn_is_not_faster(monkeypatch, served):
     monkeypatch.setattr(functions, "onednn_is_faster", lambda: False)
     x, weight, bias = given()
     with cpu_functions(x):
@@ -288,7 +288,7 @@ def test_where_onednn_is_not_faster_torchs_products_serve(monkeypatch, served):
         ("vendor_id : AuthenticAMD", "AVX2", False),
     ],
 )
-def test_the_rule_by_which_onednn_is_chosen(vendor, capability, faster, monkeypatch):
+def test_onednn_is_chosen_by_vendor_and_capability(vendor, capability, faster, monkeypatch):
     monkeypatch.undo()
     if not torch.backends.mkl.is_available():
         pytest.skip("this build of torch has no MKL to compare with")
@@ -303,7 +303,7 @@ def test_a_build_of_torch_without_the_operator_keeps_torchs_products(monkeypatch
     assert not functions.onednn_is_available() and not functions.onednn_is_faster.__wrapped__()
 
 
-def test_kernels_are_compiled_anew_when_another_file_that_they_are_made_of_changes(monkeypatch):
+def test_kernels_are_compiled_again_when_an_imported_file_changes(monkeypatch):
     compile_anew = function_kernels_cpu_hyla.compiled_gelu.__wrapped__
     before = compile_anew("float32").py_func.__qualname__  # by which numba names what it keeps on disk
     assert compile_anew("float32").py_func.__qualname__ == before
@@ -314,7 +314,7 @@ def test_kernels_are_compiled_anew_when_another_file_that_they_are_made_of_chang
 
 
 @pytest.mark.parametrize("shape", [(40, 16), (64, 33), (17, 5), (1, 1)])
-def test_transposed_copies_are_whole(shape):
+def test_transposed_copies_equal_the_transpose_and_are_contiguous(shape):
     matrix = torch.randn(shape)
     copied = functions._transposed(matrix)
     assert torch.equal(copied, matrix.mT) and copied.is_contiguous()

@@ -140,7 +140,7 @@ def test_in_a_model_of_half_precision_only_results_are_rounded(row, backend, dty
 
 @half
 @pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
-def test_sdpa_under_autocast_rounds_probabilities_and_biases_besides(mask, dtype):
+def test_sdpa_under_autocast_also_rounds_probabilities_and_biases(mask, dtype):
     for case in (Case(mask=mask), Case(queries=5, mask=mask)):
         tensors = given(SOFTMAX, case, dtype)
         found = differentiate(BACKENDS["hyla_sdpa"], SOFTMAX, case, tensors, autocast=dtype)
@@ -187,7 +187,7 @@ def test_under_autocast_attention_equals_a_plain_loop(row, mask, dtype):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @half
-def test_the_cpu_kernel_in_half_precision_gives_the_same_bits_again(dtype, threads):
+def test_the_cpu_kernel_in_half_precision_gives_the_same_bits_twice(dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -201,7 +201,7 @@ def test_the_cpu_kernel_in_half_precision_gives_the_same_bits_again(dtype, threa
 
 
 @half
-def test_normalised_queries_in_float32_are_multiplied_as_autocast_would(dtype):
+def test_float32_queries_after_qk_norm_are_rounded_to_the_autocast_dtype(dtype):
     """qk_norm leaves queries and keys in float32, beside values in half precision; their gradients come in float32."""
     case = Case(mask="padding")
     mixed = given(HYLA, case, dtype) | {name: case.tensors(HYLA, torch.float32)[name] for name in ("query", "key")}
@@ -231,7 +231,7 @@ def test_float64_stays_float64_under_autocast():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("backend", ["hyla_cpu", "hyla_triton"])
-def test_parameters_in_neither_dtype_are_refused_by_name(backend, name):
+def test_parameters_of_an_unsupported_dtype_are_refused_by_name(backend, name):
     tensors = given(HYLA_PLUS, Case(), torch.bfloat16)
     tensors[name] = tensors[name].half()
     with pytest.raises(
@@ -354,7 +354,7 @@ def test_a_layer_is_computed_by_the_same_implementation_in_every_precision(setti
 
 
 @pytest.mark.parametrize("backend", ["hyla", "hyla_cpu", "hyla_chunked"])
-def test_an_implementation_is_asked_once_a_call(backend, taken):
+def test_an_implementation_is_checked_once_per_call(backend, taken):
     tensors = torch.randn(3, 1, 2, 9, 4).unbind()
     BACKENDS[backend](Layer(*HYLA[:3], None), *tensors, None, 0.5)
     name = "hyla_cpu" if backend == "hyla" else backend
@@ -387,7 +387,7 @@ def test_a_model_under_autocast_learns_as_in_single_precision(dtype, monkeypatch
 
 
 @half
-def test_the_kernel_under_autocast_in_a_compiled_model(dtype, monkeypatch):
+def test_the_kernel_under_autocast_is_the_same_in_a_compiled_model(dtype, monkeypatch):
     monkeypatch.setattr(backends_hyla, "_SMALL", 0)
     torch.manual_seed(0)
     config = HylaConfig(num_hidden_layers=2, qk_norm=True, value_depth=2, attn_implementation="hyla_cpu")
@@ -407,7 +407,7 @@ def test_the_kernel_under_autocast_in_a_compiled_model(dtype, monkeypatch):
 
 
 @half
-def test_the_operators_keep_torch_s_contract_in_half_precision(dtype):
+def test_the_operators_pass_torchs_opcheck_in_half_precision(dtype):
     case = Case(batch=2, heads=5, queries=9, keys=9, width=4, value_width=3)
     tensors = {name: x.detach().requires_grad_() for name, x in given(HYLA_PLUS, case, dtype).items()}
     query, key, value, bias, mixing = tensors.values()

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
 
 
-def test_parameter_counts_of_the_papers_models():
+def test_the_papers_models_have_the_papers_parameter_counts():
     assert HylaForSequenceClassification(HylaConfig()).num_parameters() == 402_952  # 402,824 and a row of 128 zeros
     logic = HylaConfig(
         vocab_size=None, input_size=5, num_answers=1, num_labels=1, num_hidden_layers=2, num_attention_heads=8,
@@ -63,7 +63,7 @@ def test_nothing_is_uninitialised_after_loading_a_checkpoint_with_missing_keys(t
     assert (loaded.model.embed_tokens.weight[8] == 0).all() and (loaded.model.embed_bias == 0).all()
 
 
-def test_initialisation_is_the_references():
+def test_weights_are_initialised_as_in_the_reference():
     torch.manual_seed(0)
     config = HylaConfig(hidden_size=400, vocab_size=65, answer_token_id=64, num_attention_heads=20, head_dim=10,
                         value_head_dim=8, value_depth=2, relative_attention_num_buckets=64, intermediate_size=500)  # fmt: skip
@@ -147,7 +147,7 @@ def test_causal_models_do_not_see_the_future(attention_type):
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
-def test_another_attention_is_refused_rather_than_computed_instead(attention_type):
+def test_an_unknown_attn_implementation_is_refused(attention_type):
     with pytest.raises(ValueError, match="no attn_implementation 'sdpa'"):
         HylaForSequenceClassification._from_config(
             HylaConfig(attention_type=attention_type), attn_implementation="sdpa"
@@ -181,7 +181,7 @@ def test_codes_and_hidden_states_are_returned_on_request(attention_type):
          torch.randint(0, 2, (3, 2, 3)).float(), nn.functional.binary_cross_entropy_with_logits),
     ],
 )  # fmt: skip
-def test_loss_of_every_problem_type_and_its_share_in_a_larger_batch(settings, labels, reference):
+def test_the_loss_equals_torchs_and_is_divided_by_num_items_in_batch(settings, labels, reference):
     model = make(**settings)
     expected = reference(model(ids()).logits, labels)
     torch.testing.assert_close(model(ids(), labels=labels).loss, expected)
@@ -224,7 +224,7 @@ def test_continuous_inputs_of_the_wrong_width_are_refused():
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
-def test_packed_rows_are_refused_and_positions_that_only_count_are_not(attention_type):
+def test_packed_rows_are_refused_and_consecutive_positions_accepted(attention_type):
     model = make(attention_type=attention_type)
     expected = model(ids()).logits
     count = torch.arange(10).expand(3, 10)
@@ -249,7 +249,7 @@ def test_packed_rows_are_refused_and_positions_that_only_count_are_not(attention
 
 @pytest.mark.parametrize("settings", [{}, {"vocab_size": None, "input_size": 5, "num_answers": 1, "num_labels": 1}])
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
-def test_models_of_integer_weights_compute_in_the_dtype_of_the_rest(attention_type, settings):
+def test_a_model_with_integer_weights_computes_in_the_dtype_of_its_other_weights(attention_type, settings):
     model = make(scale=1.0, attention_type=attention_type, **settings)
     inputs = {"input_values": torch.rand(3, 10, 5)} if settings else {"input_ids": ids()}
     expected = model(**inputs).logits

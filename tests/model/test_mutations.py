@@ -1,6 +1,6 @@
 """
-The tests of the mathematics can see what they are there to see: each line of the table below breaks one thing in the
-source of a function, and the tests named beside it must fail.
+Tests of the tests of the mathematics. Each entry of the table below breaks one thing in the source of a function, and the
+tests beside it must fail.
 """
 
 import inspect
@@ -52,7 +52,7 @@ def dropout(golden):
 
 
 def buckets(golden):
-    test_attention.test_position_buckets_equal_t5_unidirectional(7)
+    test_attention.test_position_buckets_equal_those_of_unidirectional_t5(7)
 
 
 # what is broken: (function, its source, what stands there instead, the tests that must see it)
@@ -189,7 +189,7 @@ def mutate(monkeypatch, function, original, mutated) -> None:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_every_deliberate_mistake_is_seen(monkeypatch, golden, name):
+def test_every_deliberate_mistake_fails_a_test(monkeypatch, golden, name):
     function, original, mutated, tests = MUTATIONS[name]
     mutate(monkeypatch, function, original, mutated)
     for number, test in enumerate(tests):
@@ -200,7 +200,7 @@ def test_every_deliberate_mistake_is_seen(monkeypatch, golden, name):
         pytest.fail(f"test {number} of this mutation passes with {mutated!r}", pytrace=False)
 
 
-def test_the_same_tests_pass_where_nothing_is_changed(monkeypatch, golden):
+def test_the_same_tests_pass_without_a_mistake(monkeypatch, golden):
     # Recompiled from the same words, so that no mutation above is seen for the recompiling.
     for function, some_words in {function: original for function, original, _, _ in MUTATIONS.values()}.items():
         mutate(monkeypatch, function, some_words, some_words)

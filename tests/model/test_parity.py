@@ -1,4 +1,4 @@
-"""Our numbers are the official implementation's, on parameters in which every one matters."""
+"""Tests of equality with the official implementation, on random parameters of which none is zero or one."""
 
 import json
 

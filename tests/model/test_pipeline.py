@@ -1,4 +1,4 @@
-"""The pipeline encodes as the tasks do, answers as the model does, and refuses what is no puzzle."""
+"""Tests of the pipeline: it encodes as the tasks do, answers as the model does, and refuses invalid puzzles."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def pipe(case):
     return pipeline("symbolic-reasoning", model=case[1], device="cpu")
 
 
-def test_it_encodes_as_the_task_does(case, pipe):
+def test_the_pipeline_encodes_puzzles_as_the_task_does(case, pipe):
     _, _, batch, _, puzzles = case
     for name, expected in batch.items():
         encoded = torch.cat([pipe.preprocess(puzzle)[name] for puzzle in puzzles])
@@ -65,7 +65,7 @@ def test_it_encodes_as_the_task_does(case, pipe):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_it_answers_as_the_model_does(case, pipe, batch_size):
+def test_the_pipeline_answers_as_the_model_does(case, pipe, batch_size):
     task, _, _, outputs, puzzles = case
     answers = pipe(puzzles, batch_size=batch_size)
     for answer, logits in zip(answers, outputs.logits, strict=True):
@@ -90,7 +90,7 @@ def test_codes_are_those_of_the_answer_tokens(case, pipe):
     assert "codes" not in pipe(puzzles[0])
 
 
-def test_one_puzzle_many_arrays_and_streams_are_taken(case, pipe):
+def test_one_puzzle_lists_arrays_and_generators_give_the_same_answers(case, pipe):
     task, _, _, _, puzzles = case
     alone = [pipe(puzzle) for puzzle in puzzles]
     assert alone == pipe(puzzles) == list(pipe(puzzle for puzzle in puzzles))
@@ -107,7 +107,7 @@ def test_a_model_in_training_answers_without_dropout(case, pipe):
     assert pipe(puzzles[0]) == pipe(puzzles[0])
 
 
-def test_it_is_saved_with_every_model_and_loads_with_the_package(case, pipe, tmp_path):
+def test_the_pipeline_is_saved_with_every_model_and_loads_with_the_package(case, pipe, tmp_path):
     _, model, _, _, puzzles = case
     model.save_pretrained(tmp_path / "model")
     pipe.save_pretrained(tmp_path / "pipe")
@@ -176,7 +176,7 @@ TABLE = [[0.1, 0.2, 0.3, 0.5]] * 5 + [[0.3, 0.9, 1.0, None]]
         ("logic", changed(TABLE, 2, 0, value="x"), "numbers in 0 to 1, got 'x'"),
     ],
 )
-def test_what_is_no_puzzle_is_refused_with_a_sentence_before_any_work(monkeypatch, task, bad, message):
+def test_an_invalid_puzzle_is_refused_before_any_work(monkeypatch, task, bad, message):
     pipe = pipeline("symbolic-reasoning", model=make(TASKS[task]), device="cpu")
     monkeypatch.setattr(pipe, "_forward", lambda *_, **__: pytest.fail("the model was asked"))
     with pytest.raises(ValueError, match=message) as refused:
@@ -205,6 +205,6 @@ def test_tables_of_different_lengths_are_answered_one_by_one_and_refused_in_a_ba
         HylaForSequenceClassification(HylaConfig(num_hidden_layers=1, vocab_size=None, input_size=4, num_labels=1)),
     ],
 )
-def test_models_of_other_things_are_refused(model):
+def test_models_for_other_tasks_are_refused(model):
     with pytest.raises(ValueError, match="is neither"):
         pipeline("symbolic-reasoning", model=model)

@@ -173,7 +173,7 @@ def test_a_model_loaded_by_its_id_trains_and_resumes_without_the_package(reposit
 
 
 @pytest.mark.parametrize("trust", [None, False, True])
-def test_with_the_package_its_classes_load_and_nothing_of_the_repository_runs(repository, monkeypatch, trust):
+def test_with_the_package_installed_no_code_of_the_repository_runs(repository, monkeypatch, trust):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
     for name in CODE:

@@ -47,11 +47,11 @@ def fresh_memory_is_nan():
 
 
 @compiled
-def test_kernels_in_the_interpreter():
+def test_the_tests_of_extremes_pass_in_the_interpreter():
     # Those of few tiles: the interpreter takes a second for some.
     names = (
-        "test_normalised_scores_may_be_as_large_and_as_small_as_float32_holds",
-        "test_a_gradient_penalty_is_refused_and_not_left_out",
+        "test_scores_of_every_magnitude_in_float32_can_be_normalised",
+        "test_a_gradient_penalty_is_refused_and_not_ignored",
     )
     extremes = [f"{Path(__file__).with_name('test_extremes.py')}::{name}" for name in names]
     result = subprocess.run(
@@ -215,7 +215,7 @@ CASES = [
 
 @interpreted
 @pytest.mark.parametrize("norm, network, size, mask, bias, dropout", CASES)
-def test_output_and_gradients_in_double_precision(norm, network, size, mask, bias, dropout):
+def test_output_and_gradients_equal_the_definition_in_double_precision(norm, network, size, mask, bias, dropout):
     torch.manual_seed(0)
     if NETWORKS[network][2]:
         size = (*size[:5], min(size[5], 16))  # wider ones are refused in double precision
@@ -230,7 +230,7 @@ def test_output_and_gradients_in_double_precision(norm, network, size, mask, bia
     "dtype, tolerances",
     [(torch.float32, (1e-5, 1e-4)), (torch.bfloat16, (1e-2, 1e-2)), (torch.float16, (2e-3, 2e-3))],
 )
-def test_output_and_gradients_in_lower_precision(dtype, tolerances, norm, network, mask):
+def test_output_and_gradients_equal_the_definition_in_lower_precision(dtype, tolerances, norm, network, mask):
     torch.manual_seed(0)
     inputs, gradient = problem(2, 3, 9, 20, 4, 6, network == "hyla+", bias=True, scale=1.0)
     compare(inputs, gradient, masks(mask, 2, 9, 20), network, norm, dtype, tolerances, dropout=0.1)
@@ -240,7 +240,9 @@ def test_output_and_gradients_in_lower_precision(dtype, tolerances, norm, networ
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm, network", [("rms_head", "hyla+"), ("none", "hyla"), ("softmax", "mixed")])
 @pytest.mark.parametrize("mask", ["padding", "pairs", "causal"])
-def test_beside_half_precision_parameters_and_their_gradients_are_in_single_precision(dtype, norm, network, mask):
+def test_parameters_and_their_gradients_stay_in_single_precision_beside_half_precision_inputs(
+    dtype, norm, network, mask
+):
     """
     As under autocast. The interpreter multiplies in float32, so only results are rounded: by half of eps at most, but bfloat16 by
     eps, since the interpreter cuts it off. Gradients of parameters are as exact as in float32.
@@ -266,7 +268,7 @@ def test_wide_heads_are_processed_in_chunks(network):
 
 @interpreted
 @pytest.mark.parametrize("norm", ["rms_head", "none", "softmax"])
-def test_a_request_without_any_attending_pair(norm):
+def test_a_request_without_any_attending_pair_equals_the_definition(norm):
     torch.manual_seed(0)
     inputs, gradient = problem(1, 3, 5, 18, 4, 4, False, bias=True)
     nothing = torch.zeros(1, 1, 5, 18, dtype=torch.bool)
@@ -330,7 +332,7 @@ def as_module(**settings):
 
 
 @interpreted
-def test_operators_keep_the_rules_of_torch():
+def test_operators_pass_torchs_opcheck():
     leaves = example()
     inputs = (*(leaves[name] for name in ("query", "key", "value")), None, leaves["position_bias"])
     arguments = (*inputs, None, None, 0.5, "softmax", "relu", True, 0.0)
@@ -384,7 +386,7 @@ def test_compile_and_export_see_one_node():
     torch.testing.assert_close(exported.module()(*arguments), expected)
 
 
-def test_the_file_can_be_imported_twice_in_silence():
+def test_importing_the_file_twice_prints_nothing():
     spec = importlib.util.spec_from_file_location("hf_hyla.model.second_copy", kernels.__file__)
     second = importlib.util.module_from_spec(spec)
     with warnings.catch_warnings():
@@ -393,7 +395,7 @@ def test_the_file_can_be_imported_twice_in_silence():
     assert second.triton_problem is not kernels.triton_problem
 
 
-def test_what_cannot_run_is_said_in_one_sentence(monkeypatch):
+def test_a_request_that_cannot_run_is_refused_in_one_sentence(monkeypatch):
     query = torch.zeros(1, 8, 3, 4)
     if not kernels.INTERPRETED:
         assert "not on cpu" in kernels.triton_problem(query)
@@ -518,7 +520,7 @@ def test_kernels_compile_within_the_shared_memory_of_the_gpu(
 @pytest.mark.parametrize(
     "size", [(2, 8, 63, 129, 16, 16), (2, 16, 36, 36, 4, 4), (2, 3, 1, 2, 2, 5), (1, 12, 300, 300, 20, 20)], ids=str
 )
-def test_output_and_gradients_on_a_gpu_in_single_precision(norm, network, size):
+def test_output_and_gradients_equal_the_definition_on_a_gpu_in_single_precision(norm, network, size):
     torch.manual_seed(0)
     inputs, gradient = problem(*size, NETWORKS[network][2], bias=True, scale=1.0)
     mask = masks("pairs", size[0], *size[2:4])
@@ -530,7 +532,7 @@ def test_output_and_gradients_on_a_gpu_in_single_precision(norm, network, size):
     "dtype, tolerances", [(torch.bfloat16, None), (torch.float16, None), (torch.float32, (1e-4, 1e-4))]
 )
 @pytest.mark.parametrize("norm, network", [("rms_head", "hyla"), ("none", "mixed"), ("softmax", "hyla")])
-def test_output_and_gradients_on_a_gpu_with_wide_heads(norm, network, dtype, tolerances):
+def test_output_and_gradients_equal_the_definition_on_a_gpu_with_wide_heads(norm, network, dtype, tolerances):
     torch.manual_seed(0)
     inputs, gradient = problem(2, 16, 129, 200, 64, 64, False, bias=True, scale=1.0)
     compare(inputs, gradient, None, network, norm, dtype, tolerances, dropout=0.1, device="cuda")

@@ -1,4 +1,4 @@
-"""What runs reached against what was expected: spread, budget, verdict and exit code."""
+"""Tests of `hyla compare`: spread, budget, verdict and exit code."""
 
 import copy
 import dataclasses
@@ -69,12 +69,12 @@ def test_the_verdict_is_about_the_mean(record):
     assert compare(runs[:1])[0].verdict == "missed"
 
 
-def test_what_was_expected_of_earlier_seeds_does_not_part_them(record):
+def test_a_changed_expectation_does_not_separate_seeds(record):
     (one,) = compare([run_of(record, 0, expect={"value": 0.5}), run_of(record, 1, expect={"value": 0.7})])
     assert len(one.values) == 2
 
 
-def test_recipes_of_one_name_are_told_apart_by_what_differs(record):
+def test_recipes_of_one_name_are_distinguished_by_their_differences(record):
     other = copy.deepcopy(record)
     other.recipe["model"]["attention_type"] = "softmax"
     assert [one.name for one in compare([record, other])] == [
@@ -108,7 +108,7 @@ def test_the_command_prints_a_line_for_each_recipe_and_fails_on_a_miss(record, t
     assert one["verdict"] == "missed" and one["values"] == [0.71, 0.0] and one["budget"] == 512_000
 
 
-def test_what_is_no_run_is_refused(tmp_path, capsys):
+def test_a_path_that_is_not_a_run_is_refused(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "nothing")]) == 2
     assert "There is no run" in capsys.readouterr().err
     assert main(["compare", str(tmp_path)]) == 2
@@ -118,7 +118,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert "is not a run record" in capsys.readouterr().err
 
 
-def test_a_record_that_lacks_what_is_compared_is_named(record):
+def test_a_record_without_the_compared_metric_is_named(record):
     for lacking, message in (
         ({"metrics": {}}, r"record of logic-demo with the seeds .* lacks the score ood/r2: train"),
         ({"metrics": {"ood": {"loss": 1.0}}}, "lacks the score ood/r2"),
@@ -133,6 +133,6 @@ def test_another_seed_of_a_recipe_keeps_its_expectation():
     assert load_recipe("logic/hyla.yaml", {"task.seed": "1", "trainer.max_steps": "4000"}).expect is None
 
 
-def test_the_committed_results_are_compared_whatever_lies_beside_them():
+def test_the_committed_results_are_compared_and_other_files_ignored():
     results = Path(__file__).parents[2] / "recipes" / "results"
     assert len(find_records([results])) == len(list(results.glob("*/[0-9]*.json"))) > 0

@@ -37,7 +37,7 @@ def without(section: str, key: str) -> dict:
         ([RECORD], "must be a mapping"),
     ],
 )
-def test_what_is_no_record_is_refused_with_a_sentence(tmp_path, content, message):
+def test_an_invalid_record_is_refused_with_a_sentence(tmp_path, content, message):
     (tmp_path / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"run\.json is not a run record of schema 1") as refused:
         RunRecord.load(tmp_path)
@@ -45,7 +45,7 @@ def test_what_is_no_record_is_refused_with_a_sentence(tmp_path, content, message
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
-def test_what_is_no_json_is_refused_with_a_sentence(tmp_path, content):
+def test_invalid_json_is_refused_with_a_sentence(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json is not a run record of schema 1"):
         RunRecord.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Which puzzles have more than one answer: the official check's verdicts, and searches through all permutations."""
+"""Tests of ambiguity against the official check's verdicts and searches through all permutations."""
 
 import itertools
 import time
@@ -78,7 +78,7 @@ def official(golden):
     return load_file(golden / "sraven_instances.safetensors")
 
 
-def test_the_official_check_says_the_same_of_every_official_instance(official):
+def test_the_official_verdict_equals_the_official_check_on_every_official_instance(official):
     answers, _ = ambiguity(official["train.instances"], 8)
     assert np.array_equal(answers, official["train.ambiguous"] > 0) and answers.sum() == 3
 
@@ -114,7 +114,7 @@ def test_verdicts_for_many_features_are_those_of_a_search(features, values, coun
     assert np.array_equal(np.array(ambiguity(puzzles, values)).T, expected)
 
 
-def test_verdicts_do_not_depend_on_what_else_is_asked(official):
+def test_verdicts_do_not_depend_on_the_other_puzzles(official):
     puzzles = np.tile(official["train.instances"], (9, 1, 1, 1))  # more than are looked at together
     whole = np.array(ambiguity(puzzles, 8))
     assert np.array_equal(whole[:, :512], whole[:, -512:])
@@ -134,7 +134,7 @@ def test_twenty_thousand_puzzles_are_checked_in_a_second():
     assert len(puzzles) / min(seconds) > 20_000
 
 
-def test_unambiguous_draws_only_unique_puzzles_each_a_function_of_its_index():
+def test_unambiguous_tasks_draw_only_unique_puzzles_each_a_function_of_its_index():
     task = get_task("sraven", unambiguous=True)
     indices = np.r_[0:200, 19_999_900:20_000_000]
     for split in task.splits:
@@ -149,7 +149,7 @@ def test_unambiguous_draws_only_unique_puzzles_each_a_function_of_its_index():
             assert all(np.array_equal(alone[name][0], samples[name][position]) for name in samples)
 
 
-def test_unambiguous_keeps_what_is_unique_and_replaces_the_rest():
+def test_unambiguous_tasks_keep_unique_puzzles_and_replace_the_others():
     plain = get_task("sraven").samples("ood", np.arange(2000))
     unique = get_task("sraven", unambiguous=True).samples("ood", np.arange(2000))
     ambiguous = ambiguity(cells(plain["input_ids"], plain["labels"]), 8)[1]

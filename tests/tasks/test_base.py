@@ -1,4 +1,4 @@
-"""What every task promises: addressable samples, its fingerprint, batches that any loader can use, and their speed."""
+"""Tests of every task: samples by index, fingerprints, batches that any loader can use, and their speed."""
 
 import hashlib
 import time
@@ -52,7 +52,7 @@ def test_the_fingerprint_can_be_recomputed_from_its_definition(name):
         ("logic", {"num_examples": 17}),
     ],
 )
-def test_other_settings_have_another_fingerprint(name, changes):
+def test_different_settings_have_different_fingerprints(name, changes):
     assert get_task(name, **changes).fingerprint() != FINGERPRINTS[name]
 
 
@@ -64,7 +64,7 @@ def test_no_word_is_shared_between_splits(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_last_of_twenty_million_samples_is_there_at_once(name):
+def test_the_last_of_twenty_million_samples_is_drawn_at_once(name):
     dataset = get_task(name).dataset("train", 20_000_000)
     dataset[0]
     started = time.process_time()
@@ -120,7 +120,7 @@ def test_transformers_own_trainer_can_use_a_task(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "floor"), [("sraven", 252_000), ("logic", 520_000)])
-def test_batches_are_made_fast_even_on_a_busy_machine(name, floor):
+def test_batches_are_drawn_fast_even_on_a_busy_machine(name, floor):
     # `floor` is four times the reference's speed, on a quiet machine; the margins are for one that is not.
     rates = data_throughput(get_task(name), seconds=0.2)
     assert rates["batch_size"] == 128 and rates["batches"] > 10

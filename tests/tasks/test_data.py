@@ -1,4 +1,4 @@
-"""Folders of Parquet files: what they hold, who can read them, and that training from one is the same run."""
+"""Tests of folders of Parquet files: their content, their readers, and that training from one is the same run."""
 
 import json
 import re
@@ -124,7 +124,7 @@ def test_the_card_states_splits_examples_rates_ceiling_and_fingerprint(sraven):
     assert "{{" not in card.text and "{%" not in card.text
 
 
-def test_a_card_quotes_no_ceiling_of_other_settings(tmp_path):
+def test_a_card_quotes_a_ceiling_only_for_its_own_settings(tmp_path):
     write_data(get_task("sraven", num_features=3), ["ood"], 10, tmp_path / "data")
     write_dataset_card(get_task("sraven", num_features=3), tmp_path / "data")
     text = (tmp_path / "data" / "README.md").read_text()
@@ -213,10 +213,13 @@ def test_records_without_a_fingerprint_still_load(tmp_path):
         assert RunRecord.load(tmp_path).data_fingerprint == record.get("data_fingerprint")
 
 
-def test_a_run_is_refused_data_that_are_not_its_own(tmp_path):
+def test_data_of_another_task_are_refused(tmp_path):
     task, folder = get_task("sraven", num_features=2), tmp_path / "data"
     write_data(task, ["train"], 30, folder)
-    for changes, message in (({"seed": 1}, "but {'name': 'sraven', 'seed': 1"), ({"num_features": 3}, "is asked for")):
+    for changes, message in (
+        ({"seed": 1}, "but {'name': 'sraven', 'seed': 1"),
+        ({"num_features": 3}, "was requested"),
+    ):
         with pytest.raises(ValueError, match=message):
             train(recipe_in(tmp_path / "r", data=str(folder), **changes), tmp_path / "run")
     with pytest.raises(ValueError, match="holds no data of a task"):
@@ -230,12 +233,12 @@ def test_a_run_is_refused_data_that_are_not_its_own(tmp_path):
 
     manifest = json.loads((folder / "task.json").read_text())
     (folder / "task.json").write_text(json.dumps(manifest | {"data_fingerprint": "sha256:0"}))
-    with pytest.raises(ValueError, match="was written by other generators"):
+    with pytest.raises(ValueError, match="was written by another version of the generators"):
         FolderDataset(folder, task, "train", 30)
     (folder / "task.json").write_text(json.dumps(manifest))
     write_data(get_task("sraven", num_features=2, seed=1), ["train"], 30, tmp_path / "other")
     shutil.copytree(tmp_path / "other" / "data", folder / "data", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"are not those of its task\.json"):
+    with pytest.raises(ValueError, match=r"do not match its task\.json"):
         FolderDataset(folder, task, "train", 30)
     next((folder / "data").iterdir()).write_bytes(b"not Parquet")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -243,7 +246,7 @@ def test_a_run_is_refused_data_that_are_not_its_own(tmp_path):
     assert not (tmp_path / "run").exists()  # each was refused before anything started
 
 
-def test_writing_goes_on_after_an_interruption(tmp_path, monkeypatch):
+def test_writing_resumes_after_an_interruption(tmp_path, monkeypatch):
     task, folder = get_task("logic", num_examples=3), tmp_path / "data"
     monkeypatch.setattr("hf_hyla.tasks.data._EXAMPLES_AT_ONCE", 5)
 
@@ -266,14 +269,14 @@ def test_writing_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert len(FolderDataset(folder, task, "test", 10)) == 10
 
 
-def test_a_folder_keeps_what_it_holds(tmp_path):
+def test_data_are_never_written_over_other_files(tmp_path):
     task = get_task("logic", num_examples=3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty and holds no data of a task"):
         write_data(task, ["ood"], 10, tmp_path / "mine")
     write_data(task, ["ood"], 10, tmp_path / "data")
-    with pytest.raises(FileExistsError, match="holds the split ood already, of 10 examples"):
+    with pytest.raises(FileExistsError, match="already holds the split ood with 10 examples"):
         write_data(task, ["test", "ood"], 20, tmp_path / "data")
     with pytest.raises(ValueError, match="use another folder"):
         write_data(get_task("logic"), ["test"], 10, tmp_path / "data")

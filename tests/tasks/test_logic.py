@@ -1,4 +1,4 @@
-"""Fuzzy logic: operators, splits and targets, with the official generator's samples as witness."""
+"""Tests of fuzzy logic: operators, splits and targets, compared with the official generator's samples."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def test_official_targets_are_our_disjunction(golden):
 
 
 @pytest.mark.parametrize(("variables", "terms"), [(3, 2), (4, 2), (5, 3)])
-def test_samples_are_the_functions_they_name(variables, terms):
+def test_samples_are_values_of_the_functions_that_they_name(variables, terms):
     task = get_task("logic", num_variables=variables, num_terms=terms, num_examples=7)
     for split in task.splits:
         samples = task.samples(split, np.arange(100))
@@ -56,7 +56,7 @@ def test_every_term_of_ood_occurs_in_train(seed):
     assert set(itertools.chain(*task.combinations("ood"))) <= set(itertools.chain(*task.combinations("train")))
 
 
-def test_no_task_of_one_split_is_drawn_in_another():
+def test_no_combination_of_one_split_is_drawn_in_another():
     task = get_task("logic", held_out=0.7)
     drawn = {split: {tuple(terms) for terms in task.samples(split, np.arange(3000))["terms"]} for split in task.splits}
     assert drawn["test"] == drawn["train"] == set(task.combinations("train"))
@@ -101,7 +101,7 @@ def test_batches_hold_what_the_model_reads():
     assert all(torch.equal(batch[name], plain[name]) for name in batch)
 
 
-def test_a_number_that_is_not_finite_is_refused_before_training():
+def test_a_value_that_is_not_finite_is_refused_before_training():
     task = get_task("logic")
     samples = [task.dataset("train")[index] for index in range(3)]
     samples[1]["input_values"][2, 0] = np.nan
@@ -109,7 +109,7 @@ def test_a_number_that_is_not_finite_is_refused_before_training():
         task.collate(samples)
 
 
-def test_metric_is_the_mean_of_ratios_and_uses_the_asked_value():
+def test_the_metric_is_a_mean_of_ratios_and_includes_the_last_value():
     task = get_task("logic", num_examples=6)
     samples = task.samples("ood", np.arange(50))
     guess = samples["labels"] + np.linspace(-0.2, 0.2, 50)
@@ -131,7 +131,7 @@ def test_metric_is_the_mean_of_ratios_and_uses_the_asked_value():
         ),
     ],
 )
-def test_settings_that_make_no_task_are_refused(settings, message):
+def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         get_task("logic", **settings)
 

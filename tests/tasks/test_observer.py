@@ -69,7 +69,7 @@ def by_definition(puzzle: np.ndarray, task, combinations) -> dict[tuple[int, ...
         ({"num_features": 3, "num_values": 3}, 8),
     ],
 )
-def test_the_posterior_is_that_of_the_generators_definition(settings, count):
+def test_the_posterior_follows_from_the_definition_of_the_generator(settings, count):
     task = get_task("sraven", **settings)
     undecided = 0
     for split in ("test", "ood"):
@@ -103,14 +103,14 @@ def test_the_observers_probabilities_are_calibrated(ood):
         assert scores["accuracy_all_combinations"] <= scores["accuracy"] + 3 * scores["standard_error"]
 
 
-def test_the_observer_solves_what_has_a_unique_answer(ood):
+def test_the_observer_solves_every_puzzle_with_a_unique_answer(ood):
     assert ood["accuracy_unique"] == 1.0
     assert ood["undecided"] <= ood["ambiguous_strict"]
     scores = observe(get_task("sraven", unambiguous=True), "test", 500)
     assert (scores["accuracy"], scores["ambiguous_strict"], scores["undecided"]) == (1.0, 0.0, 0.0)
 
 
-def test_the_committed_record_is_what_the_observer_reaches(ood):
+def test_the_committed_record_holds_the_observers_scores(ood):
     record = json.loads(RECORD.read_text())
     assert record["task"] == {"name": "sraven", **get_task("sraven").settings}
     assert record["data_fingerprint"] == get_task("sraven").fingerprint()

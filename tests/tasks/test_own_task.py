@@ -1,4 +1,4 @@
-"""A task of one's own, in a file of its own: it trains, is scored and probed, and gets data and cards; its code runs on request."""
+"""Tests of a user's own task in a separate file: training, scores, probes, data and cards. Its code runs only on request."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def new_process(monkeypatch):
     monkeypatch.delitem(sys.modules, "my_sums", raising=False)
 
 
-def test_it_trains_and_its_record_names_it(run):
+def test_a_users_task_trains_and_its_record_names_it(run):
     record = RunRecord.load(run)
     assert record.recipe["task"] == RECORDED
     assert set(record.metrics) == {"test", "ood"} and record.metrics["test"]["accuracy"] > 0.9
@@ -111,7 +111,7 @@ def test_it_trains_and_its_record_names_it(run):
     assert compared.metric == "ood/accuracy" and compared.paper is None
 
 
-def test_it_is_evaluated_whole_and_by_combination(run, capsys):
+def test_a_users_task_is_evaluated_as_a_whole_and_by_combination(run, capsys):
     assert main(["evaluate", str(run), "--split", "test"]) == 0
     [score] = re.findall(r"test/accuracy: (\S+)", capsys.readouterr().out)
     assert float(score) == pytest.approx(RunRecord.load(run).metrics["test"]["accuracy"], abs=1e-4)
@@ -120,7 +120,7 @@ def test_it_is_evaluated_whole_and_by_combination(run, capsys):
     assert {tuple(one["parts"]) for one in found} == set(get_task(**RECORDED).combinations("ood"))
 
 
-def test_it_is_probed_and_gets_a_card_and_a_whole_repository(run, capsys):
+def test_a_users_task_is_probed_and_gets_a_card_and_a_complete_repository(run, capsys):
     assert main(["probe", str(run), "--train-samples", "300", "--num-samples", "300", "--split", "test"]) == 0
     report = json.loads((run / "probe" / "probe.json").read_text())
     assert report["task"] == RECORDED
@@ -130,7 +130,9 @@ def test_it_is_probed_and_gets_a_card_and_a_whole_repository(run, capsys):
     assert "trained on **sums**." in card and "](probe/probes.png)" in card and "modeling_hyla.py" not in card
     results, _, rest = card.partition("## Use")
     assert "paper" not in results and "paper's" not in rest
-    assert "| accuracy | runs | training samples | `test` | `ood` |\n| --- | --- | --- | --- | --- |\n| **HYLA" in results
+    assert (
+        "| accuracy | runs | training samples | `test` | `ood` |\n| --- | --- | --- | --- | --- |\n| **HYLA" in results
+    )
     [code, shown] = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)\n```", card, flags=re.DOTALL).groups()
     sample = get_task(**RECORDED).dataset("ood")[0]
     assert f"input_ids = torch.tensor([{sample['input_ids'].tolist()}])" in code
@@ -142,7 +144,7 @@ def test_it_is_probed_and_gets_a_card_and_a_whole_repository(run, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_its_data_are_written_with_a_card_and_read_back(folder):
+def test_a_users_task_has_its_data_written_with_a_card_and_read_back(folder):
     command = ["data", "my_sums:SumTask", "--task.num_values", "4", "--num-examples", "40", "--output", "{}"]
     assert main([word.format(folder / "data") for word in command]) == 0
     loaded = datasets.load_dataset(str(folder / "data"), split="ood")
@@ -155,14 +157,14 @@ def test_its_data_are_written_with_a_card_and_read_back(folder):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "probe", "card", "compare"])
-def test_no_record_makes_its_code_run(run, new_process, capsys, command):
+def test_a_record_never_makes_a_users_code_run(run, new_process, capsys, command):
     assert main([command, str(run)]) == 2
     error = capsys.readouterr().err
-    assert "a file that names it is no reason to run it" in error and "hyla --import my_sums" in error
+    assert "which is not run only because a file names it" in error and "hyla --import my_sums" in error
     assert "my_sums" not in sys.modules
 
 
-def test_it_runs_where_the_user_names_it(run, new_process, monkeypatch, tmp_path, capsys):
+def test_a_users_task_runs_where_the_user_names_it(run, new_process, monkeypatch, tmp_path, capsys):
     sample = ["--split", "test", "--num-samples", "10"]
     assert main(["evaluate", str(run), "--task", "my_sums:SumTask", *sample]) == 0
     monkeypatch.delitem(sys.modules, "my_sums")
@@ -178,15 +180,15 @@ def test_it_runs_where_the_user_names_it(run, new_process, monkeypatch, tmp_path
     ("name", "message"),
     [
         ("no_such_module:Task", "no_such_module cannot be imported (ModuleNotFoundError"),
-        ("my_sums:Missing", "is no task: expected a subclass of hf_hyla.tasks.Task"),
-        ("my_sums:below", "is no task"),
+        ("my_sums:Missing", "is not a task: expected a subclass of hf_hyla.tasks.Task"),
+        ("my_sums:below", "is not a task"),
         ("my_sums:Task", "is incomplete: it lacks draw, metrics, model_defaults"),
-        ("os:system", "is no task"),
+        ("os:system", "is not a task"),
         ("my_sums", "There is no task 'my_sums': expected one of logic, sraven, or module:Class"),
-        ("half:Taken", "needs a name of its own"),
+        ("half:Taken", "needs a name in lower case and without spaces"),
     ],
 )
-def test_what_is_no_task_is_refused_with_a_sentence(folder, tmp_path, monkeypatch, capsys, name, message):
+def test_a_name_that_is_not_a_task_is_refused_with_a_sentence(folder, tmp_path, monkeypatch, capsys, name, message):
     (tmp_path / "half.py").write_text(MODULE.replace("SumTask", "Taken").replace('"sums"', '"logic"'))
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["train", str(folder / "sums.yaml"), "--task.name", name, "--output", str(tmp_path / "run")]) == 2

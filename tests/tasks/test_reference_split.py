@@ -16,7 +16,7 @@ PERMUTATIONS = load_file(Path(__file__).parents[1] / "golden" / "official_permut
 
 
 @pytest.mark.parametrize("name", PERMUTATIONS)
-def test_the_order_is_that_of_jax(name):
+def test_the_order_equals_that_of_jax(name):
     count, seed = map(int, name.split("."))
     np.testing.assert_array_equal(reference_order(seed, count), PERMUTATIONS[name])
 
@@ -42,7 +42,7 @@ def test_one_of_the_papers_three_draws_of_fuzzy_logic_leaves_two_terms_untrained
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_setting_changes_the_held_out_combinations_alone_and_is_recorded_only_where_taken(name):
+def test_reference_split_changes_only_the_held_out_combinations_and_is_recorded_only_if_set(name):
     usual, reference = get_task(name), get_task(name, reference_split=True)
     assert usual.settings == {key: value for key, value in reference.settings.items() if key != "reference_split"}
     assert get_task(name, **reference.settings) == reference != usual
@@ -54,7 +54,7 @@ def test_the_setting_changes_the_held_out_combinations_alone_and_is_recorded_onl
     assert differing_settings(reference)["reference_split"] is True
 
 
-def test_the_papers_figure_stands_beside_runs_on_its_own_split():
+def test_the_papers_result_is_shown_beside_runs_on_its_own_split():
     task = get_task("logic", num_examples=32, held_out=0.7, reference_split=True)
     assert paper_result({"task": {"name": task.name, **task.settings}, "model": {}}).mean == 0.8113
 

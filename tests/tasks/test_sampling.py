@@ -31,7 +31,7 @@ PINNED = [["0x8f444257d88369b", "0xfa7b5dd2c52a6e5b"], ["0x5127f38a8794e95f", "0
 
 
 @pytest.mark.parametrize("names", [("a", 0, "test"), ("a", 1, "train"), ("b", 0, "train")])
-def test_streams_of_other_names_share_no_word(names):
+def test_streams_with_different_names_share_no_words(names):
     words = draw_words(stream_key("a", 0, "train"), np.arange(2000), 5)
     others = draw_words(stream_key(*names), np.arange(2000), 5)
     assert not np.intersect1d(words, others).size

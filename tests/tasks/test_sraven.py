@@ -1,4 +1,4 @@
-"""SRAVEN: rules, permutations, splits and statistics, with the official generator's instances as witness."""
+"""Tests of SRAVEN: rules, permutations, splits and statistics, compared with the official generator's samples."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def official_puzzles(golden):
     return official["train.instances"], official["train.latents"], official["train.perms"]
 
 
-def test_official_instances_follow_our_rules_and_permutations(golden):
+def test_official_samples_follow_our_rules_and_permutations(golden):
     for panels, rules, permutations in zip(*official_puzzles(golden), strict=True):
         before = unpermuted(panels.astype(int), permutations)
         assert all(holds(rule, before[:, :, feature], 8) for feature, rule in enumerate(rules))
@@ -71,7 +71,7 @@ def test_official_instances_follow_our_rules_and_permutations(golden):
         {"seed": 7},
     ],
 )
-def test_our_instances_follow_the_rules_they_name(settings):
+def test_our_samples_follow_the_rules_that_they_name(settings):
     task = get_task("sraven", **settings)
     for split in task.splits:
         for panels, rules, permutations in zip(*our_puzzles(task, split, 200), strict=True):
@@ -191,7 +191,7 @@ def test_no_puzzle_of_test_is_in_the_beginning_of_train():
 
 
 @pytest.mark.parametrize("num_features", range(2, 9))
-def test_no_task_of_ood_is_drawn_in_train_or_test(num_features):
+def test_no_combination_of_ood_is_drawn_in_train_or_test(num_features):
     task = get_task("sraven", num_features=num_features)
     drawn = {split: {tuple(rules) for rules in task.samples(split, np.arange(2000))["rules"]} for split in task.splits}
     assert not drawn["ood"] & (drawn["train"] | drawn["test"])
@@ -199,7 +199,7 @@ def test_no_task_of_ood_is_drawn_in_train_or_test(num_features):
 
 @pytest.mark.parametrize("held_out", [0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("num_features", [2, 4, 8])
-def test_every_rule_occurs_in_train_whatever_is_held_out(held_out, num_features):
+def test_every_rule_occurs_in_train_for_every_held_out_fraction(held_out, num_features):
     for seed in range(3):
         task = get_task("sraven", num_features=num_features, held_out=held_out, seed=seed)
         assert set(itertools.chain(*task.combinations("train"))) == set(range(NUM_RULES))
@@ -214,7 +214,7 @@ def test_samples_are_pinned():
 PINNED = [1, 1, 2, 3, 2, 4, 5, 7, 6, 5, 3, 7, 2, 5, 6, 6, 3, 0, 0, 3, 2, 1, 4, 2, 1, 3, 3, 2, 2, 5, 4, 1, 8, 8, 8, 8]
 
 
-def test_items_have_the_documented_form_alone_and_in_batches():
+def test_items_have_the_documented_shapes_alone_and_in_batches():
     dataset = get_task("sraven").dataset("ood")
     assert len(dataset) == 51_200 and len(get_task("sraven").dataset("train")) == 20_000_000
     batch = dataset.__getitems__([5, 0, 51_199])
@@ -243,6 +243,6 @@ def test_items_have_the_documented_form_alone_and_in_batches():
         ({"num_feature": 4}, "did you mean 'num_features'"),
     ],
 )
-def test_settings_that_make_no_task_are_refused(settings, message):
+def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         get_task("sraven", **settings)

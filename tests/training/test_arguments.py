@@ -119,7 +119,7 @@ def trained(trainer_class, args_class, folder, **settings):
 
 
 @pytest.mark.parametrize("row", SERVED, ids=[" ".join(row) for row in SERVED])
-def test_a_field_does_what_it_does_for_transformers_trainer(tmp_path, row):
+def test_a_field_has_the_effect_that_it_has_in_transformers_trainer(tmp_path, row):
     row = {name: value for name, value in row.items() if name in FIELDS}  # older versions have fewer
     expected, log, files = trained(WithTheReferencesDecay, TrainingArguments, tmp_path / "theirs", **row)
     for args_class in (TrainingArguments, HylaTrainingArguments):
@@ -130,7 +130,7 @@ def test_a_field_does_what_it_does_for_transformers_trainer(tmp_path, row):
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("args_class", [TrainingArguments, HylaTrainingArguments])
-def test_what_would_not_be_followed_is_refused_at_construction(tmp_path, args_class, name):
+def test_unsupported_arguments_are_refused_at_construction(tmp_path, args_class, name):
     value, message = REFUSED[name]
     args = args_class(str(tmp_path), eval_strategy="no", report_to="none", **{name: value})
     with pytest.raises(ValueError, match=message):
@@ -146,6 +146,12 @@ def test_what_would_not_be_followed_is_refused_at_construction(tmp_path, args_cl
         ({"optim": "muon", "muon_learning_rate": 1.0, "optim_target_modules": "all-linear"}, "optim_target_modules has"),
     ],
 )  # fmt: skip
-def test_settings_of_another_choice_are_refused(tmp_path, settings, message):
+def test_settings_without_effect_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         HylaTrainingArguments(str(tmp_path), **settings)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="takes a machine without an accelerator")
+@pytest.mark.parametrize("name", ["bf16", "bf16_full_eval"])
+def test_bfloat16_on_a_machine_without_an_accelerator_is_computed_on_its_cpu(tmp_path, name):
+    assert HylaTrainingArguments(output_dir=str(tmp_path), **{name: True}).device.type == "cpu"

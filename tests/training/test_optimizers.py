@@ -1,4 +1,4 @@
-"""Muon and AdamW as one optimiser, against both written out; which parameters each takes; state, schedule, refusals."""
+"""Tests of Muon and AdamW as one optimiser, compared with plain loops: updates, parameters, state, schedule, refusals."""
 
 import copy
 import io
@@ -150,12 +150,12 @@ def test_one_schedule_moves_all_rates_and_logs_adamws(tmp_path):
     assert logged == pytest.approx([3e-3 * share for share in (0, 0.5, 1, 0.625, 0.25, 0.25)])
 
 
-def test_without_a_rate_of_their_own_queries_and_keys_have_muons(tmp_path):
+def test_queries_and_keys_have_muons_rate_by_default(tmp_path):
     optimizer = make_trainer(tmp_path, **MUON).create_optimizer()
     assert {group["lr"] for group in optimizer.param_groups if group["algorithm"] == "muon"} == {2e-2}
 
 
-def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path):
+def test_a_loaded_state_continues_with_the_same_bits(tmp_path):
     model, batches = model_of("hyla"), batches_of("hyla", 5)
     optimizer = make_trainer(tmp_path, task=task_of("hyla"), model=model, **MUON).create_optimizer()
     for batch in batches[:3]:
@@ -178,7 +178,7 @@ def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(state, other_state, strict=True))
 
 
-def test_a_closure_is_called_once_with_gradients_and_its_loss_returned(tmp_path):
+def test_a_closure_is_called_once_with_gradients_and_its_loss_is_returned(tmp_path):
     model, (batch,) = model_of("hyla"), batches_of("hyla", 1)
     other = copy.deepcopy(model)
     optimizer, expected = (
@@ -249,7 +249,7 @@ def test_accumulating_batches_equals_one_large_batch(tmp_path, exact, kind):
     torch.testing.assert_close(*weights, atol=1e-3, rtol=1e-3)
 
 
-def test_of_an_adapter_muon_takes_the_matrices_and_nothing_that_is_frozen(tmp_path):
+def test_muon_takes_the_matrices_of_an_adapter_and_no_frozen_parameter(tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
     model = peft.get_peft_model(model_of("hyla"), lora)
@@ -299,7 +299,7 @@ def test_a_group_without_an_algorithm_is_refused_and_one_with_it_trained(tmp_pat
     torch.testing.assert_close(more.detach(), torch.full((3,), 0.5))
 
 
-def test_an_optimizer_that_is_handed_over_goes_before_muon(tmp_path):
+def test_an_optimizer_that_is_passed_takes_precedence_over_muon(tmp_path):
     trainer = make_trainer(tmp_path, **MUON)
     trainer.optimizer_cls_and_kwargs = (SGD, {"lr": 1.0})
     assert type(trainer.create_optimizer()) is SGD
@@ -323,7 +323,7 @@ def test_sharded_parameters_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_a_sharding_launch_is_refused_before_anything_is_made(tmp_path, monkeypatch, flag):
+def test_a_launch_with_sharding_is_refused_at_construction(tmp_path, monkeypatch, flag):
     create = HylaTrainer.create_accelerator_and_postprocess
 
     def sharding(self):  # which takes an accelerator

@@ -117,7 +117,7 @@ def test_accumulation_and_processes_change_neither_loss_nor_gradient(runs, kind,
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_memory_that_a_step_frees_is_there_for_the_next():
+def test_the_next_step_reuses_the_memory_that_a_step_frees():
     code = """
 import resource, torch
 from hf_hyla.training.processes import keep_freed_memory
@@ -145,7 +145,7 @@ def huge_pages() -> str:
 
 
 @pytest.mark.skipif("[never]" in huge_pages(), reason="this system has no transparent huge pages")
-def test_memory_of_a_step_comes_in_huge_pages():
+def test_the_memory_of_a_step_is_in_huge_pages():
     code = """
 import re, torch
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs of two processes: equal to one to rounding, attention dropout included; no sample twice, none missing."""
+"""Tests of runs of two processes, which equal those of one up to rounding and draw every sample once."""
 
 import json
 import signal
@@ -96,7 +96,7 @@ def test_two_processes_with_muon_give_the_result_of_one(tmp_path):
     assert_equal_to_rounding(tmp_path / "2" / "run", tmp_path / "1" / "run")
 
 
-def test_a_rank_that_dies_ends_the_run_with_its_error_and_one_process_goes_on(one, tmp_path):
+def test_a_rank_that_dies_ends_the_run_with_its_error_and_one_process_resumes_it(one, tmp_path):
     write_recipe(tmp_path)
     step = Trainer.training_step
 
@@ -121,7 +121,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_error_and_one_process_goes_on(on
     assert_equal_to_rounding(tmp_path / "run", one)
 
 
-def test_two_processes_go_on_from_what_one_wrote(one, tmp_path):
+def test_two_processes_resume_the_run_of_one(one, tmp_path):
     write_recipe(tmp_path)
     kill = signalling("step", 6, signal.SIGKILL)
     ((code, errors),) = in_children(tmp_path, COMMAND, prepare=lambda rank: kill())
@@ -143,7 +143,7 @@ def test_sigterm_to_one_of_two_stops_both_at_the_same_step(one, tmp_path):
     assert_equal_to_rounding(tmp_path / "run", one)
 
 
-def test_what_the_first_process_refuses_all_refuse(one, tmp_path):
+def test_all_processes_end_with_the_error_of_the_first(one, tmp_path):
     write_recipe(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious.txt").write_text("mine")

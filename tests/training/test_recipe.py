@@ -64,7 +64,7 @@ def test_the_papers_numbers_are_only_quoted_for_the_papers_models(tmp_path):
         assert paper_result(other.settings) is None, key
 
 
-def test_values_come_in_the_types_of_their_fields(tmp_path):
+def test_values_have_the_types_of_their_fields(tmp_path):
     text = yaml.safe_dump(GOOD).replace("learning_rate: 0.001", "learning_rate: 3e-3")
     recipe = load_recipe(write(tmp_path, text), {"trainer.weight_decay": "1", "model.qk_norm": "true"})
     assert recipe.trainer["learning_rate"] == 0.003  # which YAML reads as text
@@ -72,7 +72,7 @@ def test_values_come_in_the_types_of_their_fields(tmp_path):
     assert recipe.settings["task"]["held_out"] == 0.5  # what a recipe leaves out is recorded too
 
 
-def test_a_key_may_be_null_where_its_field_may(tmp_path):
+def test_a_key_may_be_null_if_its_field_may_be_none(tmp_path):
     sections = changed(trainer={"eval_strategy": "no", "eval_steps": None})
     assert load_recipe(write(tmp_path, sections)).trainer["eval_steps"] is None
 
@@ -232,11 +232,11 @@ def test_a_recipe_of_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
         {"optim": "muon", "muon_learning_rate": 4e-3, "muon_learning_rate_qk": 1e-3, "schedule_floor": 0.0},
     ],
 )
-def test_what_runs_exactly_may_be_set(tmp_path, settings):
+def test_settings_that_resume_exactly_are_accepted(tmp_path, settings):
     assert load_recipe(write(tmp_path, changed(trainer=settings))).trainer.items() >= settings.items()
 
 
-def test_a_key_that_merges_another_mapping_is_not_there_twice(tmp_path):
+def test_a_key_that_overrides_a_merged_one_is_not_a_duplicate(tmp_path):
     text = yaml.safe_dump(GOOD).replace("trainer:\n", "trainer:\n  <<: {max_steps: 9, seed: 3}\n")
     assert load_recipe(write(tmp_path, text)).trainer["max_steps"] == 10
 
@@ -246,6 +246,6 @@ def test_an_override_that_is_not_yaml_is_refused(tmp_path):
         load_recipe(write(tmp_path, GOOD), {"model.qk_norm": "["})
 
 
-def test_an_override_of_nothing_is_refused(tmp_path):
+def test_an_override_of_an_unknown_section_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Cannot override 'modle\.x' \(did you mean 'model'"):
         load_recipe(write(tmp_path, GOOD), {"modle.x": "1"})

@@ -1,4 +1,4 @@
-"""A run that dies at any moment ends, started again, with the weights, the curve and the scores of one that did not."""
+"""Tests of resuming: a run that was killed at any moment reaches the weights, curve and scores of an uninterrupted one."""
 
 import functools
 import multiprocessing
@@ -64,7 +64,7 @@ def without_seconds(curve):
     ("place", "count"),
     [("step", 6), ("save", 8), ("hash", 12), ("rename", 3), ("rotate", 3), ("weights", STEPS // 2 + 1), ("record", 1)],
 )
-def test_a_killed_run_ends_as_if_it_had_not_been(uninterrupted, tmp_path, place, count):
+def test_a_killed_run_resumes_to_the_result_of_an_uninterrupted_one(uninterrupted, tmp_path, place, count):
     recipe = recipe_in(tmp_path)
     code, errors = in_child(tmp_path, signalling(place, count, signal.SIGKILL))
     assert code == -signal.SIGKILL, errors
@@ -73,7 +73,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(uninterrupted, tmp_path, place,
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_killed_run_with_muon_ends_as_if_it_had_not_been(uninterrupted, tmp_path):
+def test_a_killed_run_with_muon_resumes_to_the_result_of_an_uninterrupted_one(uninterrupted, tmp_path):
     muon = {"optim": "muon", "muon_learning_rate": 2e-2, "schedule_floor": 0.0}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -90,7 +90,9 @@ def test_a_killed_run_with_muon_ends_as_if_it_had_not_been(uninterrupted, tmp_pa
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("HYLA_SOAK", "1"))))
-def test_a_run_killed_again_and_again_at_random_times_ends_as_if_it_had_not_been(uninterrupted, tmp_path, seed):
+def test_a_run_killed_repeatedly_at_random_times_resumes_to_the_result_of_an_uninterrupted_one(
+    uninterrupted, tmp_path, seed
+):
     """HYLA_SOAK=N does this for N seeds."""
     recipe = recipe_in(tmp_path)
     draw = random.Random(seed)
@@ -107,7 +109,7 @@ def test_a_run_killed_again_and_again_at_random_times_ends_as_if_it_had_not_been
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_sigterm_saves_says_where_it_stopped_and_ends_with_143(uninterrupted, tmp_path):
+def test_sigterm_saves_names_the_step_and_exits_with_143(uninterrupted, tmp_path):
     recipe = recipe_in(tmp_path)
     code, errors = in_child(tmp_path, signalling("step", 5, signal.SIGTERM))
     assert code == 143, errors
@@ -117,7 +119,7 @@ def test_sigterm_saves_says_where_it_stopped_and_ends_with_143(uninterrupted, tm
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_terminal_that_is_closed_saves_and_ends_with_129(uninterrupted, tmp_path):
+def test_closing_the_terminal_saves_and_exits_with_129(uninterrupted, tmp_path):
     recipe = recipe_in(tmp_path)
 
     def prepare():
@@ -142,7 +144,7 @@ def test_sigterm_during_the_last_evaluation_stops_at_once(uninterrupted, tmp_pat
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_limit_of_time_saves_and_stops_and_changes_nothing(uninterrupted, tmp_path, monkeypatch):
+def test_a_time_limit_saves_and_stops_without_changing_the_result(uninterrupted, tmp_path, monkeypatch):
     recipe = recipe_in(tmp_path)
     clock = [0.0]
     step = HylaTrainer.training_step
@@ -163,7 +165,7 @@ def test_a_limit_of_time_saves_and_stops_and_changes_nothing(uninterrupted, tmp_
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_limit_of_time_ends_the_last_evaluation_too(uninterrupted, tmp_path, monkeypatch):
+def test_a_time_limit_also_stops_the_last_evaluation(uninterrupted, tmp_path, monkeypatch):
     recipe = recipe_in(tmp_path)
     clock, predict = [0.0], HylaTrainer.predict
 
@@ -214,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(uninterrupted,
     assert aside.name in lines[0] and (aside / "trainer_state.json").exists()
 
 
-def test_without_a_whole_checkpoint_a_run_says_that_it_begins_again(uninterrupted, tmp_path, capfd):
+def test_without_a_whole_checkpoint_a_run_reports_that_it_starts_again(uninterrupted, tmp_path, capfd):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     (run / "run.json").unlink()
@@ -225,13 +227,13 @@ def test_without_a_whole_checkpoint_a_run_says_that_it_begins_again(uninterrupte
     assert_same_run(run, uninterrupted)
 
 
-def test_of_checkpoints_the_last_ones_stay_and_each_is_whole(uninterrupted):
+def test_the_last_checkpoints_stay_and_are_whole(uninterrupted):
     folder = uninterrupted / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-12"]
     assert [checkpoints.fault(path) for path in folder.iterdir()] == [None, None]
 
 
-def test_a_full_disk_is_said_in_a_sentence_and_the_checkpoint_before_it_used(uninterrupted, tmp_path):
+def test_a_full_disk_is_reported_in_a_sentence_and_the_checkpoint_before_it_used(uninterrupted, tmp_path):
     save = HylaTrainer._save_checkpoint
 
     def full(self, model, trial):
@@ -256,7 +258,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_checkpoint_before_it_used(uni
 @pytest.mark.parametrize(
     ("owner", "name"), [(HylaForSequenceClassification, "save_pretrained"), (modeling_utils, "safe_save_file")]
 )
-def test_a_disk_that_is_full_after_training_is_said_in_a_sentence_and_nothing_lost(
+def test_a_disk_that_is_full_after_training_is_reported_in_a_sentence_and_nothing_is_lost(
     uninterrupted, tmp_path, owner, name
 ):
     save = getattr(owner, name)
@@ -290,7 +292,7 @@ def test_a_damaged_recipe_in_a_runs_folder_is_named(uninterrupted, tmp_path, dam
         train(recipe_in(tmp_path), run)
 
 
-def test_a_run_goes_on_when_only_what_is_expected_of_it_has_changed(uninterrupted, tmp_path, capfd):
+def test_a_run_resumes_when_only_its_expectation_has_changed(uninterrupted, tmp_path, capfd):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     (run / "run.json").unlink()
@@ -302,7 +304,7 @@ def test_a_run_goes_on_when_only_what_is_expected_of_it_has_changed(uninterrupte
     assert_same_run(run, uninterrupted)
 
 
-def test_the_folder_of_a_run_that_failed_is_free_while_its_error_is_looked_at(tmp_path, monkeypatch):
+def test_a_failed_run_releases_its_folder_even_while_its_error_is_kept(tmp_path, monkeypatch):
     recipe = recipe_in(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(HylaTrainer, "training_step", lambda *args, **kwargs: 1 / 0)
@@ -321,7 +323,7 @@ def can_claim(folder) -> bool:
         return False
 
 
-def test_a_folder_in_which_another_process_trains_is_refused_until_that_dies(uninterrupted, tmp_path):
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_process_ends(uninterrupted, tmp_path):
     recipe = recipe_in(tmp_path)
     ready, write = os.pipe()
     other = os.fork()
@@ -345,7 +347,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_dies(uni
     not all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(__file__).parents),
     reason="another user cannot read this checkout",
 )
-def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
+def test_a_folder_without_write_permission_is_refused(tmp_path):
     recipe = recipe_in(tmp_path)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)

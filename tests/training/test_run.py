@@ -1,4 +1,4 @@
-"""Whole runs, a few steps long: what they write, how they go on, what they refuse."""
+"""Tests of whole runs of a few steps: their files, how they resume, and their refusals."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_writes_weights_code_recipe_and_record_and_no_pickle(finished):
+def test_a_run_writes_weights_code_recipe_and_record_but_no_pickle(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
         "model.safetensors",
@@ -64,7 +64,7 @@ def test_a_run_writes_weights_code_recipe_and_record_and_no_pickle(finished):
     assert not [path for path in finished.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
-def test_the_record_says_what_was_run_and_what_it_reached(finished):
+def test_the_record_holds_the_recipe_and_the_scores(finished):
     record = RunRecord.load(finished)
     assert record.recipe["task"]["held_out"] == 0.5 and record.recipe["trainer"]["learning_rate"] == 1e-2
     assert (record.steps, record.samples_seen) == (8, 32)
@@ -79,7 +79,7 @@ def test_the_record_says_what_was_run_and_what_it_reached(finished):
     assert str(finished.parent) not in text  # no path of the machine
 
 
-def test_saved_weights_score_what_the_record_says(finished):
+def test_saved_weights_reach_the_scores_in_the_record(finished):
     model = AutoModelForSequenceClassification.from_pretrained(finished)
     task = get_task("logic", num_examples=4)
     for split, scores in RunRecord.load(finished).metrics.items():
@@ -92,7 +92,7 @@ def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_recipe_may_have_its_model_compiled(finished, tmp_path):
+def test_a_compiled_model_reaches_the_scores_of_a_plain_one(finished, tmp_path):
     # By a backend that needs no C++ compiler. Arguments that ask for it say so in the environment.
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     with patch.dict(os.environ):
@@ -106,7 +106,7 @@ def test_a_recipe_may_have_its_model_compiled(finished, tmp_path):
     assert before.keys() == after.keys()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(finished, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     for name in ("run.json", "model.safetensors", "checkpoints/checkpoint-8/trainer_state.json"):
@@ -144,7 +144,7 @@ def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, mess
     assert (run / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     (tmp_path / "recipe.yaml").write_text("mine too")
     with pytest.raises(FileExistsError, match="not empty and holds no run"):
@@ -174,7 +174,7 @@ def test_sraven_trains_and_scores_too(tmp_path):
     assert 0 <= record.metrics["ood"]["accuracy"] <= record.metrics["ood"]["feature_accuracy"] <= 1
 
 
-def test_a_record_is_json_where_no_puzzle_is_unique(tmp_path):
+def test_a_record_is_valid_json_even_if_no_puzzle_is_unique(tmp_path):
     recipe_in(tmp_path)
     sections = {**SECTIONS, "task": {"name": "sraven", "num_features": 8, "num_values": 3}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(sections))
@@ -208,7 +208,7 @@ def test_the_samples_of_accumulated_batches_are_counted(tmp_path):
     assert record.samples_seen == recipe.num_training_samples == 4 * 3 * 4
 
 
-def test_the_seconds_before_a_resume_are_in_the_record(finished, tmp_path):
+def test_the_record_includes_the_seconds_before_a_resume(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "run.json").unlink()
@@ -219,7 +219,7 @@ def test_the_seconds_before_a_resume_are_in_the_record(finished, tmp_path):
     assert 1000 < train(recipe_in(tmp_path), run).seconds < 1100
 
 
-def test_a_resume_with_another_number_of_threads_is_said(finished, tmp_path, capfd):
+def test_a_resume_with_another_number_of_threads_is_reported(finished, tmp_path, capfd):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "run.json").unlink()
@@ -235,7 +235,7 @@ def test_a_resume_with_another_number_of_threads_is_said(finished, tmp_path, cap
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"name": 3}'])
-def test_a_damaged_record_is_no_finished_run(finished, tmp_path, content):
+def test_a_run_with_a_damaged_record_is_not_finished(finished, tmp_path, content):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "run.json").write_text(content)

@@ -1,4 +1,4 @@
-"""The optimiser's groups, the learning-rate curve and the update, against the reference's rules written out."""
+"""Tests of the trainer: parameter groups, learning-rate curve and updates follow the reference, and faults stop it."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from hf_hyla.training.checkpoint import fault, last_whole, newest_whole, seal
 from hf_hyla.training.schedule import reference_schedule
 
 
-def test_schedule_has_the_references_shape():
+def test_the_schedule_has_the_shape_of_the_references():
     peak, warmup, total = 1.0, 100, 1000
     factor = [reference_schedule(step, warmup, total) for step in range(total + 1)]
     assert factor[0] == 0 and factor[warmup] == peak
@@ -32,7 +32,7 @@ def test_schedule_has_the_references_shape():
     assert all(later <= earlier for earlier, later in zip(factor[warmup:], factor[warmup + 1 :], strict=False))
 
 
-def test_decayed_are_the_parameters_that_the_reference_stores_with_more_than_one_axis(tmp_path):
+def test_decay_applies_to_parameters_that_the_reference_stores_with_more_than_one_axis(tmp_path):
     config = HylaConfig(qk_norm=True, value_depth=2, num_hidden_layers=1)
     trainer = make_trainer(tmp_path, model=HylaForSequenceClassification(config))
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
@@ -84,7 +84,7 @@ def test_trained_weights_equal_a_plain_loop_of_the_references_optimiser(tmp_path
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, msg=name)
 
 
-def test_the_first_update_moves_nothing(tmp_path):
+def test_the_first_update_does_not_change_the_weights(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=5, warmup_steps=2)
     before = copy.deepcopy(trainer.model.state_dict())
     after_step: list[bool] = []
@@ -137,7 +137,7 @@ class SpoilLoss(TrainerCallback):
                 model.classifier.bias.fill_(float("nan"))
 
 
-def test_the_step_at_fault_is_named_and_the_checkpoint_before_it_kept(tmp_path):
+def test_the_failed_step_is_named_and_the_checkpoint_before_it_kept(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
     trainer.add_callback(SpoilLoss(4))
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_the_step_at_fault_is_named_and_the_checkpoint_before_it_kept(tmp_path):
 
 
 @pytest.mark.parametrize("looks", ["log", "_save_checkpoint"])
-def test_an_accelerator_is_asked_seldom_and_names_the_step_all_the_same(tmp_path, monkeypatch, looks):
+def test_the_step_is_named_even_if_an_accelerator_is_checked_rarely(tmp_path, monkeypatch, looks):
     monkeypatch.setattr("hf_hyla.training.guard._READ_AT_ONCE", ())
     settings = {"log": {"logging_steps": 5}, "_save_checkpoint": {"save_strategy": "steps", "save_steps": 5}}[looks]
     trainer = make_trainer(tmp_path, **settings)
@@ -160,7 +160,7 @@ def test_an_accelerator_is_asked_seldom_and_names_the_step_all_the_same(tmp_path
 
 
 @pytest.mark.parametrize("part", ["weight", "moment"])
-def test_what_is_not_finite_is_never_saved_even_with_a_finite_loss(tmp_path, part):
+def test_weights_that_are_not_finite_are_never_saved_even_with_a_finite_loss(tmp_path, part):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=3, max_grad_norm=0.0)
 
     class Spoil(TrainerCallback):
@@ -230,7 +230,7 @@ def own_trainer(folder, **settings):
 FIELDS = {field.name for field in dataclasses.fields(HylaTrainingArguments)}
 
 
-def test_ones_own_data_is_shuffled(tmp_path):
+def test_a_users_own_data_are_shuffled(tmp_path):
     trainer = own_trainer(tmp_path)
     drawn = torch.cat([batch["input_ids"] for batch in trainer.get_train_dataloader()])
     stored = torch.stack([sample["input_ids"] for sample in trainer.train_dataset])
@@ -290,7 +290,7 @@ def test_an_evaluation_may_reduce_logits_and_return_hidden_states(tmp_path):
 
 
 @pytest.mark.parametrize("first", [-3.0, 0.0])
-def test_a_loss_that_begins_at_zero_or_below_is_no_divergence(tmp_path, first):
+def test_a_loss_that_begins_at_zero_or_below_does_not_count_as_divergence(tmp_path, first):
     steps = itertools.count()
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -315,12 +315,12 @@ def test_checkpoints_are_ordered_by_their_steps(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{}", '{"model.safetensors": {"size": 1, "sha256": ""}}'])
-def test_a_seal_that_leaves_files_out_makes_nothing_whole(tmp_path, content):
+def test_a_checkpoint_whose_seal_leaves_files_out_is_not_whole(tmp_path, content):
     (tmp_path / "seal.json").write_text(content)
     assert fault(tmp_path) == "has a seal.json that leaves out trainer_state.json"
 
 
-def test_resuming_takes_the_last_checkpoint_that_is_whole_and_nothing_of_another_trainer_is_touched(tmp_path):
+def test_resuming_takes_the_last_whole_checkpoint_and_leaves_those_of_other_trainers(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4, "logging_steps": 3}
     whole = own_trainer(tmp_path / "a", **settings)
     whole.train()
@@ -353,7 +353,7 @@ class OnStep(TrainerCallback):
         self.function(state)
 
 
-def test_an_error_while_saving_that_is_not_of_the_disk_stays_what_it_is(tmp_path, monkeypatch):
+def test_an_error_while_saving_that_is_not_the_disks_is_raised_unchanged(tmp_path, monkeypatch):
     trainer = own_trainer(tmp_path, save_strategy="steps", save_steps=2)
     monkeypatch.setattr(torch, "save", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):

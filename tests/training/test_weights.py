@@ -1,4 +1,4 @@
-"""Runs that start from a checkpoint: its weights, its shape, and what does not go with it."""
+"""Tests of runs that start from a checkpoint: its weights, its shape, and refused combinations."""
 
 import json
 import re
@@ -90,7 +90,7 @@ def test_a_checkpoint_in_half_precision_is_trained_in_single_precision(recipe, c
     assert torch.equal(model.classifier.weight, half.classifier.weight.float())
 
 
-def test_settings_that_hold_anyway_may_be_repeated(recipe):
+def test_settings_that_agree_with_the_checkpoint_may_be_repeated(recipe):
     config = recipe(attention_type="hyla", score_norm="rms_head", hidden_size=16).config
     assert (config.effective_score_norm, config.hidden_size) == ("rms_head", 16)
 
@@ -111,21 +111,21 @@ def test_settings_that_hold_anyway_may_be_repeated(recipe):
         (None, {"attention_dropout": 1.5}, "attention_dropout must lie in"),
     ],
 )
-def test_what_does_not_go_with_the_checkpoint_is_refused(recipe, monkeypatch, task, model, message):
+def test_settings_that_contradict_the_checkpoint_are_refused(recipe, monkeypatch, task, model, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=message) as refused:
         recipe(task, **model)
     assert "\n" not in str(refused.value)
 
 
-def test_a_classifier_of_another_shape_is_refused(recipe, tmp_path):
+def test_a_classifier_with_another_shape_is_refused(recipe, tmp_path):
     config = HylaConfig(**get_task("sraven").model_defaults | SMALL | {"num_labels": 5})
     HylaForSequenceClassification(config).save_pretrained(tmp_path / "five")
     with pytest.raises(ValueError, match="its num_labels is 5, expected 8"):
         recipe(model_name_or_path=str(tmp_path / "five"))
 
 
-def test_other_models_weights_that_are_missing_and_a_revision_of_nothing_are_refused(recipe, checkpoint, tmp_path):
+def test_other_models_missing_weights_and_a_revision_without_a_model_are_refused(recipe, checkpoint, tmp_path):
     tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=9, **tiny)).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="is a bert model, expected a hyla model"):

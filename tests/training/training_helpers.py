@@ -1,4 +1,4 @@
-"""What tests of training share: a small recipe, short splits, a trainer, and deaths at chosen places."""
+"""Helpers for tests of training: a small recipe, short splits, a trainer, and kills at chosen places."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""SRAVEN: its rules, its samples, what an ideal observer reaches, and what cards say of it."""
+"""SRAVEN: its rules, samples, ideal observer, and texts for cards."""
 
 from .rules import GRID, RULES
 from .samples import SravenTask, cells

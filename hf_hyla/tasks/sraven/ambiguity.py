@@ -1,4 +1,4 @@
-"""Whether the answer of a SRAVEN puzzle is unique: the official check, and the plain meaning of the word."""
+"""The ambiguity of SRAVEN puzzles, by the official check and by the strict meaning of the word."""
 
 import functools
 import itertools
@@ -8,28 +8,29 @@ import numpy as np
 from .rules import rule_fits
 
 
-# Triples of features that are looked at together, over all puzzles of a chunk.
+# The number of triples of features, over all puzzles of a chunk, that are processed together.
 _CHUNK = 2**18
 
 
 def ambiguity(cells: np.ndarray, num_values: int, permute: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """
-    Two answers to whether puzzles are ambiguous.
+    Whether puzzles are ambiguous, in two meanings of the word.
 
-    An explanation pairs the features of the three columns, one to one, and gives every triple a rule that fits it; it
+    An explanation matches the features of the three columns one to one, and gives every triple a rule that fits it. It
     predicts a value for each feature of the last panel. A puzzle is ambiguous
 
-    - *officially*, if some explanation predicts another value than the true one for every feature;
-    - *strictly*, if some explanation predicts another value for at least one: the last panel is not unique.
+    - *officially*, if some explanation predicts a wrong value for every feature;
+    - *strictly*, if some explanation predicts a wrong value for at least one feature, so that the last panel is not unique.
 
-    Both take "distribute three" as the official check does, whose symbols may repeat; so a puzzle that is not strictly
-    ambiguous has one answer under the generator's own rules too. Exact for every number of features: what is known of
-    the pairings of the first features of the third column is kept for each pair of subsets of the others, not for each
-    permutation.
+    Both let symbols of "distribute three" repeat, as the official check does. The generator's own rules are narrower, so a
+    puzzle that is not strictly ambiguous has only one answer under them too.
+
+    The result is exact for every number of features. The search goes through the features of the third column, and its state
+    is the pair of subsets of the other two columns' features that are used up, instead of a permutation.
 
     Args:
-        cells: (puzzles, 3, 3, features) integers, rows first, the true last panel included.
-        num_values: values of a feature; arithmetic is modulo this.
+        cells: (puzzles, row, column, features), integers, including the true last panel.
+        num_values: number of values of a feature; arithmetic is modulo this.
         permute: whether features may be permuted from column to column.
 
     Returns:
@@ -57,7 +58,7 @@ def _ambiguity(cells: np.ndarray, num_values: int, permute: bool) -> np.ndarray:
         fits |= fits_rule
         differs |= fits_rule & (prediction != truth)
 
-    # A bit for each puzzle, eight at a time.
+    # One bit per puzzle, so that eight puzzles are processed at a time.
     fits, differs = np.packbits(fits, axis=-1), np.packbits(differs, axis=-1)
     consistent = all_differ = np.full((1, 1, fits.shape[-1]), 255, dtype=np.uint8)
     one_differs = np.zeros_like(consistent)
@@ -70,11 +71,11 @@ def _ambiguity(cells: np.ndarray, num_values: int, permute: bool) -> np.ndarray:
 
 def _extend(reached: np.ndarray, allowed: np.ndarray, size: int) -> np.ndarray:
     """
-    Which pairs of subsets of `size` features can be used up, extended to one feature more.
+    Extends the search from pairs of subsets of `size` features to pairs with one feature more.
 
     Args:
-        reached: (subsets of the first column's features, of the second's, bits).
-        allowed: (feature of the first column, of the second, bits) that may be added together.
+        reached: (subsets of the first column's features, of the second's, bits), whether a pair can be used up.
+        allowed: (features of the first column, of the second, bits), whether a pair of features may be added.
     """
     without, added = _subsets(len(allowed), size + 1)
     first, second = np.s_[:, None, :, None], np.s_[None, :, None, :]
@@ -84,10 +85,10 @@ def _extend(reached: np.ndarray, allowed: np.ndarray, size: int) -> np.ndarray:
 
 @functools.lru_cache
 def _subsets(features: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every subset of that size: the numbers of the subsets that lack one of its features, and these features."""
-    numbers = {subset: number for number, subset in enumerate(itertools.combinations(range(features), size - 1))}
+    """For every subset of this size, the indices of the subsets that lack one of its features, and these features."""
+    indices = {subset: index for index, subset in enumerate(itertools.combinations(range(features), size - 1))}
     added = np.array(list(itertools.combinations(range(features), size)))
     without = [
-        [numbers[(*subset[:i], *subset[i + 1 :])] for i in range(size)] for subset in map(tuple, added.tolist())
+        [indices[(*subset[:i], *subset[i + 1 :])] for i in range(size)] for subset in map(tuple, added.tolist())
     ]
     return np.array(without), added

@@ -1,4 +1,4 @@
-"""The ideal observer of SRAVEN, which knows how puzzles are made and answers with the most probable panel."""
+"""The ideal observer of SRAVEN, which knows the generator and answers with the most probable panel."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,19 +17,19 @@ Rules = tuple[int, ...]
 
 def explain(puzzles: np.ndarray, task: SravenTask) -> list[dict[tuple[Rules, Panel], int]]:
     """
-    Every explanation of the eight panels of each puzzle, exactly.
+    All explanations of the eight panels of each puzzle.
 
-    An explanation pairs the features of the three columns, one to one, and gives every triple a rule that could have
-    made it. Explanations with the same rules and the same ninth panel are added up. Time and memory grow with their number: a
-    handful with the paper's settings, millions where many features have few values.
+    An explanation matches the features of the three columns one to one, and gives every triple a rule that could have made
+    it. Explanations with the same rules and the same ninth panel are added up. Time and memory grow with their number, which
+    is a handful with the paper's settings and millions if many features have few values.
 
     Args:
-        puzzles: (puzzles, 3, 3, features) as `cells` makes them; the ninth panel is not read.
-        task: whose generator made them.
+        puzzles: (puzzles, row, column, features), as `cells` makes them. The ninth panel is not read.
+        task: the task that made the puzzles.
 
     Returns:
-        For each puzzle, by (rules of the features of the third column, ninth panel), the likelihood of the eight panels up
-        to a constant factor, given these rules: an integer, so that equal likelihoods are equal.
+        For each puzzle, a likelihood by (rules of the features of the third column, ninth panel). It is the likelihood of the
+        eight panels given these rules, up to a constant factor, as an integer, so that equal likelihoods compare as equal.
     """
     features, likelihood = task.num_features, _likelihood(task.num_values)
     triples: list[list[list[tuple[int, int, int, int]]]] = [[[] for _ in range(features)] for _ in puzzles]
@@ -41,7 +41,7 @@ def explain(puzzles: np.ndarray, task: SravenTask) -> list[dict[tuple[Rules, Pan
 
     explained = []
     for of_puzzle in triples:
-        # Features that the first and the second column have used up, rules and values so far → likelihood.
+        # Likelihood by state: the used features of the first and of the second column, and the rules and values so far.
         states: dict[tuple[frozenset, frozenset, Rules, Panel], int] = {(frozenset(), frozenset(), (), ()): 1}
         for of_feature in of_puzzle:
             extended: dict[tuple[frozenset, frozenset, Rules, Panel], int] = defaultdict(int)
@@ -59,18 +59,18 @@ def posterior(
     explained: dict[tuple[Rules, Panel], int], combinations: list[Rules], permute: bool
 ) -> dict[Panel, float]:
     """
-    Probability of each ninth panel, if all rule combinations are equally probable beforehand.
+    Probability of each ninth panel if all rule combinations have the same prior probability.
 
     Args:
-        explained: of one puzzle, from `explain`.
+        explained: the explanations of one puzzle, from `explain`.
         combinations: sorted tuples of rule ids, as `Task.combinations` gives them.
-        permute: whether features are permuted from column to column, all ways equally often.
+        permute: whether features are permuted from column to column, with equal probability for all permutations.
     """
     possible = set(combinations)
     panels: dict[Panel, int] = defaultdict(int)
     for (rules, panel), weight in explained.items():
-        # Without permutations the features have the combination's order. With them, exchanging features of one rule
-        # makes the same puzzle by other permutations: this many of them lead to it.
+        # Without permutations the features are in the order of the combination. With permutations, exchanging features that
+        # have the same rule gives the same puzzle, so the product below counts the permutations that lead to it.
         combination = tuple(sorted(rules)) if permute else rules
         if combination in possible:
             panels[panel] += weight * (math.prod(map(math.factorial, Counter(rules).values())) if permute else 1)
@@ -79,24 +79,28 @@ def posterior(
 
 
 def observer_record(task: SravenTask, num_samples: int) -> dict[str, Any]:
-    """`observe` on the splits that models are scored on, beside the task's settings and fingerprint."""
+    """The observer's scores on `test` and `ood`, with the task's settings and fingerprint."""
     splits = {split: observe(task, split, num_samples) for split in ("test", "ood")}
     return {"task": task.spec, "data_fingerprint": task.fingerprint(), "splits": splits}
 
 
 def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:
     """
-    Scores of the ideal observer on the first samples of a split: the highest that any model can expect there.
+    Scores of the ideal observer on the first samples of a split. No model can expect a higher accuracy there.
 
-    It knows the generator and the rule combinations of that split (those of training for `test`, the held-out ones for
-    `ood`), sees the eight panels, and answers with the most probable ninth, and with the smallest of equally probable ones.
+    The observer knows the generator and the rule combinations of the split, which are the trained ones for `test` and the
+    held-out ones for `ood`. It sees the eight panels and answers with the most probable ninth panel, or with the smallest of
+    equally probable ones.
 
     Returns:
-        `num_samples`; `accuracy`, its `standard_error`, and `expected_accuracy`, the mean probability that the observer
-        gives its answers, which estimates the same with less noise; `feature_accuracy` of the same answers;
-        `accuracy_all_combinations`, where the observer holds every combination of rules possible and not only the
-        split's; `accuracy_unique`, where the answer is strictly unique, if any is; `undecided`, the fraction of puzzles
-        that leave the observer more than one answer; `ambiguous_official` and `ambiguous_strict`, see `ambiguity`.
+        - `num_samples`;
+        - `accuracy` and its `standard_error`;
+        - `expected_accuracy`, the mean probability of the observer's answers, which estimates the accuracy with less noise;
+        - `feature_accuracy` of the same answers;
+        - `accuracy_all_combinations`, the accuracy if the observer takes every combination of rules to be possible;
+        - `accuracy_unique`, the accuracy on puzzles that are not strictly ambiguous, if there are any;
+        - `undecided`, the fraction of puzzles with more than one possible answer;
+        - `ambiguous_official` and `ambiguous_strict`, the fractions of ambiguous puzzles, see `ambiguity`.
 
     Raises:
         ValueError: for an unknown split or no samples.
@@ -141,11 +145,11 @@ def _most_probable(panels: dict[Panel, float]) -> Panel:
 
 def _likelihood(num_values: int) -> list[int]:
     """
-    Of each rule, the probability that it makes the eight cells of a triple that it fits, times a constant that makes all
-    of them integers.
+    For each rule, the probability of the eight cells of a triple that it fits, times a constant that makes all of these
+    probabilities integers.
 
-    A row without a free second cell is one of `num_values`, another one of their square; and three rows of the same
-    three symbols are one of n (n - 1) (n - 2) in the first row and of six in each of the others.
+    With n = `num_values`, a row has n possibilities if the increment makes it, and n² if its second cell is free. Three rows of
+    "distribute three" have n (n - 1) (n - 2) possibilities for the first row and six for each of the others.
     """
     distributions = num_values * (num_values - 1) * (num_values - 2) * 36
     constant = distributions * num_values ** (2 * GRID)

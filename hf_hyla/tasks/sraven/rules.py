@@ -1,4 +1,4 @@
-"""The eight rules of SRAVEN: their table, and which of them fit the cells of a puzzle."""
+"""The eight rules of SRAVEN, and the search for rules that fit the cells of a puzzle."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,9 @@ import numpy as np
 
 
 GRID = 3
-# Of each rule: its name, what a row adds from column to column, and the sign of the second column in the third where the
-# second is free. A rule that does not fit into this table, such as the last, is drawn and recognised by functions of its own.
+# Each rule has a name, the increment from column to column, and a sign. A sign of 0 means that the increment makes the row.
+# Otherwise the second cell is free, and the third is the first plus or minus the second. The last rule does not fit into this
+# table, so functions of its own draw and recognise it.
 _RULES = (
     ("constant", 0, 0),
     ("progression +1", 1, 0),
@@ -28,23 +29,23 @@ def rule_fits(
     cells: np.ndarray, num_values: int, permute: bool = True, repeats: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    For each rule in turn: which triples of cells it fits, and which value of the last cell it then predicts.
+    Finds, for each rule in turn, the triples that it fits and the values of their last cells.
 
-    A triple (a, b, c) is feature a of the first column, b of the second and c of the third, over all rows. A rule fits
-    it if it governs the first two rows and allows the first two cells of the third.
+    A triple (a, b, c) takes feature a of the first column, b of the second and c of the third, in all rows. A rule fits a
+    triple if it governs the first two rows and allows the first two cells of the third.
 
     Args:
-        cells: (puzzles, 3, 3, features) integers, rows first; the last panel is not read.
-        num_values: values of a feature; arithmetic is modulo this.
-        permute: whether features may be permuted from column to column; if not, only triples (a, a, a) fit.
+        cells: (puzzles, row, column, features), integers. The last panel is not read.
+        num_values: number of values of a feature; arithmetic is modulo this.
+        permute: whether features may be permuted from column to column. If not, only triples (a, a, a) fit.
         repeats:
-            whether symbols of "distribute three" may occur twice, in the puzzle and in the third row, as the official
-            check for ambiguity lets them. The last cell is then the smallest of the least used symbols.
+            whether symbols of "distribute three" may occur twice, in the puzzle and in the third row, as in the official
+            check for ambiguity. The last cell is then the smallest of the least used symbols.
 
     Yields:
-        `fits` and `predictions`, broadcasting to (features a, b, c, puzzles): puzzles come last, since they are many.
+        `fits` and `predictions`, which broadcast to (features a, b, c, puzzles). Puzzles are the last axis, the longest.
     """
-    # Differences of two values and sums of three fit into this type.
+    # A type that holds the differences of two values and the sums of three.
     x = np.ascontiguousarray(cells.transpose(1, 2, 3, 0), dtype=np.min_scalar_type(-3 * num_values))
     a, b, c = x[:, 0, :, None, None], x[:, 1, None, :, None], x[:2, 2, None, None, :]
     allowed = True if permute else _diagonal(cells.shape[-1])[..., None]

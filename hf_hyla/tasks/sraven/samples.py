@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import datasets
 
 _ORDERS = np.array(list(itertools.permutations(range(GRID))))
-# Unambiguous tasks: a split is refused if none of its first puzzles is unique, so that a sample hardly ever needs the
-# maximum of draws.
+# An unambiguous task is refused if none of the first puzzles of a split is unique, so that a sample hardly ever needs the
+# maximum number of draws.
 _FIRST = 512
 _MAX_ATTEMPTS = 20_000
 
@@ -34,27 +34,31 @@ _MAX_ATTEMPTS = 20_000
 @dataclasses.dataclass
 class SravenTask(Task):
     """
-    A 3 × 3 grid of panels, each `num_features` integers in 0 to `num_values - 1`. One rule per feature governs every
-    row; in each column the features are permuted, the same way in all rows. The last panel is asked for.
+    Puzzles that show eight panels of a 3 × 3 grid and ask for the last.
 
-    Samples: `input_ids` (9 · num_features), the eight panels row by row and then the answer slots, whose id is
-    `num_values`; `labels` (num_features), the last panel; `rules` (num_features), sorted ids into `RULES`, of the
-    features before they are permuted; `permutations` (3, num_features): after[column, j] is
-    before[column, permutations[column, j]].
+    A panel is `num_features` integers from 0 to `num_values - 1`. Each feature has a rule, which governs every row. Each
+    column permutes the features, in the same way in all rows.
+
+    A sample has these columns:
+
+    - `input_ids` (9 · num_features): the eight panels row by row, then the answer slots, whose id is `num_values`.
+    - `labels` (num_features): the last panel.
+    - `rules` (num_features): sorted indices into `RULES`, one per feature before the permutation.
+    - `permutations` (3, num_features): after[column, j] is before[column, permutations[column, j]].
 
     Args:
         num_features (`int`, *optional*, defaults to 4): features of a panel, 2 to 8.
-        num_values (`int`, *optional*, defaults to 8): values of a feature, at least 3; arithmetic is modulo this.
-        held_out (`float`, *optional*, defaults to 0.25): fraction of the rule combinations held out of training.
+        num_values (`int`, *optional*, defaults to 8): number of values of a feature, at least 3; arithmetic is modulo this.
+        held_out (`float`, *optional*, defaults to 0.25): fraction of the rule combinations that is held out of training.
         reference_split (`bool`, *optional*, defaults to `False`):
-            whether they are those that the official implementation holds out for this seed, which may leave rules
-            untrained; otherwise they are drawn so that every rule is trained.
+            whether to hold out the combinations that the official implementation holds out for this seed, which may leave
+            rules untrained. Otherwise the combinations are drawn so that every rule is trained.
         permute (`bool`, *optional*, defaults to `True`): whether columns permute the features.
         unambiguous (`bool`, *optional*, defaults to `False`):
-            whether only puzzles with a unique answer are drawn, by the strict meaning of `ambiguity`. Sample i is then the
-            first such puzzle among those drawn for i, beginning with sample i of the ambiguous task. Rules that are more
-            often mistaken for others become rarer.
-        seed (`int`, *optional*, defaults to 0): of the held-out combinations and of all samples.
+            whether to draw only puzzles with a unique answer, by the strict meaning of `ambiguity`. Sample i is then the
+            first such puzzle of those drawn for i, beginning with sample i of the ambiguous task. Rules that are more often
+            mistaken for others become rarer.
+        seed (`int`, *optional*, defaults to 0): seed of the held-out combinations and of all samples.
     """
 
     name: ClassVar[str] = "sraven"
@@ -101,7 +105,7 @@ class SravenTask(Task):
             raise ValueError(
                 f"num_values must be at least {GRID}, since 'distribute three' needs three symbols, got {self.num_values}."
             )
-        self.split_combinations  # noqa: B018  refuses an impossible split here rather than in training
+        self.split_combinations  # noqa: B018  an impossible split is refused here rather than in training
         if self.unambiguous:
             self._check_unique_puzzles_exist()
 
@@ -170,7 +174,7 @@ class SravenTask(Task):
 
     def _draw_attempt(self, split: str, indices: np.ndarray, attempt: int = 0) -> dict[str, np.ndarray]:
         count, features = len(indices), self.num_features
-        # The first attempt is the task's own stream.
+        # The first attempt reads the stream that the ambiguous task reads.
         words = self.random_words(f"{split}/{attempt}" if attempt else split, indices, 1 + GRID + features * 4 * GRID)
         combinations = self.split_combinations[split]
         rules = combinations[below(words[:, 0], len(combinations))]
@@ -187,7 +191,7 @@ class SravenTask(Task):
         return {"input_ids": input_ids, "labels": labels, "rules": rules, "permutations": permutations}
 
     def _rows(self, rules: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Rows (sample, feature, row, column) that follow the rules (sample, feature), not yet permuted."""
+        """Rows (sample, feature, row, column) that follow the rules (sample, feature), before the permutation."""
         first = below(words[:, :, 0], self.num_values)
         free = below(words[:, :, 1], self.num_values)
         increment, sign = INCREMENT[rules][..., None], SIGN[rules][..., None]
@@ -199,8 +203,8 @@ class SravenTask(Task):
         return rows
 
     def _distributed(self, words: np.ndarray) -> np.ndarray:
-        """Three different symbols per puzzle, in a fresh order in every row: (puzzle, row, column)."""
-        # The k-th symbol is drawn among those left, then moved past the ones already taken, in ascending order.
+        """Three different symbols per puzzle, in a new order in every row: (puzzle, row, column)."""
+        # Each symbol is drawn as an index among those that are left, and moved past the smaller symbols already taken.
         first = below(words[:, 0, 0], self.num_values)
         second = below(words[:, 0, 1], self.num_values - 1)
         second += second >= first
@@ -266,19 +270,19 @@ class SravenTask(Task):
 
     def answer_keys(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        The two cells of the last row that show the feature which the answer token is asked for, wherever the columns'
-        permutations put it, as in the official analysis: a rule says how the answer follows from these two.
+        The two shown cells of the last row with the same feature as the answer token, from which the feature's rule gives the
+        answer. The official analysis takes the same cells. The columns' permutations say where they are.
         """
         permutations = batch["permutations"]
         features = permutations.shape[-1]
-        place = permutations.argsort(dim=-1)  # of each feature in each column
+        place = permutations.argsort(dim=-1)  # the place of each feature in each column
         asked = permutations[:, GRID - 1]
         panels = GRID * (GRID - 1)
         keys = [(panels + column) * features + place[:, column].gather(1, asked) for column in range(GRID - 1)]
         return torch.stack(keys, dim=-1)
 
     def ambiguous(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`ambiguity` of these samples: official and strict, each (samples,)."""
+        """Whether these samples are ambiguous, officially and strictly, each (samples,); see `ambiguity`."""
         return ambiguity(cells(input_ids, labels), self.num_values, self.permute)
 
 

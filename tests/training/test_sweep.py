@@ -1,4 +1,4 @@
-"""Sweeps: every point a valid recipe and a run of its own; what is finished is skipped, the rest resumes."""
+"""Tests of sweeps: every point is a valid recipe and a run, finished runs are skipped, and the others resume."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ import pytest
 import yaml
 from forks import ForkedCommand, in_children
 
-from hf_hyla import sweep as sweeps
 from hf_hyla.cli import main
-from hf_hyla.sweep import load_sweep
 from hf_hyla.tasks import get_task
+from hf_hyla.training import sweep as sweeps
+from hf_hyla.training.sweep import load_sweep
 
 
-FIGURES = sorted((Path(__file__).parents[1] / "recipes" / "figures").glob("*.yaml"))
+FIGURES = sorted((Path(__file__).parents[2] / "recipes" / "figures").glob("*.yaml"))
 BASE = {
     "task": {"name": "logic", "num_examples": 4},
     "model": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
@@ -60,11 +60,11 @@ def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
     assert point.recipe.task.seed == point.recipe.trainer["seed"] == 2
 
 
-def test_every_figure_is_tested():
+def test_every_sweep_is_tested():
     assert len(FIGURES) == 8  # one is no figure of the paper
 
 
-def test_trials_are_the_same_for_every_attention():
+def test_the_trials_of_muon_are_the_same_for_every_attention():
     points = [point.recipe for point in load_sweep("figures/sraven-muon-trials.yaml").points]
     by_type = {}
     for recipe in points:
@@ -74,13 +74,13 @@ def test_trials_are_the_same_for_every_attention():
     assert by_type["hyla"] == by_type["softmax"] == by_type["linear"]
 
 
-def test_heads_keep_their_width_all_together():
+def test_heads_keep_their_total_width():
     for point in load_sweep("figures/sraven-heads.yaml").points:
         config = point.recipe.config
         assert config.num_attention_heads * config.head_dim == config.num_attention_heads * config.value_head_dim == 64
 
 
-def test_a_sweep_runs_skips_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_sweep_skips_finished_runs_and_runs_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
     path = write(tmp_path, grid={"model.attention_type": ["hyla", "softmax"]}, seeds=[0, 1])
     runs = tmp_path / "runs"
@@ -115,9 +115,7 @@ def test_a_sweep_runs_skips_and_goes_on(tmp_path, monkeypatch, capsys):
     [(signal.SIGINT, os.killpg, 130), (signal.SIGHUP, os.kill, 129), (signal.SIGTERM, os.kill, 143)],
     ids=["ctrl-c", "terminal closed", "terminated"],
 )
-def test_a_sweep_that_is_stopped_stops_its_runs_with_their_checkpoints_saved(
-    number, kill, expected, tmp_path, monkeypatch
-):
+def test_a_stopped_sweep_stops_its_runs_after_they_have_saved(number, kill, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
     base = {**BASE, "trainer": {**BASE["trainer"], "max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}}
     path = write(tmp_path, grid={}, seeds=[0, 1], base=base)
@@ -143,7 +141,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_with_their_checkpoints_saved(
     assert not (tmp_path / "runs/base/1").exists()
 
 
-def test_a_damaged_record_fails_its_point_alone_and_gives_its_place_back(tmp_path, monkeypatch, capsys):
+def test_a_damaged_record_fails_only_its_own_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
     path = write(tmp_path, grid={}, seeds=[0, 1])
     damaged = tmp_path / "runs/base/0/run.json"
@@ -155,7 +153,7 @@ def test_a_damaged_record_fails_its_point_alone_and_gives_its_place_back(tmp_pat
     assert "(1)" in printed.splitlines()[-1]
 
 
-def test_only_what_is_expected_of_a_run_may_change_between_sweeps(tmp_path, monkeypatch, capsys):
+def test_only_the_expectation_of_a_run_may_change_between_sweeps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "Popen", ForkedCommand)
     command = ["sweep", str(write(tmp_path, grid={}, seeds=[0])), "--output", str(tmp_path / "runs")]
     assert main(command) == 0
@@ -168,7 +166,7 @@ def test_only_what_is_expected_of_a_run_may_change_between_sweeps(tmp_path, monk
     assert "a run of another recipe, which differs in task.held_out" in capsys.readouterr().out
 
 
-def test_a_sweep_keeps_to_the_gpus_that_it_was_given(tmp_path, monkeypatch):
+def test_a_sweep_uses_only_the_visible_gpus(tmp_path, monkeypatch):
     given = []
 
     class Command:

@@ -1,4 +1,4 @@
-"""A sweep: a base recipe × a grid of settings × seeds, where each point is a run in a folder of its own."""
+"""Sweeps of a base recipe × a grid of settings × seeds. Each point is a run in a separate folder."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from .paths import find_recipe
-from .runs.record import RECORD_NAME, RunRecord, first_difference
-from .training.recipe import Recipe, load_recipe
-from .training.typed_yaml import read_mapping
-from .utils import one_line
+from ..paths import find_recipe
+from ..runs.record import RECORD_NAME, RunRecord, first_difference
+from ..utils import one_line
+from .recipe import Recipe, load_recipe
+from .typed_yaml import read_mapping
 
 
 _KEYS = ("base", "grid", "seeds")
@@ -27,7 +27,7 @@ _KEYS = ("base", "grid", "seeds")
 
 @dataclasses.dataclass
 class Point:
-    """One run of a sweep: its folder inside the sweep's, its overrides as texts by key, and the recipe they make."""
+    """One run of a sweep: its folder inside the sweep's, its overrides as texts by key, and the resulting recipe."""
 
     folder: str
     overrides: dict[str, str]
@@ -45,15 +45,15 @@ class Sweep:
 
 def load_sweep(path: str | Path) -> Sweep:
     """
-    Reads a sweep, a YAML file with
+    Reads a sweep from a YAML file with these keys:
 
-    - `base`: a recipe, found as `hyla train` finds it;
-    - `grid`: axes, of which every combination is a point. An axis is named like a setting (`task.held_out`) and lists its
-      values, or has a name without a dot and lists mappings of settings that change together;
-    - `seeds`: each sets `task.seed` and `trainer.seed`.
+    - `base`: a recipe, found as `hyla train` finds it.
+    - `grid`: axes, whose combinations are the points. An axis is named like a setting (`task.held_out`) and lists its values, or
+      it has a name without a dot and lists mappings of settings that change together.
+    - `seeds`: integers, each of which sets `task.seed` and `trainer.seed`.
 
     Raises:
-        ValueError: for anything missing, misspelt or contradictory, and for a point whose recipe is refused.
+        ValueError: for a missing, misspelt or contradictory entry, and for a point whose recipe is refused.
         OSError: if the file or its base cannot be read.
     """
     path = find_recipe(path)
@@ -83,9 +83,12 @@ def load_sweep(path: str | Path) -> Sweep:
 
 def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[tuple[Point, str]]:
     """
-    Runs the points that are not finished, `jobs` at a time (by default one for each GPU, or one), each in a process of its
-    own whose output goes into a log file beside the run's folder. Yields each point as it ends, with `finished`, `done
-    before` or `failed: ` and its error. A point that was interrupted resumes.
+    Runs the points that are not finished, `jobs` at a time (by default one per GPU, or one).
+
+    Each run is a separate process, whose output goes into a log file beside the run's folder. An interrupted run resumes.
+
+    Yields:
+        Each point in turn with its outcome: `finished`, `done before`, or `failed: ` and the error.
     """
     devices = _visible_devices()
     jobs = jobs or max(1, len(devices))
@@ -99,7 +102,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
         slot = slots.get()
         try:
             return run(point, output / point.folder, slot)
-        except (ValueError, OSError) as error:  # of this point: the others continue
+        except (ValueError, OSError) as error:  # only this point fails, and the others continue
             return f"failed: {one_line(error)}"
         finally:
             slots.put(slot)
@@ -121,7 +124,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
         folder.parent.mkdir(parents=True, exist_ok=True)
         log = folder.with_name(f"{folder.name}.log")
         with log.open("a") as file:
-            # In a session of its own, or Ctrl-C in a terminal would kill it before it has saved.
+            # In a new session, since Ctrl-C in a terminal would otherwise end the run before it has saved.
             process = Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         running.add(process)
         if stopping.is_set():
@@ -137,7 +140,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
         try:
             yield from zip(sweep.points, pool.map(outcome, sweep.points), strict=True)
         except BaseException:
-            # Each saves its checkpoint before it ends, and the pool waits for it; those that have not begun never start.
+            # Runs that have begun save a checkpoint before they end, and the pool waits for them. The others never start.
             pool.shutdown(wait=False, cancel_futures=True)
             stopping.set()
             for process in list(running):
@@ -146,7 +149,7 @@ def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[t
 
 
 def _visible_devices() -> list[str]:
-    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
     return inherited.split(",")[:count] if inherited else [str(number) for number in range(count)]
