@@ -114,6 +114,15 @@ def test_without_the_package_the_error_names_the_missing_code_file(tmp_path):
 
 
 @trained
+def test_labels_have_the_names_that_the_task_gives_them(folder):
+    record = RunRecord.load(folder)
+    defaults = get_task(**record.recipe["task"]).model_defaults
+    config = json.loads((folder / "config.json").read_text())
+    names = defaults.get("id2label", {0: "LABEL_0"})
+    assert config["id2label"] == {str(label): name for label, name in names.items()}
+
+
+@trained
 def test_the_record_is_among_the_results(folder):
     assert RunRecord.load(folder) in [RunRecord.load(path) for path in results_of(folder)]
 

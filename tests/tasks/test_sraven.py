@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from hf_hyla import HylaConfig
 from hf_hyla.tasks import get_task
 from hf_hyla.tasks.sraven import RULES
 
@@ -229,6 +230,11 @@ def test_items_have_the_documented_shapes_alone_and_in_batches():
         dataset[51_200]
     with pytest.raises(TypeError):
         dataset[1.5]
+
+
+def test_answers_are_called_by_their_values():
+    config = HylaConfig(**get_task("sraven", num_values=5).model_defaults)
+    assert config.id2label == dict(enumerate("01234")) and config.label2id == {str(value): value for value in range(5)}
 
 
 @pytest.mark.parametrize(
