@@ -53,7 +53,7 @@ ALLOWED = {
         {"model", "tasks", "metrics", "runs", "utils", "paths"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
     ),
-    "analysis": ({"model", "tasks", "metrics", "utils"}, {"torch", "numpy", "sklearn", "matplotlib", "tqdm"}),
+    "analysis": ({"model", "tasks", "metrics", "utils"}, {"torch", "numpy", "scipy", "sklearn", "matplotlib", "tqdm"}),
     "hub": (
         {"runs", "tasks", "metrics", "model", "utils"},
         {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
