@@ -148,7 +148,7 @@ def test_only_a_backend_that_cannot_be_launched_is_not_timed(monkeypatch):
     monkeypatch.setitem(BACKENDS, FUSED, broken)
     meter = measured(Shape(3, 9, 4, 2))
     assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
-    assert "it cannot be run (RuntimeError: out of resource: shared memory), so no speed" in meter.failed[0]
+    assert "it cannot be run (RuntimeError: out of resource: shared memory), so its speed is not" in meter.failed[0]
 
 
 def test_softmax_attention_is_checked_at_the_whole_length(monkeypatch):
@@ -178,7 +178,7 @@ def test_half_precision_may_have_only_the_errors_of_the_eager_implementation(mon
 
 
 def test_without_the_fused_kernel_the_others_are_measured(monkeypatch):
-    monkeypatch.setattr(attention, "kernel_problem", lambda *tensors: "numba is not installed")
+    monkeypatch.setattr(attention, "kernel_problem", lambda *tensors, **others: "numba is not installed")
     meter = measured(Shape(3, 9, 4, 2))
     assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
     assert meter.skipped == ["attention, 3 x 9 x 4 heads x 2, float32, fused: numba is not installed."]
@@ -267,8 +267,8 @@ def test_eager_attention_for_answers_only_gives_the_same_loss(tmp_path):
     losses, widths = [], []
     for answers_only in (False, True):
         step = steps._TrainingStep(recipe, "eager", folder=str(tmp_path), batch_size=4, answers_only=answers_only)
-        step._plain.model.norm.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
-        losses.append(step._plain(**step._batch()).loss)
+        step._uncompiled.model.norm.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+        losses.append(step._uncompiled(**step._batch()).loss)
     torch.testing.assert_close(*losses)
     assert widths == [36, 4]
 

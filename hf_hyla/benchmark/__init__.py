@@ -1,8 +1,8 @@
 """
-`hyla bench`: the time and memory that attention, training steps, answers and data take, of every backend in one run.
+`hyla bench`: time and memory of attention, training steps, answers and data, with every backend in one run.
 
-A backend is first compared with the definition in float64, and where it disagrees no speed of it is reported, only that of
-the others. What is compared is timed in turn, so that a machine that grows slower or faster does so for all.
+Every backend is first checked against the definition in float64. If one disagrees, only the speed of the others is reported.
+Workloads that are compared take turns, so that a machine that slows down or speeds up does so for all of them.
 """
 
 import contextlib
@@ -41,37 +41,45 @@ def benchmark(
     Measures on the accelerator torch sees, or on the CPU.
 
     Args:
-        parts: of `PARTS`.
-        threads: of the CPU; where it is `None` torch's number, and for inference one and two in turn.
-        repeats: measurements of each; where it is `None` as many as fit into ten seconds, 5 to 100.
-        lengths: of the curves of attention, at batch 1 with 8 heads of width 16.
-        shapes: of attention, besides.
-        overrides: of the recipes whose steps are measured, as `load_recipe` takes them.
-        batch_size: of training steps and data.
-        say: is told what is measured next.
-        save: is given what there is so far, after every shape of attention, training step and task's data.
+        parts: the parts to measure, some of `PARTS`.
+        threads: threads of the CPU; by default torch's number, and for inference one and two in turn.
+        repeats: measurements of each workload; by default as many as fit into ten seconds, 5 to 100.
+        lengths: lengths of the attention curves, at batch 1 with 8 heads of width 16.
+        shapes: other shapes of attention to measure.
+        overrides: overrides of the recipes whose steps are measured, as `load_recipe` takes them.
+        batch_size: samples of a training step, and of a batch of data.
+        say: called with a line about what is measured next.
+        save: called with the result so far, after every shape of attention, training step and task's data.
 
     Returns:
-        What JSON can hold: `rows`, `skipped` (what was not measured, and why), `failed` (what does not compute what the
-        definition says, or cannot be run, and has no rows), `seed`, `threads`, `repeats`, `environment`, `hardware` and
-        `schema_version`. A row has `part`, `work` (what was done, `shape` for attention on which sizes),
-        `subject` (who did it), `seconds` (the median), `quartiles` and `repeats` of it, `peak_bytes` (memory beyond what was
-        taken before; `None` where that cannot be known) and `ratios`, its median divided by those of other subjects.
-        Of a step, "matrix products" are the products of its linear layers alone, each of its own shape and by the fastest
-        path of the machine; "at the rate of 1024" are those of all tokens at the rate of torch's product of two 1024 × 1024
-        matrices.
+        A dict that JSON can hold:
+        - `rows`: the measurements, see below;
+        - `skipped`: what was not measured, and why;
+        - `failed`: what disagrees with the definition or cannot be run, and therefore has no rows;
+        - `seed`, `threads`, `repeats`, `environment`, `hardware` and `schema_version`.
+
+        A row has
+        - `part` and `work`, the workload; for attention also `shape`, its sizes;
+        - `subject`: the implementation or model that was timed;
+        - `seconds` (the median), `quartiles` and `repeats`;
+        - `peak_bytes`: memory beyond what was in use before; `None` where that cannot be known;
+        - `ratios`: the median divided by the medians of other subjects.
+
+        Two subjects of a training step show how fast it could be. "matrix products" are the products of its linear layers
+        alone, each with its own shape and by the machine's fastest path. "at the rate of 1024" are the products of all tokens,
+        at the rate of torch's product of two 1024 × 1024 matrices.
 
     Raises:
         ValueError: if an argument is out of range.
     """
-    for name, number in {"threads": threads, "repeats": repeats, "lengths": min(lengths, default=1)}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
+    for name, value in {"threads": threads, "repeats": repeats, "lengths": min(lengths, default=1)}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = Meter(device, repeats, say)
-    with _threads(threads or torch.get_num_threads()):
+    with _num_threads(threads or torch.get_num_threads()):
         result = meter.result()
-        # What is asked of a GPU comes first and the long curve last, since a machine may be lent for a short time.
+        # The shape for GPUs comes first and the long curve last, since time on a GPU may run out.
         flash = [FLASH_SHAPE] if device.type == "cuda" else []
         curve = [Shape(1, length, 8, 16) for length in lengths]
         measurements: dict[str, list[Callable[[], None]]] = {
@@ -79,11 +87,9 @@ def benchmark(
                 partial(measure_attention, meter, shape) for shape in dict.fromkeys([*flash, *shapes, *curve])
             ],
             "inference": [
-                partial(measure_inference, meter, task, number, overrides)
+                partial(measure_inference, meter, task, count, overrides)
                 for task in ("sraven", "logic")
-                for number in (
-                    [threads] if threads else (1, 2) if device.type == "cpu" else (torch.get_num_threads(),)
-                )
+                for count in ([threads] if threads else (1, 2) if device.type == "cpu" else (torch.get_num_threads(),))
             ],
             "sraven": [partial(measure_steps, meter, "sraven", batch_size, overrides)],
             "logic": [partial(measure_steps, meter, "logic", batch_size, overrides)],
@@ -96,9 +102,9 @@ def benchmark(
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
+def _num_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -106,7 +112,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def as_table(result: dict[str, Any]) -> str:
-    """What `benchmark` returned as text, a block for each work."""
+    """The result of `benchmark` as text, with a block for each workload."""
     lines = []
     for title, rows in itertools.groupby(result["rows"], key=lambda row: (row["part"], row["work"], row.get("shape"))):
         lines += ["", ", ".join(filter(None, title))]

@@ -1,4 +1,4 @@
-"""`hyla bench --against`: training steps and attention of this checkout beside those of another commit or folder."""
+"""`hyla bench --against`: training steps and attention of this checkout, compared with another commit or folder."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from .meter import SEED, Meter
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _DRIVER = Path(__file__).with_name("driver.py")
-# Both sides keep freed memory, as training does, whatever they set by themselves.
+# Both sides keep freed memory, as training does, whatever they would set themselves.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
@@ -37,20 +37,20 @@ def compare_with(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """
-    Times both in processes of their own, which take turns: one training step here, one there, and so on.
+    Times both sides in processes of their own, which take turns: one training step here, one there, and so on.
 
     Args:
         other: a folder with a checkout, or a commit of this one.
-        recipe: whose steps are compared, with AdamW in place of its optimiser; of a recipe that comes with the package each
+        recipe: the recipe whose steps are compared, with AdamW in place of its optimiser. If it comes with the package, each
             side takes its own file.
-        bf16: computes under `torch.autocast` in bfloat16.
+        bf16: whether both compute under `torch.autocast` in bfloat16.
         threads, repeats, overrides, batch_size, say: as `benchmark` takes them.
 
     Returns:
-        What `benchmark` returns, with rows for the subjects "this checkout" and the commit or the folder's name.
+        A dict as `benchmark` returns it. The subjects of its rows are "this checkout" and the commit or the folder's name.
 
     Raises:
-        ValueError: if there is no such folder or commit, or a side cannot be started, saying why.
+        ValueError: if there is no such folder or commit, or a side cannot be started; the message says why.
         OSError: if there is no such recipe.
     """
     file = find_recipe(recipe).resolve()
@@ -64,26 +64,25 @@ def compare_with(
     }
     meter = _DriversMeter(torch.device("cpu"), repeats, say)
     with contextlib.ExitStack() as stack:
-        folder_there = stack.enter_context(_folder(other))
-        there = Path(other).resolve().name if Path(other).is_dir() else other
+        other_folder = stack.enter_context(_folder(other))
+        other_name = Path(other).resolve().name if Path(other).is_dir() else other
         drivers = {}
-        for name, folder in {"this checkout": _CHECKOUT, there: folder_there}.items():
+        for name, folder in {"this checkout": _CHECKOUT, other_name: other_folder}.items():
             say(f"starts {name}")
-            of_side = asked | {"recipe": str(folder / file)}
-            drivers[name] = stack.enter_context(_driver(name, folder, of_side))
+            drivers[name] = stack.enter_context(_driver(name, folder, asked | {"recipe": str(folder / file)}))
         precision = "bfloat16 autocast" if bf16 else "float32"
-        for work in ("attention", "step"):
+        for workload in ("attention", "step"):
             meter.compare(
-                {name: partial(driver, work) for name, driver in drivers.items()},
-                against=(there,),
-                facts={"part": "against", "work": f"{work} of {file.parent.name}/{file.stem}, {precision}"},
+                {name: partial(driver, workload) for name, driver in drivers.items()},
+                against=(other_name,),
+                facts={"part": "against", "work": f"{workload} of {file.parent.name}/{file.stem}, {precision}"},
             )
     return meter.result() | {"threads": asked["threads"]}
 
 
 @contextlib.contextmanager
 def _folder(other: str) -> Iterator[Path]:
-    """The folder of this name, or the files of the commit in a temporary one."""
+    """The folder of this name, or a temporary folder with the files of the commit."""
     if Path(other).is_dir():
         if not Path(other, "hf_hyla", "__init__.py").is_file():
             raise ValueError(f"{other} holds no hf_hyla/__init__.py: name the folder of a checkout, or a commit.")
@@ -102,7 +101,7 @@ def _folder(other: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _driver(name: str, folder: Path, asked: dict[str, Any]) -> Iterator[Callable[[str], float]]:
-    """A process that times the package in a folder; the function has it do a work once and returns the seconds."""
+    """Starts a process that times the package in a folder, and yields a function that runs a workload there: its seconds."""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -125,23 +124,23 @@ def _driver(name: str, folder: Path, asked: dict[str, Any]) -> Iterator[Callable
             said = errors.read().strip().splitlines()
             raise ValueError(f"{name} cannot be measured: {said[-1] if said else 'its process ended'}")
 
-        def seconds(work: str) -> float:
-            with contextlib.suppress(BrokenPipeError):  # the answer, or that there is none, says what happened
-                questions.write(f"{work}\n".encode())
+        def seconds(workload: str) -> float:
+            with contextlib.suppress(BrokenPipeError):  # `answer` says what happened
+                questions.write(f"{workload}\n".encode())
             return float(answer())
 
         try:
-            answer()  # that it is ready
+            answer()  # waits until the process is ready
             yield seconds
         finally:
             process.kill()
 
 
 class _DriversMeter(Meter):
-    """Notes the seconds that a work measures itself; the memory of its process is out of reach."""
+    """Takes the seconds that a workload returns. The memory of its process cannot be read."""
 
-    def _seconds(self, work: Callable[[], float]) -> float:
-        return work()
+    def _seconds(self, workload: Callable[[], float]) -> float:
+        return workload()
 
-    def _peak_bytes(self, work: Callable[[], float]) -> None:
-        work()
+    def _peak_bytes(self, workload: Callable[[], float]) -> None:
+        workload()

@@ -17,23 +17,24 @@ from ..model.layers_hyla import HylaAttention
 from .meter import SEED, Meter, available_bytes, in_a_line
 
 
-# What errors may be in float32, of the output and of gradients, norm by norm.
+# The largest error in float32 of the output, and of a gradient, as a share of its norm.
 _OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
-# A hidden unit that is closer to 0 than this share of the usual size stands at the kink of ReLU: rounding decides its gradient.
+# A hidden unit is at the kink of ReLU, where rounding decides its gradient, if it is closer to 0 than this share of the root mean
+# square of all hidden units.
 _AT_KINK = 1e-5
-# In half precision rounding decides so often that only the eager implementation can say what is usual: another's error may be so
-# many times its, and a rounding.
+# In half precision rounding decides so often that errors are compared with those of the eager implementation. The error of another
+# one may be this many times larger, plus one rounding.
 _TIMES_EAGER = 1.5
-# Elements of the largest intermediate result that the definition in float64 computes at a time.
+# Elements of the largest intermediate result that the definition in float64 may have at a time.
 _BLOCK = 2**24
 
-# By quantity: what is right, in float64, and the error that is allowed.
+# By the name of a quantity: its right value in float64, and the error that is allowed.
 _Bounds = dict[str, tuple[torch.Tensor, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Of attention: queries, keys and values are each (batch, heads, length, width)."""
+    """The sizes of attention: queries, keys and values are each (batch, heads, length, width)."""
 
     batch: int
     length: int
@@ -47,7 +48,7 @@ class Shape:
 
     @property
     def eager_bytes(self) -> int:
-        """About what the eager implementation takes, forward and backward; measured in float32."""
+        """About the memory that the eager implementation takes for forward and backward, found in float32."""
         return self.batch * self.length**2 * (10 * self.heads + 3 * self.width) * self.dtype.itemsize
 
 
@@ -56,6 +57,7 @@ FLASH_SHAPE = Shape(8, 2048, 16, 64, torch.bfloat16)
 
 
 def measure_attention(meter: Meter, shape: Shape) -> None:
+    """Checks every backend on this shape, and times those that agree with the definition."""
     what, device = f"attention, {shape}", meter.device
     hyla, softmax = _layer(shape, "hyla").to(device), _layer(shape, "softmax").to(device)
     inputs = _inputs(shape, device)
@@ -69,42 +71,42 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
     fused = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}[device.type]
     backends: Any = BACKENDS  # mypy takes partial functions for objects
     available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
-    of_hyla = {"eager": (backends["eager"], inputs), "chunked": (backends["hyla_chunked"], inputs)}
+    hyla_subjects = {"eager": (backends["eager"], inputs), "chunked": (backends["hyla_chunked"], inputs)}
     if available is not None and shape.eager_bytes > available / 2:
-        del of_hyla["eager"]
+        del hyla_subjects["eager"]
         needed, free = shape.eager_bytes / 2**30, available / 2**30
         meter.skip(
             f"{what}, eager", f"it needs about {needed:.1f} GiB, more than half of the {free:.1f} GiB that are free."
         )
         if shape.dtype != torch.float32:
-            return meter.skip(what, "in half precision the eager implementation is what the others are held to.")
+            return meter.skip(what, "in half precision the others are held to the errors of the eager implementation.")
     query, key, value, bias = (inputs[name] for name in ("query", "key", "value", "position_bias"))
-    if problem := kernel_problem(fused, hyla, query, key, value, None, bias):
+    if problem := kernel_problem(fused, hyla, query, key, value, attention_mask=None, position_bias=bias):
         meter.skip(f"{what}, fused", f"{problem}.")
     else:
-        of_hyla["fused"] = (backends[fused], inputs)
-    of_softmax = {"sdpa": (backends["hyla_sdpa"], inputs), "sdpa, fixed bias": (backends["hyla_sdpa"], fixed)}
-    groups = [(hyla, inputs, of_hyla), (softmax, inputs, of_softmax)]
+        hyla_subjects["fused"] = (backends[fused], inputs)
+    softmax_subjects = {"sdpa": (backends["hyla_sdpa"], inputs), "sdpa, fixed bias": (backends["hyla_sdpa"], fixed)}
+    groups = [(hyla, inputs, hyla_subjects), (softmax, inputs, softmax_subjects)]
     if shape.dtype == torch.bfloat16:
         groups.append((softmax, plain, {"flash, no bias": (_flash_attention, plain)}))
 
-    meter.say(f"{what}: do all agree?")
-    works = {}
+    meter.say(f"{what}: checks every backend against the definition")
+    workloads = {}
     for layer, defining, subjects in groups:
         bounds = _bounds(layer, defining)
         for name, (attention, given) in subjects.items():
             if problem := _problem(bounds, attention, layer, given):
                 meter.fail(
-                    f"{name} does not compute what it should on {shape}: {problem}, so no speed of it is reported: repair "
-                    "it first, or do not use it."
+                    f"{name} does not compute what it should on {shape}: {problem}, so its speed is not reported; repair it "
+                    "first, or do not use it."
                 )
             else:
-                works[name] = (attention, layer, given)
-    for work, run in {"forward": _forward, "forward + backward": _differentiated}.items():
+                workloads[name] = (attention, layer, given)
+    for workload, run in {"forward": _forward, "forward + backward": _differentiated}.items():
         meter.compare(
-            {name: partial(run, *arguments) for name, arguments in works.items()},
+            {name: partial(run, *arguments) for name, arguments in workloads.items()},
             against=("eager", "sdpa", "sdpa, fixed bias", "flash, no bias"),
-            facts={"part": "attention", "work": work, "shape": str(shape)}
+            facts={"part": "attention", "work": workload, "shape": str(shape)}
             | ({"length": shape.length} if shape.batch == 1 else {}),
         )
 
@@ -179,8 +181,8 @@ def _definition(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
 
 def _without_kinks(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The inputs, with an output's gradient of 0 for queries that have a hidden unit at the kink of ReLU. So whatever side rounding
-    chooses there changes nothing, and all other gradients can be held to what float32 can do.
+    The inputs, with an output's gradient of 0 for queries that have a hidden unit at the kink of ReLU. The side that rounding
+    chooses there then changes nothing, and all other gradients can be held to the accuracy of float32.
     """
     wide = {name: tensor.detach().double() for name, tensor in inputs.items()}
     gradient = inputs["gradient"].clone()
@@ -196,8 +198,8 @@ def _without_kinks(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[st
 
 def _parts(layer: nn.Module, wide: dict[str, torch.Tensor]) -> Iterator[tuple[slice, slice, dict[str, tuple]]]:
     """
-    Rows of the batch and queries, so many that the eager implementation in float64 fits into memory, and the parts of the inputs
-    that they need: queries do not know of each other.
+    Divides the batch and the queries, which are independent of each other, so that the eager implementation in float64 fits into
+    memory. Yields the rows of the batch, the queries, and the indices of the inputs that they need.
     """
     batch, _, length, _ = wide["query"].shape
     per_query = largest_intermediate(layer, wide["query"][:1, :, :1], wide["key"], wide["value"])
@@ -216,7 +218,7 @@ def _parts(layer: nn.Module, wide: dict[str, torch.Tensor]) -> Iterator[tuple[sl
 
 
 def _bounds(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> _Bounds:
-    """Of the output and of each gradient: the definition's, and the error of its norm that is allowed."""
+    """For the output and each gradient: the definition's value, and the allowed error as a share of its norm."""
     expected = _definition(layer, inputs)
     dtype = inputs["query"].dtype
     if dtype == torch.float32:
@@ -230,15 +232,15 @@ def _bounds(layer: nn.Module, inputs: dict[str, torch.Tensor]) -> _Bounds:
 
 
 def _problem(bounds: _Bounds, attention: Callable, layer: nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
-    """What is wrong with the output or a gradient, or `None` where they are the definition's."""
+    """What is wrong with the output or a gradient, or `None` where all agree with the definition."""
     try:
         for name, tensor in _differentiated(attention, layer, inputs).items():
             expected, allowed = bounds[name]
             error = _error(tensor, expected)
             if not error <= allowed:  # a NaN is refused too
-                of_what = "output" if name == "output" else f"gradient of the {name}"
-                return f"its {of_what} is off by {error:.1e} of its norm, where {allowed:.0e} is allowed"
-    except Exception as error:  # compilers and drivers raise what they like
+                quantity = "output" if name == "output" else f"gradient of the {name}"
+                return f"its {quantity} is off by {error:.1e} of its norm, where {allowed:.0e} is allowed"
+    except Exception as error:  # compilers and drivers raise errors of any type
         return f"it cannot be run ({in_a_line(error)})"
     return None
 

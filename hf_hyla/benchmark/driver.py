@@ -1,9 +1,9 @@
 """
-The process of one side of `hyla bench --against`: times training steps and attention of the package in the folder where it is
-started. It runs with other commits of the package too, so it takes from it only what all of them have.
+The process of one side of `hyla bench --against`. It times training steps and attention of the package in the folder where it
+is started. It runs with other commits of the package too, so it uses only what all of them have.
 
-It is a script: its argument says in JSON what to measure, and each line that it reads, `step` or `attention`, is answered by a
-line with the seconds of one.
+It is a script. Its argument says in JSON what to measure. It answers each line that it reads, `step` or `attention`, by a line
+with the seconds that one of them took.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def main() -> None:
-    # Answers alone go to standard output, whatever else is printed.
+    # Only answers go to standard output. Whatever else is printed goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -79,12 +79,12 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    works = {"step": step, "attention": attend}
+    workloads = {"step": step, "attention": attend}
     print("ready", file=answers)
     for line in sys.stdin:
         wait()
         started = time.perf_counter()
-        works[line.strip()]()
+        workloads[line.strip()]()
         wait()
         print(time.perf_counter() - started, file=answers)
 

@@ -1,4 +1,4 @@
-"""Answers a second of a trained model's kind: the model alone, and the pipeline that takes puzzles and tables as lists."""
+"""Answers per second, by the model alone and by the pipeline that takes puzzles and tables as lists."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,15 +10,15 @@ from transformers import set_seed
 from ..model.modeling_hyla import HylaForSequenceClassification
 from ..model.pipeline_hyla import GRID, SymbolicReasoningPipeline
 from ..training import Recipe, load_recipe
-from .meter import SEED, Meter, Work
+from .meter import SEED, Meter, Workload
 
 
-# Answers that are asked for at once.
+# Numbers of questions that are asked at once.
 BATCHES = (1, 1024)
 
 
 def measure_inference(meter: Meter, name: str, threads: int, overrides: dict[str, str] | None) -> None:
-    """Times a recipe's model, with its first weights, and the pipeline around it, on so many threads of the CPU."""
+    """Times a recipe's untrained model, and the pipeline around it, with `threads` threads of the CPU."""
     recipe = load_recipe(f"recipes/{name}/hyla.yaml", overrides)
     set_seed(SEED)
     model: Any = HylaForSequenceClassification(recipe.config)
@@ -30,13 +30,13 @@ def measure_inference(meter: Meter, name: str, threads: int, overrides: dict[str
         for batch_size in BATCHES:
             inputs, questions = _inputs(recipe, batch_size)
             inputs = {column: tensor.to(meter.device) for column, tensor in inputs.items()}
-            works: dict[str, Work] = {
+            workloads: dict[str, Workload] = {
                 "model": torch.inference_mode()(partial(_logits, model, inputs)),
                 "pipeline": partial(pipeline, questions, batch_size=batch_size),
             }
             on = f"{threads} {'thread' if threads == 1 else 'threads'}"
             facts: dict[str, Any] = {"part": "inference", "work": f"{name}, batch of {batch_size}, {on}"}
-            for row in meter.compare(works, against=("model",), facts=facts).values():
+            for row in meter.compare(workloads, against=("model",), facts=facts).values():
                 row["samples_per_second"] = batch_size / row["seconds"]
     finally:
         torch.set_num_threads(before)
@@ -47,7 +47,7 @@ def _logits(model: Callable, inputs: dict[str, torch.Tensor]) -> list:
 
 
 def _inputs(recipe: Recipe, batch_size: int) -> tuple[dict[str, torch.Tensor], list]:
-    """The same samples as the model reads them, and as the pipeline does: a list of puzzles or of truth tables."""
+    """The same samples twice: as tensors for the model, and as a list of puzzles or truth tables for the pipeline."""
     batch = recipe.task.collate(recipe.task.dataset("test").__getitems__(range(batch_size)))
     inputs = {column: batch[column] for column in recipe.task.model_columns if column in ("input_ids", "input_values")}
     (samples,) = inputs.values()

@@ -1,4 +1,4 @@
-"""Times what is compared in turn, and reads the memory that it takes."""
+"""Times workloads in turn, and reads the memory that they take."""
 
 import contextlib
 import ctypes
@@ -14,19 +14,20 @@ import torch
 from ..runs.record import environment, hardware
 
 
-# Version 2 says "chunked" for "lean", counts the matrix products of a step by their own shapes, and has inference.
+# Version 2 says "chunked" where version 1 said "lean", counts the matrix products of a step by their own shapes, and includes
+# inference.
 SCHEMA_VERSION = 2
-# Of inputs, weights and dropout.
+# The seed of inputs, weights and dropout.
 SEED = 0
-# Without a number of repeats: as many as fit into these seconds, within these bounds.
+# If no number of repeats is given, as many are made as fit into these seconds, within these bounds.
 _SECONDS = 10.0
-_FEWEST, _MOST = 5, 100
+_MIN_REPEATS, _MAX_REPEATS = 5, 100
 
-Work = Callable[[], Any]
+Workload = Callable[[], Any]
 
 
 class Meter:
-    """Times works in turn and notes the rows."""
+    """Times workloads in turn and collects the rows of the result."""
 
     def __init__(self, device: torch.device, repeats: int | None, say: Callable[[str], None]):
         self.device, self.repeats, self.say = device, repeats, say
@@ -35,7 +36,7 @@ class Meter:
         self.failed: list[str] = []
 
     def result(self) -> dict[str, Any]:
-        """What is measured, where and how. The lists in it grow with what is measured later."""
+        """The result so far, and where and how it was measured. Its lists grow with later measurements."""
         return {
             "schema_version": SCHEMA_VERSION,
             "rows": self.rows,
@@ -50,30 +51,35 @@ class Meter:
 
     def compare(
         self,
-        works: dict[str, Work],
+        workloads: dict[str, Workload],
         against: tuple[str, ...],
         facts: dict[str, Any],
         factors: dict[str, float] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """
-        Times the works, by the name of their subject, and appends a row for each with its ratios to those named in
-        `against` and the `facts`; the seconds of a subject in `factors` count that many times. Returns the rows by subject;
-        a work that cannot be run has none.
+        Times the workloads in turn, appends a row for each, and returns the rows by subject. A workload that cannot be run
+        has none.
+
+        Args:
+            workloads: the workloads, by the name of their subject.
+            against: subjects by whose medians each median is divided.
+            facts: other entries of the rows.
+            factors: what the seconds of a subject are multiplied by, 1 by default.
         """
         what = ", ".join(fact for fact in facts.values() if isinstance(fact, str))
         self.say(what)
         peaks = {}
-        for name, work in works.items():
+        for name, workload in workloads.items():
             try:
-                work()  # compiles what there is to compile
-                peaks[name] = self._peak_bytes(work)
-            except Exception as error:  # compilers and drivers raise what they like
-                self.fail(f"{what}: {name} cannot be run ({in_a_line(error)}), so no speed of it is reported.")
+                workload()  # compiles what there is to compile
+                peaks[name] = self._peak_bytes(workload)
+            except Exception as error:  # compilers and drivers raise errors of any type
+                self.fail(f"{what}: {name} cannot be run ({in_a_line(error)}), so its speed is not reported.")
         times: dict[str, list[float]] = {name: [] for name in peaks}
         started = time.perf_counter()
-        while times and self._goes_on(len(next(iter(times.values()))), time.perf_counter() - started):
+        while times and self._continues(len(next(iter(times.values()))), time.perf_counter() - started):
             for name in times:
-                times[name].append(self._seconds(works[name]) * (factors or {}).get(name, 1.0))
+                times[name].append(self._seconds(workloads[name]) * (factors or {}).get(name, 1.0))
         medians = {name: statistics.median(measured) for name, measured in times.items()}
         rows = {}
         for name, measured in times.items():
@@ -98,52 +104,58 @@ class Meter:
         self.failed.append(sentence)
         self.say(sentence)
 
-    def _goes_on(self, done: int, seconds: float) -> bool:
+    def _continues(self, done: int, seconds: float) -> bool:
         if self.repeats is not None:
             return done < self.repeats
-        return done < _FEWEST or (seconds < _SECONDS and done < _MOST)
+        return done < _MIN_REPEATS or (seconds < _SECONDS and done < _MAX_REPEATS)
 
-    def _seconds(self, work: Work) -> float:
-        self._wait()
-        started = time.perf_counter()
-        work()
-        self._wait()
-        return time.perf_counter() - started
+    def _seconds(self, workload: Workload) -> float:
+        return seconds_of(workload, self.device)
 
-    def _wait(self) -> None:
+    def _peak_bytes(self, workload: Workload) -> int | None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def _peak_bytes(self, work: Work) -> int | None:
-        if self.device.type == "cuda":
-            self._wait()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            work()
-            self._wait()
+            workload()
+            torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
         if sys.platform != "linux":
             return None
-        # Memory that was freed but kept by the C library would be used again unseen.
+        # The C library keeps freed memory, and its reuse would not be counted.
         with contextlib.suppress(AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         except OSError:
             return None
         before = _proc_bytes("self/status", "VmRSS")
-        work()
+        workload()
         return max(_proc_bytes("self/status", "VmHWM") - before, 0)
 
 
+def seconds_of(workload: Workload, device: torch.device) -> float:
+    """The seconds of one run, queued work on a GPU included."""
+    _wait(device)
+    started = time.perf_counter()
+    workload()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _proc_bytes(file: str, field: str) -> int:
-    """A field in kilobytes of a file under Linux's /proc, in bytes."""
+    """The value of a field in a file under Linux's /proc, in bytes. The file has it in kilobytes."""
     lines = Path("/proc", file).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def in_a_line(error: Exception) -> str:
-    """The kind of an error, and the first line of what it says."""
+    """The type of an error, and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

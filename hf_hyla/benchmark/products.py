@@ -1,19 +1,19 @@
-"""The matrix products of a training step alone, by the fastest path that the machine has: the floor of its time."""
+"""The matrix products of a training step alone, by the machine's fastest path: the minimum of the step's time."""
 
 import collections
 import contextlib
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..model.functions_cpu_hyla import onednn_is_available, onednn_product
-from .meter import SEED, Work
+from .meter import SEED, Workload, seconds_of
 
 
-# Calls of each path of a product, of which the fastest counts.
+# Calls of each path of a product. The fastest one counts.
 _CALLS = 7
 
 # Computes a · bᵀ for a of shape (m, k) and b of shape (n, k).
@@ -35,8 +35,8 @@ class LinearShape(NamedTuple):
 
     def factors(self, generator: torch.Generator, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """
-        Factors (a, b) of the products a · bᵀ, with the strides they have in a step: x · Wᵀ of the forward, gᵀ · x, which is
-        the weight's gradient, and g · W, the input's.
+        Factors (a, b) of the products a · bᵀ, with the strides they have in a step: x · Wᵀ of the forward, gᵀ · x of the
+        weight's gradient, and g · W of the input's gradient.
         """
         x, weight, gradient = (
             torch.randn(*size, generator=generator).to(device)
@@ -48,8 +48,8 @@ class LinearShape(NamedTuple):
 
 def linear_shapes(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[LinearShape]:
     """
-    Of every call of a linear layer that the model makes for the batch: what it computes, not what its sizes would allow. So a
-    last layer that computes some tokens only counts for these. Products between tokens, within attention, are not among them.
+    The shape of every call of a linear layer that the model makes for the batch. Calls are counted, not layers: a last layer
+    that computes only some tokens counts only those. Products between tokens, inside attention, are not included.
     """
     shapes = []
 
@@ -65,29 +65,29 @@ def linear_shapes(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Line
     return shapes
 
 
-def fastest_products(shapes: list[LinearShape], device: torch.device) -> tuple[Work, dict[str, int]]:
+def fastest_products(shapes: list[LinearShape], device: torch.device) -> tuple[Workload, dict[str, int]]:
     """
-    A work that computes all products of these calls in float32, each by the path that is fastest for it here, and how many
-    take which path.
+    A workload that computes all products of these calls in float32, each by its fastest path on this machine, and the number
+    of products by the name of their path.
     """
     generator = torch.Generator().manual_seed(SEED)
     calls: list[tuple[_Path, torch.Tensor, torch.Tensor]] = []
     chosen: collections.Counter[str] = collections.Counter()
-    for shape, number in collections.Counter(shapes).items():
+    for shape, count in collections.Counter(shapes).items():
         for a, b in shape.factors(generator, device):
             name, path = _fastest(a, b)
-            calls += [(path, a, b)] * number
-            chosen[name] += number
+            calls += [(path, a, b)] * count
+            chosen[name] += count
 
-    def work() -> None:
+    def workload() -> None:
         for path, a, b in calls:
             path(a, b)
 
-    return work, dict(chosen)
+    return workload, dict(chosen)
 
 
 def _paths(device: torch.device) -> dict[str, list[_Path]]:
-    """By the name of the implementation. oneDNN may take the two factors in either order."""
+    """The paths by the name of their implementation. oneDNN may take the two factors in either order."""
     paths: dict[str, list[_Path]] = {"torch": [lambda a, b: torch.mm(a, b.mT)]}
     if device.type == "cpu" and onednn_is_available():
         paths["oneDNN"] = [onednn_product, lambda a, b: onednn_product(b, a).mT]
@@ -95,19 +95,10 @@ def _paths(device: torch.device) -> dict[str, list[_Path]]:
 
 
 def _fastest(a: torch.Tensor, b: torch.Tensor) -> tuple[str, _Path]:
-    """The path, and its implementation, of the shortest call; all are called in turn."""
+    """The path with the shortest call, after the name of its implementation. All paths are called in turn."""
     candidates = [(name, path) for name, paths in _paths(a.device).items() for path in paths]
     shortest = dict.fromkeys(range(len(candidates)), float("inf"))
     for _ in range(_CALLS):
-        for number, (_, path) in enumerate(candidates):
-            _wait(a.device)
-            started = time.perf_counter()
-            path(a, b)
-            _wait(a.device)
-            shortest[number] = min(shortest[number], time.perf_counter() - started)
+        for index, (_, path) in enumerate(candidates):
+            shortest[index] = min(shortest[index], seconds_of(partial(path, a, b), a.device))
     return candidates[min(shortest, key=shortest.__getitem__)]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

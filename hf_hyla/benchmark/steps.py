@@ -1,4 +1,4 @@
-"""Whole training steps, the matrix products in them, and the drawing of their data."""
+"""Whole training steps, their matrix products alone, and the drawing of their data."""
 
 import copy
 import itertools
@@ -14,16 +14,17 @@ from ..model.modeling_hyla import HylaForSequenceClassification
 from ..tasks import Task
 from ..tasks.throughput import data_throughput
 from ..training import HylaTrainer, Recipe, load_recipe
-from .meter import SEED, Meter, Work, in_a_line
+from .meter import SEED, Meter, Workload, in_a_line
 from .products import LinearShape, fastest_products, linear_shapes
 
 
 def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:
+    """Times the training steps of a task's HYLA and softmax recipes, and the matrix products of the HYLA step."""
     recipe, softmax = (load_recipe(f"recipes/{name}/{kind}.yaml", overrides) for kind in ("hyla", "softmax"))
     with tempfile.TemporaryDirectory() as folder:
         step = partial(_TrainingStep, folder=folder, batch_size=batch_size)
         first = step(recipe, "hyla")
-        works: dict[str, Work] = {
+        workloads: dict[str, Workload] = {
             "eager": step(recipe, "eager"),
             "eager, answers only": step(recipe, "eager", answers_only=True),
             "hyla": first,
@@ -37,17 +38,17 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
             compiled = step(recipe, "hyla", compile_mode=mode)
             try:
                 compiled()
-                works[subject] = compiled
-            except Exception as error:  # such as where there is no C++ compiler; compilers raise what they like
+                workloads[subject] = compiled
+            except Exception as error:  # compilers raise errors of any type, for example without a C++ compiler
                 meter.skip(f"{name}, {subject}", in_a_line(error))
         meter.say(f"{name}: measures the fastest path of each matrix product")
         shapes = first.linear_shapes()
-        works["matrix products"], implementations = fastest_products(shapes, meter.device)
+        workloads["matrix products"], implementations = fastest_products(shapes, meter.device)
         matrix = torch.randn(1024, 1024, device=meter.device)
-        works["at the rate of 1024"] = partial(torch.mm, matrix, matrix)
+        workloads["at the rate of 1024"] = partial(torch.mm, matrix, matrix)
         all_tokens = first.flop_of_all_tokens()
         rows = meter.compare(
-            works,
+            workloads,
             against=("eager", "eager, answers only", "hyla", "softmax", "matrix products", "at the rate of 1024"),
             factors={"at the rate of 1024": all_tokens / (2 * 1024**3)},
             facts={"part": name, "work": f"training step of {batch_size}"},
@@ -62,8 +63,10 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
 
 class _TrainingStep:
     """
-    A step of a recipe's training, each with another batch: forward, loss, backward and the recipe's optimiser. The eager
-    implementation computes all tokens of the last layer; with `answers_only` those that are read, as the others do.
+    Every call is one step of a recipe's training, with the next batch: forward, loss, backward and the recipe's optimiser.
+
+    The eager implementation computes all tokens of the last layer. With `answers_only` it computes only those that are read,
+    as the other implementations do.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class _TrainingStep:
         answers_only: bool = False,
     ):
         set_seed(SEED)
-        # A config of its own: the implementation is noted there, and layers look it up at every call.
+        # Each step has a config of its own, since layers look up their implementation there in every call.
         config = copy.deepcopy(recipe.config)
         model = HylaForSequenceClassification._from_config(config, attn_implementation=implementation)
         if answers_only:
@@ -91,7 +94,7 @@ class _TrainingStep:
         batches = _batches(recipe.task, batch_size)
         self._tokens = batch_size * batches[0][recipe.task.model_columns[0]].shape[1]
         self._batches = itertools.cycle(batches)
-        self._plain = model.train()
+        self._uncompiled = model.train()
         self._model = torch.compile(model, mode=compile_mode) if compile_mode else model
 
     def __call__(self) -> None:
@@ -103,20 +106,20 @@ class _TrainingStep:
         return {name: column.to(self._device) for name, column in next(self._batches).items()}
 
     def linear_shapes(self) -> list[LinearShape]:
-        """Of every call of a linear layer in a step."""
-        return linear_shapes(self._plain, self._batch())
+        """The shape of every call of a linear layer in a step."""
+        return linear_shapes(self._uncompiled, self._batch())
 
     def flop_of_all_tokens(self) -> int:
         """
-        Floating-point operations of a step's products with weights, one in the forward and two in the backward for every
-        linear layer, as if all layers computed all tokens: more than the default computes.
+        Floating-point operations of a step's products with weights, if all layers computed all tokens. Every linear layer has
+        one product in the forward and two in the backward. The default computes fewer tokens.
         """
         weights = {
             part: sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
-            for part in (self._plain.model, self._plain.classifier)
+            for part in (self._uncompiled.model, self._uncompiled.classifier)
         }
-        answers = self._batch_size * self._plain.config.num_answers
-        return 6 * (weights[self._plain.model] * self._tokens + weights[self._plain.classifier] * answers)
+        answers = self._batch_size * self._uncompiled.config.num_answers
+        return 6 * (weights[self._uncompiled.model] * self._tokens + weights[self._uncompiled.classifier] * answers)
 
 
 def _batches(task: Task, batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -125,6 +128,7 @@ def _batches(task: Task, batch_size: int) -> list[dict[str, torch.Tensor]]:
 
 
 def measure_data(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:
+    """Measures how fast a task's data are drawn, beside the training step that they are for."""
     recipe = load_recipe(f"recipes/{name}/hyla.yaml", overrides)
     facts = {"part": "data", "work": f"{name}, batch of {batch_size}"}
     with tempfile.TemporaryDirectory() as folder:

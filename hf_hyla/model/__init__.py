@@ -1,7 +1,8 @@
 """
-What is uploaded beside the weights: flat files that import torch, transformers (with its huggingface_hub) and each other.
+The files that are uploaded beside the weights. They are flat, and import torch, transformers (with its huggingface_hub) and each
+other.
 
-This file stays here. It registers the Auto classes and the pipeline, see `hf_hyla/__init__.py`.
+This file is not uploaded. It registers the Auto classes and the pipeline, see `hf_hyla/__init__.py`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification

@@ -14,8 +14,8 @@
 """The mathematics of attention as a hypernetwork (arXiv 2406.05816, section 2), plainly written.
 
 Shapes throughout: queries (batch, heads, query, head_dim), keys (batch, heads, key, head_dim), values
-(batch, heads, key, value_head_dim), scores and codes (batch, heads, query, key). What other backends compute is
-defined by `eager_attention_forward`.
+(batch, heads, key, value_head_dim), scores and codes (batch, heads, query, key). `eager_attention_forward` defines what
+every implementation computes.
 """
 
 import math
@@ -27,8 +27,8 @@ from transformers.activations import ACT2FN
 
 
 RMS_HEAD_EPS = 1e-6
-# Scores are multiplied by this before RMSHead squares them, and epsilon by its square, so that scores of 1e30 stay finite in
-# float32. A power of two rounds nothing.
+# RMSHead multiplies scores by this before it squares them, and epsilon by its square, so that squares of scores of 1e30 stay
+# finite in float32. A power of two rounds nothing.
 RMS_HEAD_SCALE = 2.0**-42
 
 
@@ -53,11 +53,11 @@ def relative_position_buckets(query_length: int, key_length: int, num_buckets: i
 
 def by_pair(by_diagonal: torch.Tensor, query_length: int, key_length: int) -> torch.Tensor:
     """
-    Numbers of (query, key) pairs that depend on key - query alone, written out.
+    Writes out, for every (query, key) pair, values that depend on key - query alone.
 
     Args:
-        by_diagonal (`torch.Tensor` of shape (..., query + key - 1)): entry `key - query + query_length - 1` belongs to the
-            pair.
+        by_diagonal (`torch.Tensor` of shape (..., query + key - 1)): entry `key - query + query_length - 1` is the
+            value of the pair.
 
     Returns:
         `torch.Tensor` of shape (..., query, key).
@@ -71,16 +71,16 @@ def pair_dropout(
     queries: torch.Tensor, keys: torch.Tensor, seed: torch.Tensor, dropout: float, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """
-    What dropout multiplies the codes of pairs with: 0, or 1 / (1 - dropout). One number for the whole batch and all heads,
-    as in the reference: a pair is dropped, never a part of its code.
+    The factors by which dropout multiplies the codes of pairs: 0 or 1 / (1 - dropout). As in the reference, a pair has one
+    factor for the whole batch and all heads, so it is kept or dropped as a whole.
 
-    A pure function of the seed and the pair, so that every backend, and every process that draws the same seed, drops the
-    same pairs, and nothing of size query * key has to be kept for the backward.
+    The factor is a pure function of the seed and the pair. Every implementation, and every process that draws the same seed,
+    therefore drops the same pairs, and nothing of size query * key has to be kept for the backward.
 
     Args:
-        queries, keys (`torch.LongTensor` of shapes (query,) and (key,)): positions in the sequence; where there are fewer
-            queries than keys, those of the last tokens.
-        seed (`torch.LongTensor` of shape (2,)): numbers from 0 to 2**31 - 1.
+        queries, keys (`torch.LongTensor` of shapes (query,) and (key,)): positions in the sequence. Fewer queries than
+            keys have the positions of the last tokens.
+        seed (`torch.LongTensor` of shape (2,)): two integers from 0 to 2**31 - 1.
 
     Returns:
         `torch.Tensor` of shape (query, key).
@@ -90,7 +90,7 @@ def pair_dropout(
 
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
-    # A permutation of 32-bit words in the manner of MurmurHash3's last step. In 64 bits no product overflows.
+    # Permutes 32-bit words, like the last step of MurmurHash3. Products do not overflow in 64 bits.
     words = words ^ (words >> 16)
     words = (words * 0x21F0AAAD) & 0xFFFFFFFF
     words = words ^ (words >> 15)
@@ -99,21 +99,21 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
 
 
 def position_of_first(query: torch.Tensor, key: torch.Tensor) -> int:
-    """Where in the sequence the first query stands: the last is the last token, unless there are more queries than keys."""
+    """The first query's position in the sequence. The last query is the last token, unless there are more queries than keys."""
     return max(key.shape[2] - query.shape[2], 0)
 
 
 def dropout_seed(device) -> torch.Tensor:
-    """A seed for `pair_dropout`, from the generator of the device: one draw per layer and step, whatever the batch."""
+    """A seed for `pair_dropout`, drawn by the device's generator once per layer and step, whatever the size of the batch."""
     return torch.randint(2**31, (2,), device=device)
 
 
 def attended(attention_mask: torch.Tensor) -> torch.Tensor:
     """
-    A mask in booleans, True where a query attends to a key: of integers, 1 attends and 0 does not; of floats, as
-    transformers writes them, 0.0 attends and any negative number does not.
+    The mask as booleans, True where a query attends to a key. In a mask of integers, 1 attends and 0 does not. In a mask of
+    floats, as transformers makes them, 0.0 attends and negative values do not.
 
-    Biases are not masks: they go into `position_bias`.
+    Biases are not masks. They belong into `position_bias`.
     """
     if attention_mask.dtype == torch.bool:
         return attention_mask
@@ -132,8 +132,8 @@ def attention_codes(
     Latent codes: the scores `query · key * scaling + position_bias`, normalised.
 
     `"rms_head"` divides the vector of scores over heads by its root mean square, separately for every (query, key)
-    pair; `"softmax"` normalises over keys; `"none"` leaves the scores. Masked scores are exactly 0 before `"rms_head"`
-    and `"none"`, so that a fully masked row is all zeros; under `"softmax"` they are the dtype's minimum, so that a
+    pair. `"softmax"` normalises over keys. `"none"` leaves the scores as they are. Masked scores are exactly 0 before
+    `"rms_head"` and `"none"`, so a fully masked row is all zeros. Under `"softmax"` they are the dtype's minimum, so a
     fully masked row is uniform.
 
     Args:
@@ -147,7 +147,7 @@ def attention_codes(
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if position_bias is not None:
         scores = scores + (by_pair(position_bias, *scores.shape[-2:]) if position_bias.ndim == 2 else position_bias)
-    # Half precision overflows in squares and exponentials; double precision stays what it is.
+    # Squares and exponentials overflow in half precision, so they are computed in float32 at least.
     norm_dtype = torch.promote_types(scores.dtype, torch.float32)
     if score_norm == "softmax":
         if attention_mask is not None:
@@ -156,11 +156,11 @@ def attention_codes(
     if attention_mask is not None:
         scores = scores.masked_fill(~attended(attention_mask), 0.0)
     if score_norm == "rms_head":
-        # ONNX's optimiser takes so small a constant as the scaled epsilon for 0 and leaves it out.
+        # The scaled epsilon is so small that ONNX's optimiser takes it for 0 and removes it.
         scale = 1.0 if torch.compiler.is_exporting() else RMS_HEAD_SCALE
         scaled = scores.to(norm_dtype) * scale
         mean_square = scaled.square().mean(dim=1, keepdim=True) + RMS_HEAD_EPS * scale**2
-        # Not rsqrt, whose gradient has the cube of the result, which is 0 for large scores.
+        # Not rsqrt: its gradient contains the cube of the result, which is 0 for large scores.
         scores = (scaled * mean_square.sqrt().reciprocal()).to(query.dtype)
     return scores
 
@@ -179,10 +179,10 @@ def generated_values(
     codes: torch.Tensor, value: torch.Tensor, activation: nn.Module | None, value_mixing: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    HYLA: the code of a (query, key) pair writes the weights of that pair's value network.
+    HYLA: the code of a (query, key) pair generates the weights of that pair's value network.
 
-    `hidden[q, k] = φ(Σ_h codes[h, q, k] · value[k, h])`, then `out[q, h] = Σ_k codes[h, q, k] · hidden[q, k]`. With
-    `value_mixing` W (heads, value_head_dim, value_head_dim), HYLA+, a second hidden layer lies between the two:
+    `hidden[q, k] = φ(Σ_h codes[h, q, k] · value[k, h])`, then `out[q, h] = Σ_k codes[h, q, k] · hidden[q, k]`. HYLA+ has
+    `value_mixing` W (heads, value_head_dim, value_head_dim), the weights of a second hidden layer between the two:
     `hidden2[q, k] = φ(Σ_h codes[h, q, k] · W[h] hidden[q, k])`.
 
     Returns:
@@ -192,7 +192,7 @@ def generated_values(
     if activation is not None:
         hidden = activation(hidden)
     if value_mixing is not None:
-        # In this order both contractions are cheap: an outer product per pair, then one large matrix product.
+        # Both contractions are cheap in this order: an outer product per pair, then one large matrix product.
         hidden = torch.einsum("bhqk,bqkd->bqkhd", codes, hidden)
         hidden = torch.einsum("bqkhd,hed->bqke", hidden, value_mixing)
         if activation is not None:
@@ -216,12 +216,12 @@ def eager_attention_forward(
     """
     The definition of all attention types, in the signature of transformers' attention functions.
 
-    `module` says which: `score_norm`, `attention_type`, `value_activation` (a module or `None`) and `value_mixing` (a
-    parameter or `None`), as `HylaAttention` has them. `seed` is that of `pair_dropout`, drawn here where it is `None`;
-    `first_query` is the position of the first of these queries; `None` if the last of them is the last token.
+    `module` says which type it is, by the attributes of `HylaAttention`: `score_norm`, `attention_type`, `value_activation`
+    (a module or `None`) and `value_mixing` (a parameter or `None`). `seed` is the seed of `pair_dropout`; if it is `None`, it
+    is drawn here. `first_query` is the position of the first query; if it is `None`, the last query is the last token.
 
     Returns:
-        output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
+        The output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
     """
     codes = attention_codes(query, key, scaling, module.score_norm, attention_mask, position_bias)
     used = codes

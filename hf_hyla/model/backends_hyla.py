@@ -12,14 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The implementations of what `eager_attention_forward` defines, one row of `IMPLEMENTATIONS` each, and the choice among them.
+The implementations of attention, one row of `IMPLEMENTATIONS` each, and the choice among them. All compute what
+`eager_attention_forward` defines.
 
 Every function in `BACKENDS` has the signature of transformers' attention functions and is registered with transformers under
-its name, for `attn_implementation`. `"hyla"` is the default: the fastest exact implementation for the device, the attention
+its name, for `attn_implementation`. `"hyla"`, the default, is the fastest exact implementation for the device, the attention
 type and the size. Only the eager implementation returns codes.
 
-Under `torch.autocast` queries, keys and values come in half precision or, out of a normalisation, in float32; they are
-multiplied in autocast's dtype, as torch's own products would be. Position biases and `value_mixing` stay in float32, and so do
+Under `torch.autocast`, queries, keys and values arrive in half precision, or in float32 after a normalisation. They are
+multiplied in autocast's dtype, as torch's own products are. Position biases and `value_mixing` stay in float32, and so do
 their gradients.
 """
 
@@ -37,24 +38,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from .attention_hyla import (
-    attended,
-    by_pair,
-    dropout_seed,
-    eager_attention_forward,
-    position_of_first,
-)
+from .attention_hyla import attended, by_pair, dropout_seed, eager_attention_forward, position_of_first
 from .ops_cpu_hyla import cpu_attention, cpu_problem
 from .ops_triton_hyla import triton_attention, triton_problem
 
 
 logger = logging.get_logger(__name__)
 
-# Elements of its largest intermediate result up to which the eager implementation is as fast: the others cost some calls from
-# Python more, the compiled kernel also seconds of compilation for every new size of heads.
-_SMALL = 2**18
-# Elements that the chunked implementation computes at a time, and above which the default avoids the memory of the eager one.
-_CHUNK = 2**22
+# The eager implementation is as fast as the others while its largest intermediate result has no more elements than this. The
+# others take a few calls from Python more, and a compiled kernel takes seconds to compile for every new size of heads.
+_EAGER_ELEMENTS = 2**18
+# The chunked implementation computes about this many elements at a time. Above it, the default avoids the eager one's memory.
+_CHUNK_ELEMENTS = 2**22
 
 
 class Call(NamedTuple):
@@ -71,7 +66,7 @@ class Call(NamedTuple):
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
-    """Its arguments as they are, with gradients that refuse to be differentiated."""
+    """Returns its arguments unchanged. Their gradients refuse to be differentiated."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -85,11 +80,14 @@ class _DifferentiatedOnce(torch.autograd.Function):
     def backward(ctx, *gradients):
         if not torch.is_grad_enabled():
             return gradients
-        return _Refusing.apply(len(gradients), *gradients, *ctx.saved_tensors)
+        return _RefuseGradient.apply(len(gradients), *gradients, *ctx.saved_tensors)
 
 
-class _Refusing(torch.autograd.Function):
-    """The first `count` of the tensors; a function of all of them, so that no way of differentiating it goes past it."""
+class _RefuseGradient(torch.autograd.Function):
+    """
+    Returns the first `count` tensors, and raises when they are differentiated. It takes all tensors that they depend on, so
+    that no derivative bypasses it.
+    """
 
     @staticmethod
     def forward(ctx, count, *tensors):
@@ -106,28 +104,31 @@ class _Refusing(torch.autograd.Function):
 class Implementation(NamedTuple):
     """One way to compute attention."""
 
-    # Why it cannot compute this call here, or `None` where it can.
+    # Why it cannot compute this call here, or `None` if it can.
     problem: Callable[[Call], str | None]
-    # The output (batch, query, heads, value_head_dim), where there is no problem.
+    # The output (batch, query, heads, value_head_dim), if there is no problem.
     compute: Callable[[Call], torch.Tensor]
 
 
-def _fused(own_problem: Callable[[Call], str | None], compute: Callable[[Call], torch.Tensor]) -> Implementation:
+def _differentiable_once(
+    own_problem: Callable[[Call], str | None], compute: Callable[[Call], torch.Tensor]
+) -> Implementation:
     """An implementation that can be differentiated once, by `backward` or `torch.autograd.grad`."""
 
     def compute_once(call: Call) -> torch.Tensor:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return compute(call)
         query, key, value, bias, mixing = _DifferentiatedOnce.apply(*_differentiable(call))
-        layer = SimpleNamespace(
-            attention_type=call.module.attention_type,
-            score_norm=call.module.score_norm,
-            value_activation=call.module.value_activation,
-            value_mixing=mixing,
-        )
+        layer = _layer_with(call.module, value_mixing=mixing)
         return compute(call._replace(module=layer, query=query, key=key, value=value, position_bias=bias))
 
     return Implementation(lambda call: _transform_problem(call) or own_problem(call), compute_once)
+
+
+def _layer_with(module: Any, **replaced) -> SimpleNamespace:
+    """What the definition reads of an attention layer, with some of it replaced."""
+    names = ("attention_type", "score_norm", "value_activation", "value_mixing")
+    return SimpleNamespace(**{name: getattr(module, name) for name in names} | replaced)
 
 
 def _no_problem(call: Call) -> None:
@@ -135,7 +136,7 @@ def _no_problem(call: Call) -> None:
 
 
 def _transform_problem(call: Call) -> str | None:
-    """Of all implementations but the eager one, whose operators torch can differentiate and batch as it likes."""
+    """Why only the eager implementation can compute a call inside a transform of torch.func, or `None` outside of one."""
     if torch.compiler.is_compiling():
         return None
     if any(map(is_functorch_wrapped_tensor, filter(torch.is_tensor, (*call[1:5], *_differentiable(call))))):
@@ -152,55 +153,45 @@ def _eager(call: Call) -> torch.Tensor:
     return output
 
 
-@torch.compiler.disable(reason="its gradients are taken chunk by chunk, between the graphs of the rest")
+@torch.compiler.disable(reason="its gradients are computed chunk by chunk, outside of compiled graphs")
 def _chunked(call: Call) -> torch.Tensor:
     """
-    The eager implementation for a chunk of queries at a time, computed again in the backward: on any device, of any type, with
-    memory that grows with the length and not with its square. Half precision is computed in float32.
+    The eager implementation for one chunk of queries at a time, computed again in the backward. It serves every device and
+    attention type. Its memory grows with the length, not with its square. Half precision is computed in float32.
     """
     module, query, key, value, mask, scaling, dropout, bias = call
     seed = dropout_seed(query.device) if dropout > 0.0 else None
     position = position_of_first(query, key)
-    # Chunks of queries are taken of the third of four axes.
+    # Queries are divided along the third of four axes.
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
     if bias is not None and bias.ndim == 3:
         bias = bias[None]
     activation = module.value_activation
-    of_activation = {} if activation is None else dict(activation.named_parameters())
+    parameters = {} if activation is None else dict(activation.named_parameters())
 
-    def attend(first: int, query, key, value, mask, bias, mixing, *parameters) -> torch.Tensor:
-        widened = dict(zip(of_activation, parameters, strict=True))
-        layer = SimpleNamespace(
-            attention_type=module.attention_type,
-            score_norm=module.score_norm,
+    def attend(first: int, query, key, value, mask, bias, mixing, *values) -> torch.Tensor:
+        widened = dict(zip(parameters, values, strict=True))
+        layer = _layer_with(
+            module,
             value_activation=activation and (lambda x: torch.func.functional_call(activation, widened, (x,))),
             value_mixing=mixing,
         )
         output, _ = eager_attention_forward(
-            layer,
-            query,
-            key,
-            value,
-            mask,
-            scaling,
-            dropout=dropout,
-            position_bias=bias,
-            seed=seed,
-            first_query=position + first,
+            layer, query, key, value, mask, scaling, dropout, bias, seed=seed, first_query=position + first
         )
         return output
 
-    rows = max(_CHUNK // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
-    return _InChunks.apply(attend, rows, query, key, value, mask, bias, module.value_mixing, *of_activation.values())
+    rows = max(_CHUNK_ELEMENTS // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
+    return _Chunked.apply(attend, rows, query, key, value, mask, bias, module.value_mixing, *parameters.values())
 
 
-class _InChunks(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     """
-    `attend` for so many rows of the queries at a time, and again in the backward.
+    Calls `attend` for `rows` queries at a time, and once more in the backward.
 
-    All that outlives a chunk is there before the first: between the large temporaries of two chunks a small tensor would
-    keep the C library from using their memory again, and it would grow with the square of the length after all.
+    Every tensor that outlives a chunk is allocated before the first chunk. A small tensor between the large temporaries of two
+    chunks would keep the C library from reusing their memory, which would then grow with the square of the length.
     """
 
     @staticmethod
@@ -218,9 +209,9 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         with torch.no_grad():
-            gradients = _InChunks._gradients(ctx, grad_output)
-        # torch's once_differentiable would lose the way from here to what the output's gradient depends on.
-        return _Refusing.apply(len(gradients), *gradients, grad_output) if torch.is_grad_enabled() else gradients
+            gradients = _Chunked._gradients(ctx, grad_output)
+        # torch's `once_differentiable` would cut these gradients off from what the output's gradient depends on.
+        return _RefuseGradient.apply(len(gradients), *gradients, grad_output) if torch.is_grad_enabled() else gradients
 
     @staticmethod
     def _gradients(ctx, grad_output):
@@ -233,14 +224,17 @@ class _InChunks(torch.autograd.Function):
                 parts = [part if part is None else part.detach() for part in parts]
                 leaves = [parts[n].requires_grad_() for n in needed]
                 output = ctx.attend(first, *parts)
-            of_chunk = grad_output[:, first : first + ctx.rows].to(output.dtype)
-            for n, gradient in zip(needed, torch.autograd.grad(output, leaves, of_chunk), strict=True):
+            grad_chunk = grad_output[:, first : first + ctx.rows].to(output.dtype)
+            for n, gradient in zip(needed, torch.autograd.grad(output, leaves, grad_chunk), strict=True):
                 sums[n][where.get(n, ...)] += gradient
         return None, None, *(sums[n].to(x.dtype) if n in sums else None for n, x in enumerate(inputs))
 
 
 def _chunks(rows: int, query, key, value, mask, bias, *others) -> Iterator[tuple[int, list, dict[int, tuple]]]:
-    """Of every chunk its first query, the arguments of `attend`, and which part of those that are divided, by their place."""
+    """
+    Yields for every chunk its first query, the arguments of `attend`, and the indices of those arguments that are divided, by
+    their place among the arguments.
+    """
     everything, length = slice(None), query.shape[2]
     for first in range(0, length, rows):
         last = min(first + rows, length)
@@ -257,7 +251,7 @@ def _chunks(rows: int, query, key, value, mask, bias, *others) -> Iterator[tuple
 
 
 def _widened(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Half precision in float32; everything else, such as a mask of booleans, as it is."""
+    """The tensor, in float32 if it is in half precision."""
     if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16):
         return tensor
     return tensor.float()
@@ -274,14 +268,14 @@ def _sdpa(call: Call) -> torch.Tensor:
         bias = by_pair(bias, query.shape[2], key.shape[2])[None] if bias.ndim == 2 else bias
         bias = bias.to(query.dtype)
     if call.attention_mask is not None:
-        # Of numbers, not booleans: with those a row that sees nothing would be 0 instead of the uniform mean.
+        # A mask of floats. Under one of booleans, a row that sees nothing would be 0 instead of the uniform mean.
         seen = attended(call.attention_mask)
         bias = torch.where(seen, query.new_zeros(()) if bias is None else bias, torch.finfo(query.dtype).min)
-        # Such a row has scores of 0, by a query of 0, which gives no gradient to queries and keys. Not of the minimum: added to
-        # it, the logarithm of the sum, which SDPA's gradient takes the codes from, would be rounded away.
+        # Such a row gets a query of 0 and scores of 0, which give no gradient to queries and keys. Scores of the minimum would not
+        # do: SDPA's gradient finds the codes from the logarithm of their sum, which would be rounded away beside the minimum.
         sees = seen.any(dim=-1, keepdim=True)
         bias, query = torch.where(sees, bias, 0.0), torch.where(sees, query, 0.0)
-        # What no query sees has scores of 0 too, NaN or not.
+        # A key that no query sees has scores of 0 too, even if it is NaN.
         key = torch.where(seen.any(dim=-2).unsqueeze(-1), key, 0.0)
     output = nn.functional.scaled_dot_product_attention(query, key, call.value, attn_mask=bias, scale=call.scaling)
     return output.transpose(1, 2)
@@ -289,7 +283,7 @@ def _sdpa(call: Call) -> torch.Tensor:
 
 def _sdpa_problem(call: Call) -> str | None:
     if call.module.attention_type != "softmax" or call.module.value_activation is not None:
-        return "it mixes plain values by softmax scores only"
+        return "it only mixes values by softmax scores, without a value activation"
     if call.dropout > 0.0:
         return "it cannot drop the same pairs for the whole batch and all heads"
     return None
@@ -316,28 +310,29 @@ def _kernel(attention: Callable[..., torch.Tensor], call: Call) -> torch.Tensor:
 
 def _kernel_problem(own_problem: Callable[..., str | None], call: Call) -> str | None:
     """
-    What a kernel, which takes sizes from the first tensor that has them, would compute wrongly: kernels broadcast nothing. Then
-    what `cpu_problem` or `triton_problem` says.
+    Why a kernel cannot compute this call. Kernels broadcast nothing and take each size from the first tensor that has it, so
+    other shapes are refused here. `cpu_problem` or `triton_problem` is asked last.
     """
-    module, query, key, value, mask, _, _, bias = call
+    module, query, key, value = call.module, call.query, call.key, call.value
+    mask, bias = call.attention_mask, call.position_bias
     if module.value_activation is not None and not isinstance(module.value_activation, nn.ReLU):
         return f"its value activation is relu or none, not {type(module.value_activation).__name__}"
     batch, heads, queries, width = query.shape
     keys, value_width = value.shape[2:]
     # Parameters may be in float32 beside queries in half precision, as they are under autocast.
-    of_queries, of_parameters = {query.dtype}, {query.dtype, torch.promote_types(query.dtype, torch.float32)}
-    for name, tensor, shape, dtypes in (
-        ("keys", key, (batch, heads, keys, width), of_queries),
-        ("values", value, (batch, heads, keys, value_width), of_queries),
-        ("position biases", bias, (heads, queries + keys - 1), of_parameters),
-        ("value_mixing", module.value_mixing, (heads, value_width, value_width), of_parameters),
+    dtypes, parameter_dtypes = {query.dtype}, {query.dtype, torch.promote_types(query.dtype, torch.float32)}
+    for name, tensor, shape, allowed in (
+        ("keys", key, (batch, heads, keys, width), dtypes),
+        ("values", value, (batch, heads, keys, value_width), dtypes),
+        ("position biases", bias, (heads, queries + keys - 1), parameter_dtypes),
+        ("value_mixing", module.value_mixing, (heads, value_width, value_width), parameter_dtypes),
     ):
         if tensor is None:
             continue
         if tensor.shape != shape:
             return f"it takes {name} of shape {shape}, not {tuple(tensor.shape)}"
-        if tensor.dtype not in dtypes:
-            wide = " or torch.float32" if len(dtypes) > 1 else ""
+        if tensor.dtype not in allowed:
+            wide = " or torch.float32" if len(allowed) > 1 else ""
             return f"it takes {name} in the dtype of the queries, {query.dtype}{wide}, not {tensor.dtype}"
     if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
         return "it takes one mask for all heads"
@@ -351,17 +346,17 @@ def _kernel_problem(own_problem: Callable[..., str | None], call: Call) -> str |
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "eager": Implementation(_no_problem, _eager),
-    "hyla_chunked": _fused(_no_problem, _chunked),
-    "hyla_cpu": _fused(partial(_kernel_problem, cpu_problem), partial(_kernel, cpu_attention)),
-    "hyla_triton": _fused(partial(_kernel_problem, triton_problem), partial(_kernel, triton_attention)),
-    "hyla_sdpa": _fused(_sdpa_problem, _sdpa),
+    "hyla_chunked": _differentiable_once(_no_problem, _chunked),
+    "hyla_cpu": _differentiable_once(partial(_kernel_problem, cpu_problem), partial(_kernel, cpu_attention)),
+    "hyla_triton": _differentiable_once(partial(_kernel_problem, triton_problem), partial(_kernel, triton_attention)),
+    "hyla_sdpa": _differentiable_once(_sdpa_problem, _sdpa),
 }
 
 
-def _as_multiplied(
+def _cast_for_products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors as autocast, where it is on, would hand them to a product: in its dtype, but for float64."""
+    """The tensors in the dtype in which autocast, if it is on, would multiply them. float64 stays float64."""
     device = query.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return query, key, value
@@ -384,12 +379,12 @@ def named_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention by the implementation of this name and by no other.
+    Attention by the implementation of this name, and no other.
 
     Raises:
-        ValueError: if it cannot compute this layer here, saying why.
+        ValueError: if it cannot compute this layer here. The message says why.
     """
-    call = Call(module, *_as_multiplied(query, key, value), attention_mask, scaling, dropout, position_bias)
+    call = Call(module, *_cast_for_products(query, key, value), attention_mask, scaling, dropout, position_bias)
     problem, compute = IMPLEMENTATIONS[implementation]
     if reason := problem(call):
         raise ValueError(f"{implementation} cannot compute this layer: {reason}.")
@@ -408,18 +403,18 @@ def hyla_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention by the fastest exact implementation for the device, the attention type and the size."""
-    call = Call(module, *_as_multiplied(query, key, value), attention_mask, scaling, dropout, position_bias)
+    call = Call(module, *_cast_for_products(query, key, value), attention_mask, scaling, dropout, position_bias)
     return IMPLEMENTATIONS[fastest_implementation(call)].compute(call), None
 
 
 def fastest_implementation(call: Call) -> str:
-    """The name in `IMPLEMENTATIONS` of the one that the default takes; asks each that comes into question once."""
+    """The name in `IMPLEMENTATIONS` of the implementation that the default takes. Each candidate is asked at most once."""
     if torch.compiler.is_exporting():
         return "eager"  # operators that every runtime has
     elements = largest_intermediate(call.module, call.query, call.key, call.value)
-    if elements <= _SMALL:
+    if elements <= _EAGER_ELEMENTS:
         return "eager"
-    # In training the gradient of the position bias makes it slow.
+    # SDPA is slow in training, since its position bias needs a gradient.
     if not call.module.training and IMPLEMENTATIONS["hyla_sdpa"].problem(call) is None:
         return "hyla_sdpa"
     device = call.query.device.type
@@ -429,13 +424,14 @@ def fastest_implementation(call: Call) -> str:
         return kernel
     if not torch.compiler.is_compiling():
         logger.warning_once(f"Attention is computed without a fused kernel: {problem}.")
-    chunked = elements > _CHUNK and IMPLEMENTATIONS["hyla_chunked"].problem(call) is None
+    chunked = elements > _CHUNK_ELEMENTS and IMPLEMENTATIONS["hyla_chunked"].problem(call) is None
     return "hyla_chunked" if chunked else "eager"
 
 
 def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
     """
-    Elements of the largest intermediate result of the eager implementation: codes, hidden layers, or HYLA+'s for every head.
+    Elements of the largest intermediate result of the eager implementation: the codes, the hidden layers, or in HYLA+ the hidden
+    layers of every head.
     """
     pairs = query.shape[0] * query.shape[2] * key.shape[2]
     heads, width = query.shape[1], value.shape[3]
@@ -445,7 +441,7 @@ def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, va
 
 
 def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, position_bias) -> str | None:
-    """Why the kernel cannot compute this layer here, or `None` where it can."""
+    """Why the kernel cannot compute this layer here, or `None` if it can."""
     call = Call(module, query, key, value, attention_mask, module.scaling, position_bias=position_bias)
     return IMPLEMENTATIONS[kernel].problem(call)
 
@@ -459,11 +455,11 @@ BACKENDS["hyla_lean"] = BACKENDS["hyla_chunked"]  # its name up to version 0.1
 
 
 def _pair_mask(**kwargs) -> torch.Tensor | None:
-    # In booleans; a causal mask is never left out, as it may be for torch's SDPA, which knows causality by itself.
+    # A mask of booleans. A causal one is never left out, as it may be for torch's own SDPA, which can mask causally by itself.
     return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
 
 
 for _name, _function in BACKENDS.items():
-    if _name != "eager":  # transformers' word for the function beside the model
+    if _name != "eager":  # by this name transformers means the function beside the model
         AttentionInterface.register(_name, _function)
         AttentionMaskInterface.register(_name, _pair_mask)

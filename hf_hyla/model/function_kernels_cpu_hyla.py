@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What `functions_cpu_hyla.py` computes by itself, compiled for the CPU by numba: GELU, its gradient, and transposed copies.
+The kernels of `functions_cpu_hyla.py`, compiled for the CPU by numba: GELU, its gradient, and transposed copies.
 
-GELU in its tanh form, `x · (1 + tanh(u / 2)) / 2`, is computed as `x · σ(u)`, which takes one exponential, of a number that is
+The tanh approximation of GELU, `x · (1 + tanh(u / 2)) / 2`, equals `x · σ(u)`. That takes one exponential, whose argument is
 never positive, and one division.
 """
 
@@ -40,7 +40,7 @@ _LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # u = _LINEAR · (x + _C
 
 
 @jit_in_order
-def _parts(x):
+def _gelu_parts(x):
     """u, exp(-|u|) and σ(|u|)"""
     number = np.float32
     u = number(_LINEAR) * x * (number(1) + number(_CUBIC) * x * x)
@@ -51,7 +51,7 @@ def _parts(x):
 def _gelu(x, y):
     for i in range(x.shape[0]):
         a = widened(x[i])
-        u, small, larger = _parts(a)
+        u, small, larger = _gelu_parts(a)
         y[i] = rounded(a * (larger if u >= 0 else small * larger), y)
 
 
@@ -59,7 +59,7 @@ def _gelu_backward(x, grad_y, grad_x):
     number = np.float32
     for i in range(x.shape[0]):
         a = widened(x[i])
-        u, small, larger = _parts(a)
+        u, small, larger = _gelu_parts(a)
         slope = number(_LINEAR) * (number(1) + number(3 * _CUBIC) * a * a)
         bend = a * slope * small * larger * larger if small > 0 else number(0)  # the slope may be infinite
         grad_x[i] = rounded(widened(grad_y[i]) * ((larger if u >= 0 else small * larger) + bend), grad_x)
@@ -95,6 +95,9 @@ def _transpose(source, target, first, last):
 
 @cache
 def compiled_transpose():
-    """`transpose(source, target, first, last)` copies these rows of a float32 matrix, `first` and `last` being whole vectors."""
+    """
+    `transpose(source, target, first, last)` copies rows `first` to `last` of a float32 matrix into columns. Both numbers are
+    multiples of the elements in a vector.
+    """
     matrix, number = numba.types.float32[:, ::1], numba.types.int64
     return compiled(numba.void(matrix, matrix, number, number), _transpose)

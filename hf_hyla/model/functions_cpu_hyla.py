@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What a CPU computes faster than torch does by itself: float32 products of linear layers, and GELU in its tanh form.
+Faster implementations for the CPU of float32 products of linear layers, and of the tanh approximation of GELU.
 
-`cpu_functions` is a context in which `torch.nn.functional.linear` and `gelu` are served by faster implementations of the same
-numbers, exact to rounding. Modules stay what they are, so hooks, adapters, quantised layers and exporters see nothing of it;
-a call that does not fit goes to torch.
+In the context `cpu_functions`, `torch.nn.functional.linear` and `gelu` are computed by these implementations, which agree with
+torch's to rounding. torch computes the calls that they do not support. Modules stay as they are, so hooks, adapters, quantised
+layers and exporters do not notice.
 """
 
 import inspect
@@ -36,10 +36,10 @@ from .ops_cpu_hyla import as_array, run_jobs, shares
 from .vectors_cpu_hyla import VECTOR_BYTES, numba
 
 
-# Multiply-adds of a product, and elements of an activation, from which they are worth the calls from Python.
+# The fewest multiply-adds of a product, and elements of an activation, that are worth the calls from Python.
 _SMALLEST_PRODUCT = 2**21
 _SMALLEST_ACTIVATION = 2**15
-# Elements of the hidden states from which on some call may be that large; below, the context costs more than it could save.
+# With fewer elements of the hidden states no call is that large, and the context would cost more than it saves.
 _SMALLEST_STATES = 2**13
 
 
@@ -57,13 +57,13 @@ def cpu_functions(hidden_states: torch.Tensor) -> AbstractContextManager:
 
 class _CpuFunctions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
-        return _SERVED.get(func, func)(*args, **(kwargs or {}))
+        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     fits = (
         onednn_is_faster()
-        and _plain(input, weight, bias)
+        and _are_ordinary(input, weight, bias)
         and weight.ndim == 2
         and input.numel() * weight.shape[0] >= _SMALLEST_PRODUCT
         and input.shape[-1] == weight.shape[1]
@@ -77,18 +77,18 @@ def _gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     fits = (
         numba is not None
         and approximate == "tanh"
-        and _plain(input, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+        and _are_ordinary(input, dtypes=(torch.float32, torch.bfloat16, torch.float16))
         and input.numel() >= _SMALLEST_ACTIVATION
         and input.is_contiguous()
     )
     return _Gelu.apply(input) if fits else nn.functional.gelu(input, approximate=approximate)
 
 
-_SERVED: dict[Callable, Callable] = {nn.functional.linear: _linear, nn.functional.gelu: _gelu}
+_REPLACEMENTS: dict[Callable, Callable] = {nn.functional.linear: _linear, nn.functional.gelu: _gelu}
 
 
-def _plain(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether all are ordinary tensors in memory, no quantised, sharded or fake ones, of one of these dtypes."""
+def _are_ordinary(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether all are ordinary tensors in memory, not quantised, sharded or fake, and of one of these dtypes."""
     return all(
         tensor is None
         or (
@@ -109,8 +109,8 @@ def onednn_is_available() -> bool:
 @cache
 def onednn_is_faster() -> bool:
     """
-    Whether oneDNN multiplies float32 matrices faster than MKL, which torch calls: MKL takes AVX-512 on Intel's processors
-    only, oneDNN on all that have it. By rule and not by a measurement, so that a run gives the same bits every time.
+    Whether oneDNN multiplies float32 matrices faster than MKL, which torch calls. MKL uses AVX-512 on Intel's processors only,
+    and oneDNN on all that have it. A rule decides, not a measurement, so that a run gives the same bits every time.
     """
     return (
         onednn_is_available()
@@ -148,18 +148,18 @@ class _Linear(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         gradient = grad_output.reshape(-1, grad_output.shape[-1])
         rows = input.reshape(-1, input.shape[-1])
-        of_input, of_weight, of_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # this gradient will be differentiated, which oneDNN's operator is not
-            grad_input = gradient @ weight if of_input else None
-            grad_weight = gradient.mT @ rows if of_weight else None
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # this gradient may be differentiated again, and oneDNN's operator cannot be
+            grad_input = gradient @ weight if needs_input else None
+            grad_weight = gradient.mT @ rows if needs_weight else None
         else:
             gradient = gradient.contiguous()
-            grad_input = onednn_product(gradient, weight.mT) if of_input else None
-            grad_weight = _product_over_rows(gradient, rows) if of_weight else None
+            grad_input = onednn_product(gradient, weight.mT) if needs_input else None
+            grad_weight = _product_over_rows(gradient, rows) if needs_weight else None
         return (
             None if grad_input is None else grad_input.reshape(input.shape),
             grad_weight,
-            gradient.sum(0) if of_bias else None,
+            gradient.sum(0) if needs_bias else None,
         )
 
     @staticmethod
@@ -178,14 +178,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """aᵀ · b. oneDNN wants the first of its operands in order, so the narrower of the two is copied."""
+    """aᵀ · b. oneDNN needs its first operand to be contiguous, so the narrower of the two is copied."""
     if a.shape[1] <= b.shape[1]:
         return onednn_product(_transposed(a), b.mT)
     return onednn_product(_transposed(b), a.mT).mT
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:
-    """A copy of the matrix, rows to columns; torch's own uses one thread."""
+    """A transposed copy of the matrix. torch's own copy uses one thread."""
     if numba is None or not matrix.is_contiguous():
         return matrix.mT.contiguous()
     target = matrix.new_empty(matrix.shape[::-1])
@@ -229,7 +229,7 @@ class _Gelu(torch.autograd.Function):
 
 
 def _elementwise(compiled, *tensors: torch.Tensor) -> None:
-    """Calls the kernel for their dtype with equal shares of the flattened tensors, one for each thread."""
+    """Calls the kernel for the tensors' dtype, in each thread with an equal share of the flattened tensors."""
     kernel = compiled(str(tensors[0].dtype).removeprefix("torch."))
     arrays = [as_array(tensor.view(-1)) for tensor in tensors]
     run_jobs([
@@ -238,6 +238,6 @@ def _elementwise(compiled, *tensors: torch.Tensor) -> None:
     ])  # fmt: skip
 
 
-# `apply` asks for the signature of every forward at every call, and parses it anew unless it lies there.
+# `apply` needs the signature of `forward` in every call, and finds it anew unless it is stored there.
 for _function in (_Linear, _Gelu):
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore

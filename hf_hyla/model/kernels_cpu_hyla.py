@@ -14,10 +14,10 @@
 """
 Attention of all types in one loop over (query, key) pairs, compiled for the CPU by numba.
 
-A query's scores against a tile of keys, their norm over heads, the generated network and what is read out of it never leave the
-first-level cache; `tiles_cpu_hyla.py` says how they are computed and named. The backward computes scores and network again.
-Nothing of size query * key is stored. Half precision is widened as it is loaded, all sums are of float32, and a row of the batch
-is rounded once, when it is complete.
+A query's scores against a tile of keys, their norm over heads, the generated network and its output never leave the first-level
+cache. `tiles_cpu_hyla.py` says how they are computed and named. The backward computes scores and network again. Nothing of size
+query * key is stored. Half precision is widened to float32 when it is loaded, summed in float32, and rounded once, when a row of
+the batch is complete.
 """
 
 from functools import cache
@@ -54,7 +54,7 @@ from .vectors_cpu_hyla import STORED, compiled, compiled_by_type, jit, numba, ro
 
 
 def _finish_row(sums, rows, first, step):
-    """Rounds the sums of every `step`-th token into `rows`, and sets them to zero; nothing where both are one array."""
+    """Rounds the sums of every `step`-th token into `rows` and sets them to zero. Does nothing if both are one array."""
     raise NotImplementedError("compiled only")
 
 
@@ -75,7 +75,7 @@ def _choose_finish_row(sums, rows, first, step):
 
 @jit
 def copy_matrices(matrices, out):
-    """Copies as much of the matrices as both have."""
+    """Copies the part of the matrices that both arrays hold."""
     for h in range(min(out.shape[0], matrices.shape[0])):
         for e in range(min(out.shape[1], matrices.shape[1])):
             for d in range(min(out.shape[2], matrices.shape[2])):
@@ -142,26 +142,26 @@ def project(out, matrix, hidden):
 
 
 @jit
-def find_code(code, scores, factor):
+def find_codes(code, scores, factor):
     """code[k] = scores[k] · factor[k]"""
     for k in range(code.shape[0]):
         code[k] = scores[k] * factor[k]
 
 
 @jit
-def generate_again(deep, scores, factor, mixing, hidden, code, projected, relu):
+def generate_second(deep, scores, factor, mixing, hidden, code, projected, relu):
     """deep[e, k] = φ(Σ_h code[h, k] · (mixing[h] hidden[:, k])[e]), the second hidden layer of HYLA+"""
     clear(deep)
     for h in range(scores.shape[0]):
         project(projected, mixing[h], hidden)
-        find_code(code, scores[h], factor)  # first, since scores times a small layer may be too small a number
+        find_codes(code, scores[h], factor)  # first, since scores times a small layer may underflow
         add_scaled(deep, code, projected)
     if relu:
         rectify_tile(deep)
 
 
 def _signature(dtype_name: str, gradients: bool):
-    """Types of the arguments; with them given, arrays of any strides share one compilation."""
+    """The types of the arguments. Arrays of any strides then share one compilation."""
     stored = getattr(numba.types, STORED[dtype_name])
     number = numba.types.float64 if dtype_name == "float64" else numba.types.float32
     boolean, integer = numba.types.boolean, numba.types.int64
@@ -183,11 +183,12 @@ def _signature(dtype_name: str, gradients: bool):
 @cache
 def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype_name: str):
     """
-    The forward for these sizes, which are constants to the compiler: loops over them vanish, and pointers are known to be
-    apart. Widths are multiples of 4, `tile` of whole vectors; heads of zeros fill up to a multiple of 4.
+    The forward for these sizes. They are constants to the compiler, which unrolls loops over them and knows that arrays do not
+    overlap. Widths are multiples of 4, and `tile` is a multiple of the keys in a vector. Heads are padded by zeros to a multiple
+    of 4.
 
-    The output is added up in `sums`, (batch, query, heads, width) of zeros. In half precision all rows of the batch share the
-    memory of one, which is rounded into `output`; otherwise both are one array.
+    The output is added up in `sums` (batch, query, heads, width), which starts as zeros. In half precision all rows of the batch
+    share the memory of one row, which is rounded into `output`. Otherwise both are one array.
     """
     padded = -(-heads // 4) * 4
 
@@ -215,7 +216,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
 
         for task in range(first_task, last_task):
             b, split = task // splits, task % splits
-            # Softmax looks at every score before it can normalise one: in a pass of its own, unless one tile holds them all.
+            # Softmax needs every score before it can normalise one. A pass of its own surveys them, unless one tile holds all.
             for survey in range(norm == SOFTMAX and key_length > tile, -1, -1):
                 for start in range(0, key_length, tile):
                     count = min(tile, key_length - start)
@@ -245,7 +246,7 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                         if generated:
                             generate(hidden, scores, factor, values, relu)
                             if deep:
-                                generate_again(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
+                                generate_second(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
                             last = hidden_2 if deep else hidden
                             read_out(read, scores, factor, last)
                         else:
@@ -261,8 +262,8 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
 @cache
 def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtype_name: str):
     """
-    The backward for these sizes, see `compiled_forward`. Gradients of keys and values are added up apart for every split,
-    (split, batch, key, heads, width), and rounded here where there is one.
+    The backward for these sizes, see `compiled_forward`. Every split adds up gradients of keys and values of its own, (split,
+    batch, key, heads, width). They are rounded here if there is one split.
     """
     padded = -(-heads // 4) * 4
 
@@ -299,7 +300,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
 
         for task in range(first_task, last_task):
             b, split = task // splits, task % splits
-            # The gradient of softmax needs the sum over keys of code times its gradient first, likewise.
+            # The gradient of softmax first needs the sum over keys of each code times its gradient, also in a pass of its own.
             for survey in range(norm == SOFTMAX and key_length > tile, -1, -1):
                 for start in range(0, key_length, tile):
                     count = min(tile, key_length - start)
@@ -326,12 +327,12 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                         if threshold > 0:
                             drop(factor, threshold, survivor, mix((first_query + i) ^ seed[0]), column_words)
 
-                        # Gradients of the codes, and of the values.
+                        # Gradients of the codes and of the values.
                         if generated:
                             generate(hidden, scores, factor, values, relu)
                             last, grad_last = hidden, grad_hidden
                             if deep:
-                                generate_again(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
+                                generate_second(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
                                 last, grad_last = hidden_2, grad_hidden_2
                             hidden_gradient(grad_last, scores, factor, grad_read, last, relu)
                             if deep:
@@ -340,7 +341,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                                 for h in range(heads):
                                     project(projected, matrices[h], hidden)
                                     add_products(grad_codes[h], grad_hidden_2, projected)
-                                    find_code(code, scores[h], factor)
+                                    find_codes(code, scores[h], factor)
                                     clear(projected)
                                     add_scaled(projected, code, grad_hidden_2)
                                     for e in range(value_dim):
@@ -354,7 +355,7 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                         else:
                             mixed_gradients(grad_codes, grad_values, scores, factor, grad_read, values)
 
-                        # Gradients of the scores, in the place of the codes'.
+                        # Gradients of the scores, which replace those of the codes.
                         if norm == SOFTMAX:
                             add_up = survey or key_length <= tile
                             softmax_gradients(grad_codes, scores, factor, keep, statistics[b, i, 2], add_up)

@@ -92,7 +92,7 @@ class HylaAttention(nn.Module):
         if num_last is not None and attention_mask is not None and attention_mask.shape[2] > 1:
             attention_mask = attention_mask[:, :, -num_last:]
 
-        # Only the eager form has the codes at hand to return.
+        # Only the eager implementation returns the codes.
         codes_wanted = kwargs.get("output_attentions", self.config.output_attentions)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             "eager" if codes_wanted else self.config._attn_implementation, eager_attention_forward
@@ -131,7 +131,7 @@ class HylaMLP(nn.Module):
 
 
 class HylaRouter(nn.Module):
-    """Chooses the experts of every token, and their weights, which sum to 1."""
+    """Chooses the experts of every token and their weights, which sum to 1."""
 
     def __init__(self, config: HylaConfig):
         super().__init__()
@@ -139,7 +139,7 @@ class HylaRouter(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (batch * sequence, experts), and weights (batch, sequence, experts) that are 0 but for the chosen."""
+        """Logits (batch * sequence, experts), and weights (batch, sequence, experts), 0 for experts that were not chosen."""
         logits = self.gate(hidden_states)
         probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         chosen = probabilities.topk(self.num_experts_per_tok, dim=-1)
@@ -149,7 +149,7 @@ class HylaRouter(nn.Module):
 
 
 class HylaMoE(nn.Module):
-    """A mixture of experts. All experts see all tokens: at these sizes cheaper than sorting tokens, and it compiles."""
+    """A mixture of experts. All experts see all tokens, which compiles, and is cheaper at these sizes than sorting tokens."""
 
     def __init__(self, config: HylaConfig):
         super().__init__()

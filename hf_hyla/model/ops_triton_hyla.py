@@ -13,9 +13,9 @@
 # limitations under the License.
 """HYLA attention fused for GPUs, in Triton: exact, deterministic, and nothing of size query x key is stored.
 
-How a tile is computed, and at what cost, stands in `kernels_triton_hyla.py`; here it is divided into programs, launched and made
-an operator with its gradient. No sum depends on the order in which programs run: what several programs contribute to
-(gradients of position bias and of value_mixing) is stored apart, a part per diagonal or block of keys, and added up.
+`kernels_triton_hyla.py` says how a tile is computed and at what cost. This file divides the work into programs, launches them, and
+makes forward and backward operators of torch. No sum depends on the order in which programs run. Where several programs add to
+one gradient (of the position bias and of value_mixing), each stores a part per diagonal or block of keys, and the parts are added.
 """
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .attention_hyla import RMS_HEAD_EPS, RMS_HEAD_SCALE, position_of_first
 from .kernels_triton_hyla import (
-    Form,
+    Constants,
     Inputs,
     View,
     bias_gradient_kernel,
@@ -43,24 +43,24 @@ except ImportError:
     triton = tl = None
 
 
-BLOCK = 16  # the least that tensor cores multiply; larger tiles of all heads would not fit into registers
+BLOCK = 16  # the smallest tile that tensor cores multiply; larger tiles of all heads would not fit into registers
 NUM_WARPS = 8
-NUM_STAGES = 1  # a second stage of loads exceeds the shared memory of the widest key gradients
+NUM_STAGES = 1  # with a second stage of loads, the widest key gradients would exceed the shared memory
 MAX_HEADS = 64
-# Heads times width that a tile holds without many register spills; wider heads are processed in chunks.
+# The most elements, heads times width, that a tile holds without many register spills. Wider heads are processed in chunks.
 MAX_TILE = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 512, torch.float64: 256}
-# Bytes of shared memory that the greediest kernel, the key gradient of HYLA+, takes for each of these numbers at most, compiled
-# by Triton 3.6, which takes the most, to 3.9.
+# Bytes of shared memory per element, heads times width, that any kernel takes at most. The key gradient of HYLA+ takes the most,
+# compiled by Triton 3.6; versions up to 3.9 take less.
 SHARED_BYTES = {torch.float16: 160, torch.bfloat16: 160, torch.float32: 336, torch.float64: 672}
-OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, that Triton compiles for; older ones lack bfloat16 too
+OLDEST_CAPABILITY = (8, 0)  # the oldest NVIDIA GPUs that Triton compiles for; older ones lack bfloat16 too
 
 
 def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _widest(query: Tensor) -> int:
-    """The width of a chunk, a power of two; below 16, the least of tensor cores, the device lacks shared memory."""
+def _widest_chunk(query: Tensor) -> int:
+    """The widest chunk, a power of two. Below 16, the minimum of tensor cores, the device has too little shared memory."""
     heads = _padded(query.shape[1])
     widest = max(16, MAX_TILE[query.dtype] // heads)
     if query.is_cuda:
@@ -72,25 +72,25 @@ def _widest(query: Tensor) -> int:
 
 @torch.compiler.assume_constant_result
 def _gpu(index: int) -> tuple[tuple[int, int], int]:
-    """Compute capability of a GPU, and bytes of shared memory that one of its programs can have."""
+    """The compute capability of a GPU, and the bytes of shared memory that one program can have."""
     found = torch.cuda.get_device_properties(index)
     usual = found.shared_memory_per_block
     return (found.major, found.minor), getattr(found, "shared_memory_per_block_optin", usual)
 
 
-def _form(query, key, value, mask, scaling, score_norm, activation, generated, dropout) -> Form:
+def _constants(query, key, value, mask, scaling, score_norm, activation, generated, dropout) -> Constants:
     heads, head_dim, value_head_dim = query.shape[1], query.shape[3], value.shape[3]
     head_block = _padded(heads)
-    head_dim_block = min(_padded(head_dim), _widest(query))
-    value_block = min(_padded(value_head_dim), _widest(query))
+    head_dim_block = min(_padded(head_dim), _widest_chunk(query))
+    value_block = min(_padded(value_head_dim), _widest_chunk(query))
     total = tl.float64 if query.dtype == torch.float64 else tl.float32
     operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, total)
-    far = max(*map(_span, (query, key, value)), heads * query.shape[2] * value_head_dim)
+    last_offset = max(*map(_span, (query, key, value)), heads * query.shape[2] * value_head_dim)
     if mask is not None:
-        far = max(far, _span(_for_pairs(mask, query, key)))
-    # Triton 3.6 takes no bare integers out of a tuple as sizes of tensors; its interpreter takes nothing else.
+        last_offset = max(last_offset, _span(_for_pairs(mask, query, key)))
+    # As sizes of tensors, Triton 3.6 does not take plain integers from a tuple, and its interpreter takes nothing else.
     size = int if INTERPRETED else tl.constexpr
-    return Form(
+    return Constants(
         heads=heads,
         head_dim=head_dim,
         value_head_dim=value_head_dim,
@@ -108,7 +108,7 @@ def _form(query, key, value, mask, scaling, score_norm, activation, generated, d
         operand=total if INTERPRETED else operand,  # the interpreter's bfloat16 products are wrong
         total=total,
         lowest=torch.finfo(torch.promote_types(query.dtype, torch.float32)).min,
-        index=tl.int64 if far >= 2**31 else tl.int32,
+        index=tl.int64 if last_offset >= 2**31 else tl.int32,
         block=size(BLOCK),
         score_scale=RMS_HEAD_SCALE,
         epsilon=RMS_HEAD_EPS,
@@ -141,7 +141,7 @@ def _for_pairs(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _span(tensor: Tensor) -> int:
-    """How far apart the first and the last element of a batch row lie."""
+    """The distance between the first and the last element of a batch row, in elements."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
@@ -149,24 +149,24 @@ def _view(tensor: Tensor) -> View:
     return View(tensor, tensor.stride())
 
 
-def _launch(kernel, programs: int, chunks: int, form: Form, *arguments) -> None:
+def _launch(kernel, programs: int, chunks: int, const: Constants, *arguments) -> None:
     if programs > 0:
-        kernel[(programs, chunks)](*arguments, form=form, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+        kernel[(programs, chunks)](*arguments, const=const, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
 
 
 def _forward(query, key, value, mask, position_bias, value_mixing, dropout_seed, *options):
-    """The output (batch, query, heads, value_head_dim), and what softmax keeps for the backward."""
-    form = _form(query, key, value, mask, *options)
+    """The output (batch, query, heads, value_head_dim), and the statistics that softmax keeps for the backward."""
+    const = _constants(query, key, value, mask, *options)
     programs = query.shape[0] * -(-query.shape[2] // BLOCK)
-    output, maximum, inverse_sum = _empty_outputs(query, value, form.score_norm)
+    output, maximum, inverse_sum = _empty_outputs(query, value, const.score_norm)
     x = _inputs(
         query, key, value, mask=mask, position_bias=position_bias, value_mixing=value_mixing, dropout_seed=dropout_seed,
         maximum=maximum, inverse_sum=inverse_sum,
     )  # fmt: skip
     with torch.cuda.device_of(query):
-        if form.score_norm == "softmax":
-            _launch(softmax_statistics_kernel, programs, 1, form, x)
-        _launch(forward_kernel, programs, form.value_chunks, form, x, _view(output.transpose(1, 2)))
+        if const.score_norm == "softmax":
+            _launch(softmax_statistics_kernel, programs, 1, const, x)
+        _launch(forward_kernel, programs, const.value_chunks, const, x, _view(output.transpose(1, 2)))
     return output, maximum, inverse_sum
 
 
@@ -193,7 +193,7 @@ def _backward(
     *options,
 ):
     """Gradients of query, key, value, position_bias and value_mixing; empty where not wanted."""
-    form = _form(query, key, value, mask, *options)
+    const = _constants(query, key, value, mask, *options)
     x = _inputs(
         query, key, value, mask=mask, position_bias=position_bias, value_mixing=value_mixing, dropout_seed=dropout_seed,
         maximum=maximum, inverse_sum=inverse_sum,
@@ -204,22 +204,22 @@ def _backward(
     results = _empty_gradients(query, key, value, position_bias, value_mixing, wanted)
     total = torch.promote_types(query.dtype, torch.float32)
     with torch.cuda.device_of(query):
-        if form.score_norm == "softmax":
-            _launch(softmax_delta_kernel, batch * row_blocks, 1, form, x)
+        if const.score_norm == "softmax":
+            _launch(softmax_delta_kernel, batch * row_blocks, 1, const, x)
         if wanted[0]:
-            _launch(query_gradient_kernel, batch * row_blocks, form.head_dim_chunks, form, x, _view(results[0]))
+            _launch(query_gradient_kernel, batch * row_blocks, const.head_dim_chunks, const, x, _view(results[0]))
         if wanted[1]:
-            _launch(key_gradient_kernel, batch * column_blocks, form.head_dim_chunks, form, x, _view(results[1]))
+            _launch(key_gradient_kernel, batch * column_blocks, const.head_dim_chunks, const, x, _view(results[1]))
         if wanted[2] or wanted[4]:
             values = results[2] if wanted[2] else torch.empty_like(value)
             parts = query.new_zeros(batch * column_blocks, *value_mixing.shape, dtype=total) if wanted[4] else None
-            _launch(value_gradient_kernel, batch * column_blocks, form.value_chunks, form, x, _view(values), parts)
+            _launch(value_gradient_kernel, batch * column_blocks, const.value_chunks, const, x, _view(values), parts)
             if parts is not None:
                 results[4].copy_(parts.sum(0))
         if wanted[3]:
             diagonals = row_blocks + column_blocks - 1
             tiles = query.new_empty(batch, diagonals, heads, BLOCK, BLOCK, dtype=total)
-            _launch(bias_gradient_kernel, batch * diagonals, 1, form, x, tiles)
+            _launch(bias_gradient_kernel, batch * diagonals, 1, const, x, tiles)
             results[3].copy_(_sum_diagonals(tiles.sum(0), BLOCK * row_blocks - length, results[3].shape[1]))
     return results
 
@@ -227,7 +227,7 @@ def _backward(
 def _sum_diagonals(tiles: Tensor, skipped: int, length: int) -> Tensor:
     """Entry m of (heads, length) sums the places (i, j) of tile t where BLOCK * (t + 1) - 1 - i + j = m + skipped."""
     count, heads = tiles.shape[:2]
-    # A row padded to twice its length and read as one shorter is shifted by one against the row before.
+    # Rows are padded to twice their length and then read as one element shorter, so each is shifted by one against the row before.
     skewed = torch.nn.functional.pad(tiles.flip(2), (0, BLOCK)).flatten(2)[..., :-BLOCK]
     windows = skewed.unflatten(2, (BLOCK, 2 * BLOCK - 1)).sum(2).transpose(0, 1)
     windows = torch.nn.functional.pad(windows, (0, 1))
@@ -243,9 +243,8 @@ def _empty_gradients(query, key, value, position_bias, value_mixing, wanted):
 
 
 def _save(ctx, inputs, output):
-    *tensors, scaling, score_norm, activation, generated, dropout = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options = (scaling, score_norm, activation, generated, dropout)
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+    ctx.options = inputs[7:]
 
 
 def _differentiate(ctx, gradient, *_):
@@ -260,11 +259,15 @@ OPTIONS = "float scaling, str score_norm, str activation, bool generated, float 
 
 
 def _register() -> None:
-    """Makes each pass one operator, a single node for torch.compile and torch.export."""
+    """Registers each pass as one operator, a single node for torch.compile and torch.export."""
     forward = torch.library.custom_op(
         "hyla::triton_forward", _forward, mutates_args=(), schema=f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
     )
-    forward.register_fake(lambda query, key, value, *rest: _empty_outputs(query, value, rest[5]))
+    forward.register_fake(
+        lambda query, key, value, mask, bias, mixing, seed, scaling, score_norm, *options: _empty_outputs(
+            query, value, score_norm
+        )
+    )
     forward.register_autograd(_differentiate, setup_context=_save)
     backward = torch.library.custom_op(
         "hyla::triton_backward",
@@ -273,7 +276,9 @@ def _register() -> None:
         schema=f"(Tensor gradient, {TENSORS}, Tensor maximum, Tensor inverse_sum, bool[] wanted, {OPTIONS}) -> Tensor[]",
     )
     backward.register_fake(
-        lambda _, q, k, v, mask, bias, mixing, *rest: _empty_gradients(q, k, v, bias, mixing, rest[3])
+        lambda _, query, key, value, mask, bias, mixing, seed, maximum, inverse_sum, wanted, *options: (
+            _empty_gradients(query, key, value, bias, mixing, wanted)
+        )
     )
 
 
@@ -286,7 +291,7 @@ if triton is not None and not hasattr(torch.ops.hyla, "triton_forward"):
 def triton_problem(
     query: Tensor, key: Tensor | None = None, value: Tensor | None = None, value_mixing: Tensor | None = None
 ) -> str | None:
-    """Why `triton_attention` cannot take these tensors here, or `None` where it can."""
+    """Why `triton_attention` cannot take these tensors here, or `None` if it can."""
     if triton is None:
         return "triton is not installed (pip install hf-hyla[triton], or torch for CUDA, which brings it)"
     if not query.is_cuda and not INTERPRETED:
@@ -301,15 +306,15 @@ def triton_problem(
             return "the kernel needs a GPU of compute capability {}.{}, not {}.{}".format(
                 *OLDEST_CAPABILITY, *capability
             )
-        if _widest(query) < 16:
+        if _widest_chunk(query) < 16:
             return (
                 f"with {query.shape[1]} heads in {query.dtype} the kernel needs more shared memory than the "
                 f"{available // 1024} KiB that this GPU gives a program"
             )
-    if value_mixing is not None and value_mixing.shape[2] > _widest(query):
+    if value_mixing is not None and value_mixing.shape[2] > _widest_chunk(query):
         return (
             f"with {query.shape[1]} heads in {query.dtype} the kernel takes a second value layer up to a value_head_dim of "
-            f"{_widest(query)}, not {value_mixing.shape[2]}"
+            f"{_widest_chunk(query)}, not {value_mixing.shape[2]}"
         )
     return None
 
@@ -330,29 +335,28 @@ def triton_attention(
     dropout: float,
 ) -> Tensor:
     """
-    Attention as `eager_attention_forward` defines it, without ever holding a (query, key) matrix.
+    Attention as `eager_attention_forward` defines it, without ever holding a (query, key) matrix. Call it only where
+    `triton_problem` is `None`.
 
     Args:
-        query (`torch.Tensor`): (batch, heads, query, head_dim); any strides, as all others.
+        query (`torch.Tensor`): (batch, heads, query, head_dim). All tensors may have any strides.
         key (`torch.Tensor`): (batch, heads, key, head_dim).
         value (`torch.Tensor`): (batch, heads, key, value_head_dim).
         mask (`torch.Tensor`, *optional*): bool, broadcastable to (batch, 1, query, key); True attends.
         position_bias (`torch.Tensor`, *optional*): (heads, query + key - 1), by diagonal: entry m is added to the score
             of every pair with `key_index - query_index = m - (query - 1)`. Beside queries in half precision it may be in
-            float32, and so is its gradient.
-        value_mixing (`torch.Tensor`, *optional*): (heads, value_head_dim, value_head_dim), the second layer of HYLA+; of
-            dtypes likewise.
-        seed (`torch.Tensor`, *optional*): two int64 numbers in [0, 2³¹); `None` if `dropout` is 0.
+            float32, and its gradient then is too.
+        value_mixing (`torch.Tensor`, *optional*): (heads, value_head_dim, value_head_dim), the second layer of HYLA+, in the
+            same dtypes as `position_bias`.
+        seed (`torch.Tensor`, *optional*): two int64 numbers in [0, 2³¹), the seed of `pair_dropout`; `None` if `dropout` is 0.
         scaling (`float`): multiplies query · key.
         score_norm (`str`): `"rms_head"`, `"softmax"` or `"none"`.
         activation (`str`): `"relu"` or `"none"`.
-        generated (`bool`): whether codes write value networks (HYLA) or mix values (linear, softmax).
-        dropout (`float`): share of the pairs that is dropped, the same for the whole batch and all heads.
+        generated (`bool`): whether codes generate value networks (HYLA) or mix values (linear, softmax).
+        dropout (`float`): share of the pairs that are dropped, the same pairs for the whole batch and all heads.
 
     Returns:
         `torch.Tensor` of shape (batch, query, heads, value_head_dim), contiguous, in the queries' dtype.
-
-    The caller has asked `triton_problem`.
     """
     options = (scaling, score_norm, activation, generated, dropout)
     tensors = (query, key, value, mask, position_bias, value_mixing, seed)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""SymbolicReasoningPipeline: a SRAVEN puzzle or the rows of a truth table in, the model's answer out."""
+"""The pipeline that takes SRAVEN puzzles or truth tables as lists and gives the model's answers."""
 
 import math
 from typing import Any
@@ -27,21 +27,22 @@ GRID = 3
 
 class SymbolicReasoningPipeline(Pipeline):
     """
-    The pipeline `"symbolic-reasoning"` of models with a classification head that answer the paper's tasks.
+    The pipeline `"symbolic-reasoning"`, for models with a classification head that answer the paper's tasks.
 
-    A model of SRAVEN (`vocab_size` and `answer_token_id` in its config) takes puzzles: 3 rows of 3 panels, each a list
-    of `num_answers` integers in 0 to `answer_token_id - 1`; the last panel is `None`. A model of fuzzy logic
-    (`input_size`) takes truth tables: 2 or more rows of `input_size` numbers in [0, 1], a point and the function's value
-    there; the last value is `None`. Arrays and tensors may stand for lists.
+    A SRAVEN model, with `vocab_size` and `answer_token_id` in its config, takes puzzles. A puzzle is 3 rows of 3 panels,
+    and a panel is a list of `num_answers` integers in 0 to `answer_token_id - 1`. The last panel is `None`.
 
-    Called with one of them it returns a dict, called with a list of them a list, called with a generator or a dataset an
-    iterator: of `answer`, a list of `num_answers` integers or a number; for puzzles `scores`, the probability of each
-    value (a list per feature); and with `return_codes=True` also `codes`, the latent codes of the answer tokens as a
-    tensor (layers, heads, answers, keys).
+    A fuzzy logic model, with `input_size` in its config, takes truth tables. A table is 2 or more rows of `input_size`
+    numbers in [0, 1]: a point, and the function's value there. The last value is `None`.
+
+    Arrays and tensors are taken as lists are. One puzzle or table gives a dict, a list of them a list of dicts, and a
+    generator or a dataset an iterator over dicts, with
+    - `answer`: a list of `num_answers` integers for a puzzle, a number for a table;
+    - `scores`: for a puzzle, the probability of each value, a list per feature;
+    - `codes`: with `return_codes=True`, the latent codes of the answer tokens, a tensor (layers, heads, answers, keys).
 
     Raises:
-        ValueError: for a model that answers neither task, and for a puzzle or table that is not as described, before
-            anything is computed.
+        ValueError: if the model answers neither task, or a puzzle or table is not as described. Nothing is computed then.
 
     ```python
     >>> import hf_hyla
@@ -79,17 +80,17 @@ class SymbolicReasoningPipeline(Pipeline):
     def __call__(self, inputs, **kwargs):
         inputs = _as_lists(inputs)
         if isinstance(inputs, list):
-            # A puzzle and a truth table are lists themselves.
+            # One puzzle or truth table is a list too.
             if _depth(inputs) <= (3 if self._is_sraven else 2):
                 return super().__call__(self.preprocess(inputs), **kwargs)
             # All are encoded first, so that a bad one is refused before any work.
-            inputs = [self._numbered(number, puzzle) for number, puzzle in enumerate(inputs)]
+            inputs = [self._preprocess_nth(number, item) for number, item in enumerate(inputs)]
         return super().__call__(inputs, **kwargs)
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ):
-        # As in the base class, which cannot make batches without a tokenizer or the like.
+        # As in the base class, which makes batches only with a tokenizer or a processor.
         dataset = PipelineDataset if hasattr(inputs, "__len__") else PipelineIterator
         encoded = dataset(inputs, self.preprocess, preprocess_params)
         batches = DataLoader(encoded, num_workers=num_workers, batch_size=batch_size, collate_fn=_collate)
@@ -97,7 +98,7 @@ class SymbolicReasoningPipeline(Pipeline):
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
-        """What the model reads of one puzzle or truth table, as a batch of one."""
+        """The inputs of the model for one puzzle or truth table, as a batch of one."""
         if isinstance(inputs, _Encoded):
             return inputs
         encode = self._encode_puzzle if self._is_sraven else self._encode_table
@@ -119,7 +120,7 @@ class SymbolicReasoningPipeline(Pipeline):
         logits = logits.reshape(-1, self._num_values)
         return {"answer": logits.argmax(-1).tolist(), "scores": logits.softmax(-1).tolist(), **codes}
 
-    def _numbered(self, number: int, inputs) -> dict[str, torch.Tensor]:
+    def _preprocess_nth(self, number: int, inputs) -> dict[str, torch.Tensor]:
         try:
             return self.preprocess(inputs)
         except ValueError as error:
@@ -132,7 +133,7 @@ class SymbolicReasoningPipeline(Pipeline):
             )
         *panels, last = [panel for row in rows for panel in row]
         if last is not None:
-            raise ValueError("The last panel is what the model answers, but it is given: set it to None.")
+            raise ValueError("The last panel is what the model answers, but it has a value: set it to None.")
         num_features, num_values = self.model.config.num_answers, self._num_values
         for number, panel in enumerate(panels):
             where = f"The panel in row {number // GRID + 1}, column {number % GRID + 1}"
@@ -158,7 +159,7 @@ class SymbolicReasoningPipeline(Pipeline):
             raise ValueError(f"This model was made for at most {most} rows, got {len(rows)}: leave some out.")
         *numbers, last = [value for row in rows for value in row]
         if last is not None:
-            raise ValueError("The last row's value is what the model answers, but it is given: set it to None.")
+            raise ValueError("The last row's value is what the model answers, but it has a value: set it to None.")
         for number, value in enumerate(numbers):
             if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= 1:
                 raise ValueError(
@@ -169,11 +170,11 @@ class SymbolicReasoningPipeline(Pipeline):
 
 
 class _Encoded(dict):
-    """What `preprocess` has made, and does not make again: only this file's own, so that any other dict is refused."""
+    """The result of `preprocess`, which returns it unchanged. It is a type of its own, so that any other dict is refused."""
 
 
 def _as_lists(inputs):
-    """The same with lists in place of tuples, arrays and tensors."""
+    """The inputs with lists in place of tuples, arrays and tensors."""
     if hasattr(inputs, "tolist"):
         return inputs.tolist()
     return [_as_lists(item) for item in inputs] if isinstance(inputs, (list, tuple)) else inputs
@@ -189,7 +190,7 @@ def _is_list(inputs, length: int) -> bool:
 
 def _described(inputs) -> str:
     if not isinstance(inputs, list):
-        return f"{type(inputs).__name__} {' '.join(repr(inputs).split())}"  # a tensor is written in lines
+        return f"{type(inputs).__name__} {' '.join(repr(inputs).split())}"  # the repr of a tensor has several lines
     return f"{len(inputs)} of lengths {[len(i) if isinstance(i, list) else 0 for i in inputs]}"
 
 

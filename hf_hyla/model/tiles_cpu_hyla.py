@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the CPU kernels do with one query and a tile of keys, in functions that numba compiles into them.
+The parts of the CPU kernels that work on one query and a tile of keys. numba compiles them into the kernels.
 
-A tile of keys is held transposed, (heads, width, key), so that vectors run over keys. Notation: `scores[h, k]`, which become
-probabilities under softmax; `factor[k]`, what RMSHead and dropout multiply the scores of a pair with; the code of a pair is
-`scores[h, k] * factor[k]`. Heads and widths are filled up to multiples of 4 with zeros, and tiles are whole vectors.
+A tile of keys is held transposed, (heads, width, key), so that vectors run over keys. `scores[h, k]` are scores, which become
+probabilities under softmax. RMSHead and dropout multiply the scores of a pair by `factor[k]`, so its code is
+`scores[h, k] * factor[k]`. Heads and widths are padded by zeros to multiples of 4, and tiles are whole vectors.
 """
 
 import numpy as np
@@ -44,13 +44,13 @@ from .vectors_cpu_hyla import (
 
 
 NONE, RMS_HEAD, SOFTMAX = 0, 1, 2
-# Under RMSHead scores come multiplied by `RMS_HEAD_SCALE`, and so does epsilon, squared.
+# Under RMSHead, scores arrive multiplied by `RMS_HEAD_SCALE`, so epsilon is multiplied by its square.
 _EPSILON = RMS_HEAD_EPS * RMS_HEAD_SCALE**2
 
 
 @jit
 def load_tile(x, b, start, count, relu, tile):
-    """tile[h, d, k] = x[b, h, start + k, d], zero where x ends: zeros add nothing to any of the sums below."""
+    """tile[h, d, k] = x[b, h, start + k, d], and zeros behind the end of x, which add nothing to any of the sums below."""
     for h in range(x.shape[1]):
         for d in range(x.shape[3]):
             for k in range(count):
@@ -69,7 +69,7 @@ def load_row(x, b, i, scale, row):
 
 @jit
 def finite(a):
-    """Whether a tile can be left out where it is masked: 0 times NaN or infinity would be NaN."""
+    """Whether all elements are finite. Only then can a masked tile be left out, since 0 times NaN or infinity is NaN."""
     total = a.dtype.type(0)
     for h in range(a.shape[0]):
         for d in range(a.shape[1]):
@@ -87,7 +87,7 @@ def clear(a):
 
 @jit
 def visible(mask, b, i, start, count, keep):
-    """keep[k] = 1 where query i sees the key; whether it sees any of the tile"""
+    """keep[k] = 1 where query i sees the key, else 0. Returns whether it sees any key of the tile."""
     if mask.shape[3] == 1:
         seen = mask[b, 0, i, 0]
         for k in range(keep.shape[0]):
@@ -102,7 +102,7 @@ def visible(mask, b, i, start, count, keep):
 
 @jit
 def mix(x):
-    """See `attention_hyla.pair_dropout`; below 2**32 in and out, and no product reaches 2**63."""
+    """As in `attention_hyla.pair_dropout`. Words are below 2**32 before and after, and no product reaches 2**63."""
     x ^= x >> 16
     x = (x * 0x21F0AAAD) & 0xFFFFFFFF
     x ^= x >> 15
@@ -136,7 +136,7 @@ def _exponentiate(a, largest):
 
 @jit
 def exponentiate_tile(scores, count, maximum):
-    """scores[h, k] = exp(scores[h, k] - maximum[h]), and 0 for what is no key"""
+    """scores[h, k] = exp(scores[h, k] - maximum[h]), and 0 behind the last key"""
     for h in range(maximum.shape[0]):
         _exponentiate(scores[h], maximum[h])
         for k in range(count, scores.shape[1]):
@@ -146,8 +146,7 @@ def exponentiate_tile(scores, count, maximum):
 @jit
 def survey_tile(scores, count, maximum, total):
     """
-    Brings each head's largest score so far, and the sum of exponentials relative to it, up to date; scores become these
-    exponentials.
+    Updates each head's largest score so far, and the sum of exponentials relative to it. The scores become these exponentials.
     """
     for h in range(maximum.shape[0]):
         before, largest = maximum[h], maximum[h]
@@ -165,7 +164,7 @@ def survey_tile(scores, count, maximum, total):
 
 @jit
 def divide_tile(scores, total):
-    """Exponentials become probabilities."""
+    """Turns exponentials into probabilities."""
     for h in range(total.shape[0]):
         inverse = scores.dtype.type(1) / total[h]
         for k in range(scores.shape[1]):
@@ -174,7 +173,7 @@ def divide_tile(scores, total):
 
 @jit
 def find_factors(scores, norm, num_heads, square, factor):
-    """Factors of the pairs, with the inverse mean square of RMSHead in `square`."""
+    """Finds the factors of the pairs, and for RMSHead the inverse mean squares `square`."""
     one = scores.dtype.type(1)
     for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
         total = zeros(scores)
@@ -209,7 +208,7 @@ def scale_tile(a, factor):
 
 @jit
 def derive_tile(gradient, a, relu):
-    """gradient[d, k] *= φ'(·), which a = φ(·) shows"""
+    """gradient[d, k] *= φ'(·), which follows from a = φ(·)"""
     if relu:
         for d in range(a.shape[0]):
             for k in range(a.shape[1]):
@@ -292,7 +291,7 @@ def hidden_gradient(gradient, scores, factor, grad_read, hidden, relu):
 @jit
 def generated_gradients(grad_codes, grad_values, scores, factor, grad_read, last, grad_hidden, values, onto):
     """
-    grad_codes[h, k] = grad_read[h] · last[:, k] + grad_hidden[:, k] · values[h, :, k], added to what is there with `onto`;
+    grad_codes[h, k] = grad_read[h] · last[:, k] + grad_hidden[:, k] · values[h, :, k], with `onto` added to what is there;
     grad_values[h, d, k] += code[h, k] · grad_hidden[d, k]
     """
     for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
@@ -334,12 +333,12 @@ def mixed_gradients(grad_codes, grad_values, scores, factor, grad_read, values):
 
 @jit
 def score_gradients(grad_codes, scores, norm, num_heads, square, factor, keep):
-    """Without softmax: gradients of the scores, in the place of the codes'."""
+    """Without softmax: turns gradients of the codes into those of the scores."""
     number = scores.dtype.type
     for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
         f, kept, along = load(factor, (k,)), load(keep, (k,)), zeros(scores)
         if norm == RMS_HEAD and num_heads == 1:
-            # The difference below, of numbers that are equal but for epsilon.
+            # The difference below, whose two terms differ by epsilon alone.
             f = multiply(f, multiply(load(square, (k,)), number(_EPSILON)))
         elif norm == RMS_HEAD:
             for h in range(scores.shape[0]):
@@ -352,7 +351,7 @@ def score_gradients(grad_codes, scores, norm, num_heads, square, factor, keep):
 
 @jit
 def softmax_gradients(grad_codes, scores, factor, keep, sums, add_up):
-    """Under softmax; `sums[h]` is the sum over keys of probability times its gradient, or with `add_up` becomes it."""
+    """With softmax: the same. `sums[h]` is the sum over keys of probability times its gradient; `add_up` adds this tile first."""
     for h in range(sums.shape[0]):
         if add_up:
             total = scores.dtype.type(0)

@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Vectors of the processor as values that numba compiles, and the formats of half precision, which numba does not know.
+The processor's vectors as values in code for numba, and the half-precision formats, which numba does not know.
 
-numba leaves it to LLVM to find vector instructions in a loop. Where a loop keeps a dozen of running sums, LLVM keeps them in
-memory. With vectors as values the sums are local variables, and stay in registers. A function here takes arrays by element:
-`load(a, (h, d, k))` is the vector whose first element is `a[h, d, k]`; a number beside vectors stands for a vector of it.
+numba leaves it to LLVM to find vector instructions in a loop, and LLVM keeps a dozen running sums in memory. With vectors as
+values, the sums are local variables and stay in registers. The functions here take arrays by element: `load(a, (h, d, k))` is
+the vector whose first element is `a[h, d, k]`. A number beside vectors stands for a vector filled with it.
 
-Half precision is only a way to store numbers. bfloat16 comes as int16 and float16 as uint16, and both are computed in float32.
+Half precision is only a format of storage. bfloat16 arrives as int16 and float16 as uint16, and both are computed in float32.
 """
 
 import math
@@ -40,7 +40,7 @@ except ImportError:  # another implementation takes over, see `cpu_problem`
 
 # Sums may be reordered, which vector instructions need; infinities and NaN keep their meaning.
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "error_model": "numpy"}
-# By torch's name of a dtype, the type in which numba sees its elements.
+# The type in which numba sees the elements of a dtype, by torch's name of the dtype.
 STORED = {"float64": "float64", "float32": "float32", "bfloat16": "int16", "float16": "uint16"}
 _FLAGS = ("contract", "nsz", "arcp")
 
@@ -50,13 +50,13 @@ def jit(function):
 
 
 def jit_in_order(function):
-    """Sums stay in the order they are written in, for what depends on how it rounds."""
+    """Keeps sums in the order in which they are written, for functions that depend on how they round."""
     options = OPTIONS | {"fastmath": {"contract"}}
     return numba.njit(forceinline=True, **options)(function) if numba else function
 
 
 def compiled_by_type(function):
-    """Of the decorated function, which takes types, the result for the types of the arguments is compiled."""
+    """Compiles for `function` what the decorated function returns for the types of the arguments."""
     if numba is None:
         return lambda choose: choose
     return overload(function, jit_options={"forceinline": True, **OPTIONS})
@@ -64,14 +64,14 @@ def compiled_by_type(function):
 
 def compiled(signature, function):
     """
-    The function compiled for these types: from the cache on disk or, where there is none that can be written, anew by every
-    process.
+    The function compiled for these types. It is read from the cache on disk; where that cannot be written, every process
+    compiles it anew.
     """
-    # numba asks whether the function's own file has changed, and no other; by its name the function asks for the rest.
+    # numba compiles anew when the function's own file has changed. The checksum in the name stands for the other files.
     function.__qualname__ = f"{function.__name__}_{_sources():08x}"
     try:
         return numba.njit(signature, cache=True, **OPTIONS)(function)
-    except (RuntimeError, OSError):  # numba's, and the system's
+    except (RuntimeError, OSError):  # from numba, and from the file system
         return numba.njit(signature, **OPTIONS)(function)
 
 
@@ -84,7 +84,7 @@ def _sources() -> int:
 
 
 def _vector_bytes() -> int:
-    """Of the processor's widest vectors; half of that width serves the others well enough."""
+    """Bytes of a vector: the processor's widest with AVX-512, and half of that on all others."""
     return 64 if numba and binding.get_host_cpu_features().get("avx512f") else 32
 
 
@@ -111,7 +111,7 @@ def _ir_type(element):
 
 
 def _spread(builder, x):
-    """`x` as a vector: itself, or the number in every place."""
+    """`x` as a vector. A number is repeated in every element."""
     if isinstance(x.type, ir.VectorType):
         return x
     vector = _ir_type(x.type)
@@ -134,7 +134,7 @@ def _pointer(context, builder, array_type, array, index_type, index):
 
 
 def _operation(build: Callable, arguments: int):
-    """A function of so many vectors or numbers, of which one at least is a vector; `build(builder, *vectors)` computes it."""
+    """A function of vectors and numbers, at least one of them a vector. `build(builder, *vectors)` makes its code."""
     if numba is None:
         return build
 
@@ -146,7 +146,7 @@ def _operation(build: Callable, arguments: int):
 
         return vector(*operands), generate
 
-    # numba reads the names of the arguments.
+    # numba needs the names of the arguments.
     by_count = {
         1: lambda typing, x: typed(x),
         2: lambda typing, x, y: typed(x, y),
@@ -206,7 +206,7 @@ if numba:
 
     @intrinsic
     def store_totals(typing, array, index, w, x, y, z):
-        """Stores the sums of the elements of four vectors in a row."""
+        """Stores four numbers side by side: the sum of the elements of each vector."""
 
         def generate(context, builder, signature, values):
             parts = _totals(builder, values[2:])
@@ -218,7 +218,7 @@ if numba:
 
     @intrinsic
     def store_transposed(typing, target, target_index, source, source_index):
-        """Copies a square, whose side is a vector, from one matrix to the other, rows to columns."""
+        """Copies a square, as wide as a vector, from one matrix to the other, transposed."""
 
         def generate(context, builder, signature, values):
             count = _ir_type(context.get_data_type(source.dtype)).count
@@ -242,7 +242,7 @@ else:
 
 
 def _transposed(builder, rows):
-    """The columns of a square of vectors: blocks of size 1, 2, 4, ... are exchanged across the diagonal."""
+    """The columns of a square of vectors. Blocks of size 1, 2, 4, ... are exchanged across the diagonal."""
     count, size = len(rows), 1
     while size < count:
         upper = [place if not place & size else count + place - size for place in range(count)]
@@ -255,14 +255,14 @@ def _transposed(builder, rows):
 
 
 def _totals(builder, vectors):
-    """The sums of the elements of four vectors, as a vector of four: halves of two are added as one vector."""
+    """The sums of the elements of four vectors, as a vector of four."""
     count = vectors[0].type.count
 
     def pick(x, y, places):
         return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places)))
 
     def folded(x, y, size):
-        """Of vectors made of runs of `size`, each of which is to be summed: the halves of all runs, added."""
+        """Halves every run of `size` elements by adding its two halves, in both vectors at once."""
         runs = range(0, 2 * count, size)
         low = [first + k for first in runs for k in range(size // 2)]
         return builder.fadd(pick(x, y, low), pick(x, y, [k + size // 2 for k in low]), flags=_FLAGS)
@@ -277,19 +277,19 @@ def _totals(builder, vectors):
     return total
 
 
-# The exponential of x is 2^n exp(r), with the integer n nearest to x / ln 2 and a polynomial, Taylor's, for exp(r): terms are
-# below the rounding where they end. ln 2 is the sum of two numbers, of which n times the first is exact. 2^n is made of its
-# bits. A call of the C library would keep a loop from becoming vector instructions, and so would integers of two widths, so
-# each has its type written out.
+# The exponential of x is 2^n · exp(r), where n is the integer nearest to x / ln 2. exp(r) is Taylor's polynomial, which ends where
+# terms fall below the rounding. ln 2 is the sum of two numbers, and n times the first is exact. 2^n is made from its bits. Calls of
+# the C library, or integers of two widths, would keep a loop from becoming vector instructions, so every integer has its type
+# written out.
 _PER_LN2, _LN2_HIGH, _LN2_LOW = 1 / math.log(2), 0.693145751953125, 1.4286068203094172e-06
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(14))
 
 
 @jit_in_order
 def exp_float32(x):
-    """The exponential of a float32 that is not positive; 0 below the normal numbers."""
-    number, least = np.float32, np.float32(-87)
-    inside = least if x < least else x  # NaN stays NaN
+    """The exponential of a float32 that is not positive, or 0 where that lies below the normal numbers."""
+    number, lowest = np.float32, np.float32(-87)
+    inside = lowest if x < lowest else x  # NaN stays NaN
     n = np.int32(inside * number(_PER_LN2) - number(0.5))  # towards 0
     r = inside - number(n) * number(_LN2_HIGH) - number(n) * number(_LN2_LOW)
     y = number(_TAYLOR[7])
@@ -301,14 +301,14 @@ def exp_float32(x):
     y = y * r + number(_TAYLOR[1])
     y = y * r + number(_TAYLOR[0])
     power = np.int32(np.int32(n + np.int32(127)) << np.int32(23)).view(np.float32)
-    return number(0) if x < least else y * power
+    return number(0) if x < lowest else y * power
 
 
 @jit_in_order
 def exp_float64(x):
     """The exponential of a float64 that is not positive, likewise."""
-    least = -708.0
-    inside = least if x < least else x
+    lowest = -708.0
+    inside = lowest if x < lowest else x
     n = np.int32(inside * _PER_LN2 - 0.5)
     r = inside - n * _LN2_HIGH - n * _LN2_LOW
     y = _TAYLOR[13]
@@ -326,7 +326,7 @@ def exp_float64(x):
     y = y * r + _TAYLOR[1]
     y = y * r + _TAYLOR[0]
     power = np.int64(np.int64(np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)
-    return 0.0 if x < least else y * power
+    return 0.0 if x < lowest else y * power
 
 
 def widened(x):
@@ -335,11 +335,11 @@ def widened(x):
 
 
 def rounded(x, stored):
-    """The nearest number of the format that the array `stored` has, of two the even one: its bits."""
+    """The bits of `x` in the format of the array `stored`, rounded to the nearest number, and to even between two."""
     raise NotImplementedError("compiled only")
 
 
-# Every integer below has its type written out: in loops of one width the compiler finds vector instructions.
+# Every integer below has its type written out, since the compiler finds vector instructions only in loops of one width.
 @compiled_by_type(widened)
 def _choose_widened(x):
     if x == types.int16:  # bfloat16: the upper half of a float32
@@ -349,7 +349,7 @@ def _choose_widened(x):
         def widened(x):
             bits = np.int32(x)
             magnitude = np.int32(np.int32(bits & np.int32(0x7FFF)) << np.int32(13))
-            # Exponents differ by 112, but the largest stands for infinity and NaN in both. Exact below the normal numbers, too.
+            # Exponents differ by 112, but the largest stands for infinity and NaN in both. Subnormal numbers are exact too.
             wide = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.int32)
             special = np.int32(0x7F800000) if magnitude >= np.int32(0x7C00 << 13) else np.int32(0)
             sign = np.int32(np.int32(bits & np.int32(0x8000)) << np.int32(16))
@@ -379,7 +379,7 @@ def _choose_rounded(x, stored):
         odd = np.int32(bits >> np.int32(13)) & np.int32(1)
         nearest = np.int32(np.int32(size + np.int32(0xFFF) + odd) >> np.int32(13)) - np.int32(112 << 10)
         nearest = min(nearest, np.int32(0x7C00))  # infinity
-        # From 1/2 to 1, float32 has steps of 2**-24, those of float16 below its normal numbers.
+        # From 1/2 to 1, float32 has steps of 2**-24, as float16 has below its normal numbers.
         small = np.float32(abs(x) + np.float32(0.5)).view(np.int32) - np.int32(0x3F000000)
         nearest = small if size < np.int32(113 << 23) else nearest
         nearest = nearest if x == x else np.int32(0x7E00)

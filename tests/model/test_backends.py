@@ -56,7 +56,7 @@ def compare(backend, row, case, dtype=torch.float64):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of the chunked implementation of three queries or so, the last of them shorter."""
-    monkeypatch.setattr(backends_hyla, "_CHUNK", 1200)
+    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1200)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
@@ -136,7 +136,11 @@ def test_sdpa_equals_the_definition(mask):
 def test_a_backend_refuses_what_it_cannot_compute_with_the_reason():
     query = torch.randn(1, 2, 3, 4)
     calls = {
-        ("hyla_sdpa", ("hyla", "rms_head", "relu"), 0.0): "mixes plain values by softmax scores only",
+        (
+            "hyla_sdpa",
+            ("hyla", "rms_head", "relu"),
+            0.0,
+        ): "only mixes values by softmax scores, without a value activation",
         ("hyla_sdpa", ("softmax", "softmax", "none"), 0.5): "cannot drop the same pairs for the whole batch",
         ("hyla_cpu", ("hyla", "rms_head", "gelu"), 0.0): "value activation is relu or none, not GELU",
     }
@@ -189,7 +193,7 @@ def test_without_a_kernel_wide_values_do_not_fill_the_memory(kind, heads, width,
 
 
 def test_chunks_of_the_chunked_implementation_hold_the_hidden_layers_of_every_head(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_CHUNK", 1200)
+    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1200)
     lengths = []
 
     def noted(module, query, *args, **kwargs):
@@ -206,7 +210,7 @@ def test_chunks_of_the_chunked_implementation_hold_the_hidden_layers_of_every_he
 def test_chunked_implementation_in_half_precision_adds_its_chunks_up_without_rounding(row, monkeypatch):
     case = Case(batch=1, heads=4, queries=256, keys=32, width=8, value_width=8)
     expected = differentiate(eager_attention_forward, row, case, torch.float64)
-    monkeypatch.setattr(backends_hyla, "_CHUNK", 1)  # a chunk for every query
+    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1)  # a chunk for every query
 
     def errors(backend):
         found = differentiate(backend, row, case, torch.bfloat16)
@@ -251,7 +255,7 @@ def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_
         "from types import SimpleNamespace\n"
         "from hf_hyla.benchmark.meter import Meter\n"
         "from hf_hyla.model import backends_hyla\n"
-        "backends_hyla._CHUNK = 2**21\n"
+        "backends_hyla._CHUNK_ELEMENTS = 2**21\n"
         "torch.set_num_threads(1)\n"
         "layer = SimpleNamespace(attention_type='hyla', score_norm='rms_head', value_activation=torch.nn.ReLU(),\n"
         "                        value_mixing=None)\n"
@@ -267,7 +271,7 @@ def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_
 
 
 def test_chunked_implementation_is_computed_between_the_graphs_of_a_compiled_model(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_CHUNK", 20_000)
+    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 20_000)
     torch.manual_seed(0)
     model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attn_implementation="hyla_chunked")).train()
     ids = torch.randint(0, 8, (3, 36))
@@ -356,7 +360,7 @@ MISFITS = {
 @pytest.mark.parametrize("backend", ["hyla_cpu", "hyla"])
 @pytest.mark.parametrize("shapes", MISFITS.values(), ids=MISFITS)
 def test_the_kernel_refuses_shapes_that_broadcast_and_the_default_computes_them(monkeypatch, backend, shapes):
-    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
     shapes = {"query": (2, 4, 9, 5), "key": (2, 4, 9, 5), "value": (2, 4, 9, 3), "position_bias": (4, 17)} | shapes
     mask = torch.rand(shapes.pop("mask")) < 0.5 if "mask" in shapes else None
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -386,7 +390,7 @@ def test_the_kernel_refuses_dtypes_that_differ():
 
 
 def test_forward_mode_gradients_are_those_of_the_eager_implementation(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
     layer, (query, key, value, tangent) = Layer(*HYLA[:3], None), torch.randn(4, 2, 3, 9, 5, dtype=torch.float64)
 
     def along(backend):
@@ -420,7 +424,7 @@ def test_gradients_of_a_single_head_do_not_cancel_out(length):
 
 
 def test_the_shortcut_of_the_last_layer_drops_the_same_pairs(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
     torch.manual_seed(0)
     model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attention_dropout=0.5)).train()
     ids = torch.randint(0, 8, (4, 36))

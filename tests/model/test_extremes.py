@@ -165,7 +165,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("backend", [*FUSED, "hyla"])
 def test_transforms_of_torch_func_are_refused_by_name_and_served_by_the_default(monkeypatch, backend, transform):
-    monkeypatch.setattr("hf_hyla.model.backends_hyla._SMALL", 0)
+    monkeypatch.setattr("hf_hyla.model.backends_hyla._EAGER_ELEMENTS", 0)
     row = SOFTMAX if backend == "hyla_sdpa" else ROWS[2]
     query, key, value = (tensor[:1] for tensor in list(tensors(row).values())[:3])
 

@@ -180,7 +180,7 @@ def model_and_ids():
 
 def without(monkeypatch, function):
     with monkeypatch.context() as patch:
-        patch.setattr(functions, "_SERVED", {})
+        patch.setattr(functions, "_REPLACEMENTS", {})
         return function()
 
 

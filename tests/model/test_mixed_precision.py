@@ -47,7 +47,7 @@ half = pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_CHUNK", 1200)
+    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1200)
 
 
 def given(row, case, dtype, parameters=torch.float32):
@@ -298,7 +298,7 @@ def taken(monkeypatch):
 
     for name, row in list(IMPLEMENTATIONS.items()):
         monkeypatch.setitem(IMPLEMENTATIONS, name, noted(name, row))
-    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
     names_and_asked = dataclasses.make_dataclass("Taken", ["names", "asked"])(names, asked)
     return names_and_asked
 
@@ -369,7 +369,7 @@ def test_the_former_name_of_the_chunked_implementation_still_works(taken):
 
 @half
 def test_a_model_under_autocast_learns_as_in_single_precision(dtype, monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
     torch.manual_seed(0)
     model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, qk_norm=True, attention_dropout=0.0)).train()
     ids = torch.randint(0, 8, (4, 36))
@@ -388,7 +388,7 @@ def test_a_model_under_autocast_learns_as_in_single_precision(dtype, monkeypatch
 
 @half
 def test_the_kernel_under_autocast_is_the_same_in_a_compiled_model(dtype, monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_SMALL", 0)
+    monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
     torch.manual_seed(0)
     config = HylaConfig(num_hidden_layers=2, qk_norm=True, value_depth=2, attn_implementation="hyla_cpu")
     model = HylaForSequenceClassification(config).train()

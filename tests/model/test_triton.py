@@ -440,7 +440,7 @@ def test_a_gpu_without_the_shared_memory_is_given_a_smaller_tile_or_none(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with FakeTensorMode():
         query = torch.empty(1, heads, 5, 64, dtype=dtype, device="cuda:0")
-        assert kernels._widest(query) == widest
+        assert kernels._widest_chunk(query) == widest
         found = kernels.triton_problem(query)
     assert found is None if problem is None else re.search(problem, found)
 
@@ -449,7 +449,7 @@ def test_offsets_into_a_mask_of_very_many_pairs_are_of_64_bits():
     def index(length):
         tensor = torch.empty(1, 2, length, 4, device="meta")
         mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")
-        return kernels._form(tensor, tensor, tensor, mask, 0.5, "none", "relu", True, 0.0).index
+        return kernels._constants(tensor, tensor, tensor, mask, 0.5, "none", "relu", True, 0.0).index
 
     tl = triton.language
     assert (index(46_340), index(46_341)) == (tl.int32, tl.int64)
@@ -484,12 +484,12 @@ def test_kernels_compile_within_the_shared_memory_of_the_gpu(
 
     compiled_kernels, tiles = {}, []
 
-    def compile_only(kernel, programs, chunks, form, *arguments):
+    def compile_only(kernel, programs, chunks, const, *arguments):
         name = kernel.fn.__name__
         if not names or name in names:
             options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
-            compiled_kernels[name] = kernel.warmup(*arguments, form=form, grid=(programs, chunks), **options)
-            tiles.append(form.head_block.value * max(form.head_dim_block.value, form.value_block.value))
+            compiled_kernels[name] = kernel.warmup(*arguments, const=const, grid=(programs, chunks), **options)
+            tiles.append(const.head_block.value * max(const.head_dim_block.value, const.value_block.value))
 
     monkeypatch.setattr(kernels, "_launch", compile_only)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, Triton 3.9 warns
