@@ -65,12 +65,16 @@ gpu-rehearsal:
 	grep 'Resumes from checkpoint-1' runs/gpu-rehearsal/report.txt
 	test -s runs/gpu-rehearsal/run.json -a -s runs/gpu-rehearsal/learning_curve.png
 
-# Renders the cards of the trained models again, after a change of templates or results.
+# Renders the cards of the trained models again, after a change of templates or results: beside the records of the same recipe
+# and of the recipes that are named like it but for the attention, such as sraven-softmax-30k for sraven-hyla-30k.
 hub-cards: setup
-	@set -e; for run in hub_cards/*/run.json; do \
+	@set -e; shopt -s nullglob; for run in hub_cards/*/run.json; do \
 		folder=$$(dirname $$run); \
 		name=$$($(BIN)/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["name"])' $$run); \
-		$(BIN)/hyla card $$folder --repo-id hf-hyla/$$(basename $$folder) --with recipes/results/$$name/*.json; \
+		records=(); for attention in hyla softmax linear; do \
+			records+=(recipes/results/$$(sed -E "s/hyla|softmax|linear/$$attention/" <<< $$name)/*.json); \
+		done; \
+		$(BIN)/hyla card $$folder --repo-id hf-hyla/$$(basename $$folder) --with $${records[@]}; \
 	done
 
 lint: setup

@@ -104,6 +104,8 @@ def convert_config(
             "answer_token_id": embedding_rows,
             "num_answers": 4 if num_answers is None else num_answers,
             "problem_type": "single_label_classification",
+            "id2label": {value: str(value) for value in range(count("output_dim"))},
+            "label2id": {str(value): value for value in range(count("output_dim"))},
         },
         "FuzzyLogicLoss": {
             "vocab_size": None,

@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+# The names of attention types on cards and in pictures.
+ATTENTION_NAMES = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file atomically: after a crash it holds either this text or its earlier content."""
     temporary = path.with_name(f"{path.name}.tmp")

@@ -56,7 +56,7 @@ ALLOWED = {
     ),
     "analysis": (
         {"model", "tasks", "metrics", "reading", "utils"},
-        {"torch", "numpy", "sklearn", "matplotlib", "tqdm"},
+        {"torch", "numpy", "scipy", "sklearn", "matplotlib", "tqdm"},
     ),
     "hub": (
         {"runs", "tasks", "metrics", "model", "reading", "utils"},

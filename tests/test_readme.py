@@ -184,6 +184,13 @@ def test_the_ideal_observers_accuracies_come_from_its_committed_record():
         assert row_of(RECIPES, title) == [f"{record['splits'][split][score]:.4f}" for split in ("test", "ood")]
 
 
+def test_the_maps_of_codes_that_documents_show_are_those_that_the_cards_show():
+    shown = re.findall(r"\]\((?:hub_cards/)?([\w-]+)/(probe/map_[\w.]+)\)", README + DOCUMENTS["hub_cards/README.md"])
+    assert len(shown) == 2
+    for model, picture in shown:
+        assert f"]({picture})" in (PROJECT / "hub_cards" / model / "README.md").read_text()
+
+
 def test_the_probes_accuracies_come_from_the_committed_reports():
     columns = []
     for model in ("hyla", "softmax"):

@@ -82,3 +82,25 @@ def ablate_heads(
         with ablated(model, layer, [head], means[layer]):
             without[layer, head] = score()
     return whole, without
+
+
+def corrected_p_values(differences: np.ndarray, errors: np.ndarray, freedom: int) -> np.ndarray:
+    """
+    How probable differences as large as these are if there is none: two-sided t-tests, with Holm's correction for their number.
+
+    Args:
+        differences, errors: of each head, the difference and its standard error, arrays of one shape.
+        freedom: degrees of freedom of the errors.
+    """
+    from scipy import stats  # which scikit-learn depends on
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distances = np.nan_to_num(
+            np.abs(differences) / errors, nan=0, posinf=np.inf
+        )  # no difference and no error: none
+    p_values = 2 * stats.t.sf(distances, freedom).ravel()
+    order = p_values.argsort()
+    # The smallest is multiplied by the number of tests, the next by one less; none may be smaller than the one before it.
+    multiplied = p_values[order] * np.arange(p_values.size, 0, -1)
+    p_values[order] = np.minimum(np.maximum.accumulate(multiplied), 1)
+    return p_values.reshape(differences.shape)

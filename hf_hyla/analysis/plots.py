@@ -7,18 +7,22 @@ import numpy as np
 from tqdm import tqdm
 
 from ..tasks import Subject
+from ..utils import ATTENTION_NAMES
 from .latents import Codes
 
 
-# Okabe and Ito's colours, the light yellow last; each class has a marker of its own besides.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+# Okabe and Ito's colours, with a wine red in place of their yellow, which is hard to tell from orange and from paper; each class
+# has a marker of its own besides.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
 _MARKERS = "osD^vP*X"
+# Of every figure, in inches at 120 dots: what a card shows without making letters small.
+_WIDTH = 8
 _SHADES = "cividis"
 _METRICS = {"accuracy": "accuracy", "f1": "F1", "r2": "R²"}
 # Points of a map; t-SNE takes a few seconds for so many.
 _POINTS = 1_500
 # Terms that get a map of their own: the ones best decoded.
-_SHOWN_LABELS = 4
+_SHOWN_LABELS = 3
 
 
 def draw(report: dict[str, Any], codes: Codes, subjects: list[Subject], output: Path, progress: bool) -> list[str]:
@@ -51,13 +55,13 @@ def _figure(width: float, height: float, title: str):
 
 
 def _about(report: dict[str, Any]) -> str:
-    return f"{report['attention_type']} attention, {report['task']['name']}"
+    return f"{ATTENTION_NAMES[report['attention_type']]} on {report['task']['name']}, {report['split']}"
 
 
 def _probes(report: dict[str, Any]):
     """For each subject the headline metric by layer, with the shuffled control, chance, and what the answer alone tells."""
     names = list(dict.fromkeys(result["subject"] for result in report["probes"]))
-    figure = _figure(4.2 * len(names), 3.4, f"What the codes tell on {report['split']}: {_about(report)}")
+    figure = _figure(_WIDTH, 3.4, f"What linear probes read from the codes: {_about(report)}")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         results = [result for result in report["probes"] if result["subject"] == name]
         metric = {"classes": "accuracy", "labels": "f1", "number": "r2"}[results[0]["kind"]]
@@ -90,60 +94,63 @@ def _probes(report: dict[str, Any]):
 
 def _similarity(report: dict[str, Any]):
     """
-    Cosine similarity of mean codes, of the first subject with classes: as they are, and with the mean of all removed. Layers in
-    which the classes do not differ are left out, unless there is no other.
+    Cosine similarity of mean codes, of the first subject with classes, with the mean of all removed. Layers in which the classes
+    do not differ are left out, unless there is no other.
     """
     name, similarity = next(iter(report["similarity"].items()))
-    names, every = similarity["names"], range(len(similarity["layers"]))
+    names, every = similarity["names"], range(len(similarity["centred"]))
     layers = [layer for layer in every if np.any(similarity["centred"][layer])] or list(every)
-    num_layers = len(layers)
-    size = 1.4 + 0.42 * len(names)
-    title = f"Cosine similarity of the mean codes by {name}, {report['split']}: {_about(report)}"
-    figure = _figure(size * num_layers + 1, 2 * size + 0.6, title)
-    grid = figure.subplots(2, num_layers, squeeze=False)
-    # The scale is that of a cosine, whatever was measured.
-    for row, (key, shown) in zip(grid, (("layers", ""), ("centred", ", mean removed")), strict=True):
-        for layer, axes in zip(layers, row, strict=True):
-            matrix = np.array(similarity[key][layer])
-            image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
-            _write(axes, matrix, "{:.2f}", np.abs(matrix) > 0.7)
-            axes.set_title(f"layer {layer + 1}{shown}")
-            axes.set_xticks(range(len(names)), names if row[0] is grid[1, 0] else [], rotation=90)
-            axes.set_yticks(range(len(names)), names if axes is row[0] else [])
-    figure.colorbar(image, ax=figure.axes, shrink=0.5)
+    columns = min(len(layers), 2)
+    rows = -(-len(layers) // columns)
+    title = f"Cosine similarity of the mean codes by {name}, the mean of all removed\n{_about(report)}"
+    figure = _figure(_WIDTH, 1.6 + 3.2 * rows + 0.08 * max(map(len, names)), title)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(layers) :]:
+        axes.remove()
+    for axes, layer in zip(grid.flat, layers, strict=False):
+        matrix = np.array(similarity["centred"][layer])
+        # The scale is that of a cosine, whatever was measured.
+        image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1)
+        _write(axes, matrix, np.abs(matrix) > 0.7, size=min(8, 76 / len(names)))
+        lowest = layer in layers[-columns:]
+        axes.set_title(f"layer {layer + 1}")
+        axes.set_xticks(range(len(names)), names if lowest else [], rotation=90, fontsize=9)
+        axes.set_yticks(range(len(names)), names if axes in grid[:, 0] else [], fontsize=9)
+    figure.colorbar(image, ax=figure.axes, shrink=0.5, label="cosine")
     return figure
 
 
 def _ablation(report: dict[str, Any]):
-    """Score with each head's code replaced by its mean; colours tell its difference from the whole model's."""
+    """What the score loses by each head's code being replaced by its mean, bold where that is more than chance."""
     ablation = report["ablation"]
-    without, error = (np.array(ablation[name]) for name in ("without", "standard_error"))
-    layers, heads = without.shape
+    difference, p_value = np.array(ablation["without"]) - ablation["whole"], np.array(ablation["p_value"])
+    layers, heads = difference.shape
     figure = _figure(
-        max(2 + 0.62 * heads, 5.5),
-        2 + 0.5 * layers,
-        f"{report['split']} {ablation['metric']} without what one head says, {ablation['whole']:.3f} with all\n"
-        f"{_about(report)}; bold: differs by more than two standard errors",
+        _WIDTH,
+        2.2 + 0.45 * layers,
+        f"{ablation['metric']} on {report['split']} without what one head says, minus {ablation['whole']:.3f} with all heads\n"
+        f"{ATTENTION_NAMES[report['attention_type']]}; bold: p < 0.05 after Holm's correction for {difference.size} heads",
     )
     axes = figure.subplots()
-    difference = without - ablation["whole"]
     largest = np.abs(difference).max()
-    image = axes.imshow(difference, cmap="PuOr", vmin=-largest, vmax=largest)
-    _write(axes, without, "{:.3f}", np.abs(difference) > 0.7 * largest, np.abs(difference) > 2 * error)
+    image = axes.imshow(difference, cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")
+    _write(axes, difference, np.abs(difference) > 0.7 * largest, p_value < 0.05, digits=3)
     axes.set(xlabel="head", ylabel="layer")
     axes.set_xticks(range(heads), range(1, heads + 1))
     axes.set_yticks(range(layers), range(1, layers + 1))
-    figure.colorbar(image, ax=axes, label="difference")
+    figure.colorbar(image, ax=axes, label=f"difference of {ablation['metric']}")
     return figure
 
 
-def _write(axes, matrix: np.ndarray, form: str, dark: np.ndarray, bold: np.ndarray | None = None) -> None:
+def _write(
+    axes, matrix: np.ndarray, dark: np.ndarray, bold: np.ndarray | None = None, digits: int = 2, size: float = 8
+):
     for (row, column), value in np.ndenumerate(matrix):
         colour = "white" if dark[row, column] else "black"
         weight = "bold" if bold is not None and bold[row, column] else "normal"
-        axes.text(
-            column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour, fontweight=weight
-        )
+        # Without the zero before the point, for which cells have no room.
+        text = f"{round(value, digits) + 0.0:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour, fontweight=weight)
 
 
 def _maps(report: dict[str, Any], codes: Codes, subjects: list[Subject], layer: int):
@@ -159,8 +166,8 @@ def _maps(report: dict[str, Any], codes: Codes, subjects: list[Subject], layer: 
     tsne = TSNE(2, init="random", perplexity=min(30, (len(chosen) - 1) / 3), random_state=report["seed"])
     points = {"t-SNE": tsne.fit_transform(features), "PCA": pca.fit_transform(features)}
     colourings = [one for subject in subjects for one in _colourings(report, subject, layer, chosen)]
-    title = f"Codes of the answer tokens in layer {layer + 1}, {report['split']}: {_about(report)}"
-    figure = _figure(3.6 * len(colourings), 7.6, title)
+    title = f"Codes of the answer tokens in layer {layer + 1}: {_about(report)}"
+    figure = _figure(_WIDTH, 2 * _WIDTH / len(colourings) + 0.8, title)
     grid = figure.subplots(2, len(colourings), squeeze=False)
     for row, (method, places) in zip(grid, points.items(), strict=True):
         for axes, (name, values, names) in zip(row, colourings, strict=True):
@@ -190,10 +197,10 @@ def _colourings(report: dict[str, Any], subject: Subject, layer: int, chosen: np
 
 def _scatter(axes, places: np.ndarray, values: np.ndarray, names: tuple[str, ...]):
     if not names:
-        return axes.scatter(*places.T, c=values, cmap=_SHADES, s=6)
+        return axes.scatter(*places.T, c=values, cmap=_SHADES, s=5)
     absent = names == ("absent", "present")
     for index, name in enumerate(names):
         colour = ("#BBBBBB", _COLOURS[1])[index] if absent else _COLOURS[index]
         of_class = places[values == index]
-        axes.scatter(*of_class.T, color=colour, marker=_MARKERS[index], s=10, linewidths=0, label=name)
+        axes.scatter(*of_class.T, color=colour, marker=_MARKERS[index], s=9, linewidths=0, label=name)
     return None

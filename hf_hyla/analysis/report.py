@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..model import HylaForSequenceClassification
 from ..tasks import Subject, Task
 from ..utils import write_whole
-from .ablation import ablate_heads, mean_codes
+from .ablation import ablate_heads, corrected_p_values, mean_codes
 from .combinations import score_by_combination
 from .latents import Codes, collect_codes
 from .probes import code_similarity, probe
@@ -57,7 +57,8 @@ def probe_report(
         `answer_alone`, for each subject except the answer, the scores of a probe that reads the right answer instead of codes;
         `similarity`, for each subject with classes `names` and a matrix per layer, `layers` of the mean codes as they are and
         `centred` of their differences from the mean of all; `ablation`, `None` or `metric`, `whole`, and by layer and head
-        `without` and the `standard_error` of their difference; `figures`, the files; and all settings.
+        `without`, the `standard_error` of the difference from `whole`, and the `p_value` of that difference, by a t-test over
+        combinations with Holm's correction for all heads; `figures`, the files; and all settings.
 
     Raises:
         ValueError: before anything is computed, if a package is missing, model and task do not fit, the seed is out of range, or
@@ -200,4 +201,5 @@ def _ablation(model, task: Task, split: str, train_samples: int, num_samples: in
         "whole": float(whole[:, 1] @ share),
         "without": (without[..., 1] @ share).tolist(),
         "standard_error": error.tolist(),
+        "p_value": corrected_p_values(lost @ share, error, len(share) - 1).tolist(),
     }

@@ -26,7 +26,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         nargs="+",
         default=(),
-        help="runs of the same recipe with other seeds (folders or JSON records), for means and standard errors",
+        help="runs (folders or JSON records) of the same recipe with other seeds, for means and standard errors, and of the same "
+        "task with another attention, for the comparison",
     )
 
 

@@ -25,6 +25,7 @@ def write_dataset_card(task: Task, folder: Path) -> None:
 def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
     """The card of a folder: its splits and how they differ, fields, examples, and the highest accuracy to expect."""
     defaults = {field.name: field.default for field in dataclasses.fields(task)}
+    changed = {name: value for name, value in task.settings.items() if value != defaults[name]}
     return DatasetCard.from_template(
         _metadata(task, manifest),
         template_str=template("dataset_card.md"),
@@ -33,8 +34,9 @@ def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
         fingerprint=manifest.data_fingerprint,
         splits=manifest.splits,
         combinations={split: len(task.combinations(split)) for split in manifest.splits},
-        changed={name: value for name, value in task.settings.items() if value != defaults[name]},
+        changed=changed,
         examples={split: task.show(task.dataset(split)[0]) for split in manifest.splits},
+        arguments=", ".join([f'"{task.reference}"', *(f"{name}={value!r}" for name, value in changed.items())]),
         citation=CITATION,
     )
 

@@ -15,10 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 from ..model import HylaConfig
 from ..reading import read_json
 from ..runs import Run, RunRecord, plots
+from ..runs.compare import grouped
 from ..runs.folder import CURVE_NAME, PROBE_NAME
+from ..runs.paper import paper_result
 from ..runs.record import mean_and_error, without_seeds
 from ..tasks import Task
-from ..utils import check_repo_id
+from ..utils import ATTENTION_NAMES, check_repo_id
 from .cards import CITATION, LICENSE, as_code, as_text, dataset_repo, run_snippet, template
 from .checks import check_base_model, check_unaltered
 
@@ -31,28 +33,14 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
         run: whose model answers the question that the card shows; `probe/` in its folder is what `hyla probe` wrote, if it
             was called.
         repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from the run's folder.
-        others: records of the same recipe with other seeds (folders of runs, or JSON files), for the spread; the run's own
-            may be among them.
+        others: records (folders of runs, or JSON files) of the same recipe with other seeds, for the spread, and of the same
+            task with another attention, for the comparison; the run's own may be among them.
 
     Raises:
         ValueError: if `others` are runs of something else, or `probe/` is about other weights.
         OSError: if something is missing.
     """
-    seeds = [run.record]
-    for path in others:
-        other = RunRecord.load(path)
-        if without_seeds(other.recipe) != without_seeds(run.record.recipe):
-            raise ValueError(
-                f"{path} is a run of another recipe: the spread is over runs that differ in nothing but their seeds."
-            )
-        if any(run.task.metric_names[0] not in other.metrics.get(split, {}) for split in run.record.metrics):
-            raise ValueError(
-                f"{path} lacks scores of the splits {', '.join(run.record.metrics)}: train that run again."
-            )
-        if other.identity not in {one.identity for one in seeds}:  # a copy is no other seed
-            seeds.append(other)
-    if len({json.dumps(one.seeds, sort_keys=True) for one in seeds}) < len(seeds):
-        raise ValueError("Two of the records have the same seeds, but other results: name one of them.")
+    seeds, baselines = _sorted_out(run, [RunRecord.load(path) for path in others])
     if repo_id is not None:
         check_repo_id(repo_id)
     if run.base_model and not Path(run.base_model).exists():
@@ -60,13 +48,13 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
     check_unaltered(run)
 
     probe = _probe_of(run)
-    text = _render(run, repo_id, seeds, probe, printed="")
+    text = _render(run, repo_id, seeds, baselines, probe, printed="")
     printed = run_snippet(text, {f'"{repo_id or run.folder}"': repr(str(run.folder))})
-    text = _render(run, repo_id, seeds, probe, printed)
+    text = _render(run, repo_id, seeds, baselines, probe, printed)
     check_card(text)
     files: dict[str, str | bytes] = {
         "README.md": text,
-        "results.png": plots.scores(run.record, run.task.metric_names[0], run.paper),
+        "comparison.png": plots.over_samples([seeds, *baselines]),
         CURVE_NAME: plots.learning_curve(run.record),
         f".eval_results/{run.task.name}.yaml": _eval_results(run, repo_id),
     }
@@ -114,7 +102,44 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
     )
     run = Run(Path(name), record)
     run.task, run.config = task, config  # there is no folder yet to read them from
-    check_card(_render(run, settings["trainer"].get("hub_model_id"), [record], probe=None, printed=""))
+    check_card(_render(run, settings["trainer"].get("hub_model_id"), [record], baselines=[], probe=None, printed=""))
+
+
+def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], list[list[RunRecord]]]:
+    """
+    The runs of this run's recipe, itself the first, and those of each recipe with another attention.
+
+    Raises:
+        ValueError: for a record that is neither or lacks scores, two recipes of one attention, or two runs with the same seeds.
+    """
+    record, of_others = run.record, []
+    seeds = [record]
+    for other in others:
+        if without_seeds(other.recipe) == without_seeds(record.recipe):
+            # A copy of a run is no other seed.
+            seeds += [other] if other.identity not in {one.identity for one in seeds} else []
+        elif plots.task_settings(other) == plots.task_settings(record) and plots.attention_of(other) not in (
+            None,
+            run.config.attention_type,
+        ):
+            of_others.append(other)
+        else:
+            raise ValueError(
+                f"{other.name} (seeds {other.seeds}) is a run of another recipe: expected runs that differ in nothing but their "
+                "seeds, or runs of the same task with another attention."
+            )
+        if any(run.task.metric_names[0] not in other.metrics.get(split, {}) for split in record.metrics):
+            raise ValueError(
+                f"{other.name} (seeds {other.seeds}) lacks scores of the splits {', '.join(record.metrics)}: train that run again."
+            )
+    baselines = grouped(of_others)
+    known = [plots.attention_of(group[0]) for group in baselines]
+    if len(set(known)) < len(known):
+        raise ValueError("Two recipes of one attention are among the records: name the runs of one of them.")
+    for group in (seeds, *baselines):
+        if len({json.dumps(one.seeds, sort_keys=True) for one in group}) < len(group):
+            raise ValueError("Two of the records have the same seeds, but other results: name one of them.")
+    return seeds, baselines
 
 
 def _probe_of(run: Run) -> dict[str, Any] | None:
@@ -196,7 +221,14 @@ def check_card(text: str) -> None:
         validate_repo_id(dataset)
 
 
-def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[str, Any] | None, printed: str) -> str:
+def _render(
+    run: Run,
+    repo_id: str | None,
+    seeds: list[RunRecord],
+    baselines: list[list[RunRecord]],
+    probe: dict[str, Any] | None,
+    printed: str,
+) -> str:
     record, task, config, base_model = run.record, run.task, run.config, run.base_model
     title = " ".join((repo_id.partition("/")[2] if repo_id else record.name).split())
     data = ModelCardData(
@@ -227,8 +259,12 @@ def _render(run: Run, repo_id: str | None, seeds: list[RunRecord], probe: dict[s
             percent=_percent,
             shown=as_text,
             code=as_code,
+            attention=ATTENTION_NAMES[config.attention_type],
             seeds=seeds,
-            spread=_spread(seeds, task.metric_names[0]) if len(seeds) > 1 else None,
+            baselines=baselines,
+            several=any(len(group) > 1 for group in (seeds, *baselines)),
+            comparison=_comparison(run, seeds, baselines),
+            differing=_differing(run.record, baselines),
             probe=probe,
             printed=printed,
             command=_command(record),
@@ -245,7 +281,7 @@ def _percent(share: float) -> str:
 
 
 def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
-    """Every score, as the card's metadata hold it."""
+    """Every score, as the card's metadata hold it, with the digits of its tables."""
     task = run.task
     title = task.words(task).title
     return [
@@ -256,7 +292,7 @@ def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
             dataset_name=title,
             dataset_split=split,
             metric_type=name,
-            metric_value=scores[name],
+            metric_value=round(scores[name], 4),
         )
         for split, scores in run.record.metrics.items()
         for name in task.metric_names
@@ -277,7 +313,7 @@ def _eval_results(run: Run, repo_id: str | None) -> str:
         EvalResultEntry(
             dataset_id=dataset_repo(run.task, repo_id),
             task_id=split,
-            value=scores[metric],
+            value=round(scores[metric], 4),
             notes=f"{metric}, one seed, {budget}",
         )
         for split, scores in run.record.metrics.items()
@@ -306,10 +342,35 @@ def _command(record: RunRecord) -> str:
     return f"{launched} train resolved_recipe.yaml --output run{stays}"
 
 
-def _spread(seeds: list[RunRecord], metric: str) -> dict[str, str]:
-    """Mean ± standard error over the records, per split."""
-    spread = {}
-    for split in seeds[0].metrics:
-        mean, error = mean_and_error([record.metrics[split][metric] for record in seeds])
-        spread[split] = f"{mean:.4f} ± {error:.4f}"
-    return spread
+def _comparison(run: Run, seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> list[list[str]]:
+    """
+    Rows of a table: attention, runs, training samples, the headline score on each split, and the paper's on `ood`: of this run,
+    of all runs of its recipe, and of each baseline.
+    """
+    metric = run.task.metric_names[0]
+
+    def row(name: str, group: list[RunRecord]) -> list[str]:
+        cells = []
+        for split in run.record.metrics:
+            mean, error = mean_and_error([record.metrics[split][metric] for record in group])
+            cells.append(f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+        paper = paper_result(group[0].recipe)
+        papers = [f"{paper.mean:.4f} ± {paper.standard_error:.4f}" if paper else "–"] if run.task.paper else []
+        return [name, str(len(group)), f"{group[0].samples_seen:,}", *cells, *papers]
+
+    name = ATTENTION_NAMES[run.config.attention_type]
+    rows = [row(f"**{name}, this model**", seeds[:1])]
+    if len(seeds) > 1:
+        rows.append(row(f"{name}, all seeds", seeds))
+    return rows + [row(ATTENTION_NAMES[plots.attention_of(group[0]) or ""], group) for group in baselines]
+
+
+def _differing(record: RunRecord, baselines: list[list[RunRecord]]) -> list[tuple[str, str, Any, Any]]:
+    """In which settings baselines differ from a run besides the attention: key, attention, their value and the run's."""
+    ours = without_seeds(record.recipe)
+    found = []
+    for group in baselines:
+        theirs, name = without_seeds(group[0].recipe), ATTENTION_NAMES[plots.attention_of(group[0]) or ""]
+        keys = [key for key in ours | theirs if key != "model.attention_type" and ours.get(key) != theirs.get(key)]
+        found += [(key, name, theirs.get(key), ours.get(key)) for key in keys]
+    return found

@@ -130,7 +130,7 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     samples = min(run.samples_seen for run in runs)
     budget = (expect.get("budget") or samples) if expect else paper.num_samples if paper else None
     return Comparison(
-        name=_told_apart(first, [other for other in all_recipes if other.name == first.name]),
+        name=told_apart(first, all_recipes),
         metric=metric,
         values=values,
         mean=mean,
@@ -157,8 +157,9 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
     return EXCEEDED if distance > 0 else MISSED
 
 
-def _told_apart(record: RunRecord, namesakes: list[RunRecord]) -> str:
+def told_apart(record: RunRecord, all_recipes: list[RunRecord]) -> str:
     """The recipe's name, and those of its settings in which recipes of this name differ."""
+    namesakes = [other for other in all_recipes if other.name == record.name]
     settings, *others = (without_seeds(one.recipe) for one in (record, *namesakes))
     differing = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
     return " ".join([record.name, *(f"{key.partition('.')[2]}={settings[key]}" for key in differing)])

@@ -1,10 +1,20 @@
 """The pictures of runs and benchmarks, drawn from their records as PNG files. They need matplotlib, from the extra `analysis`."""
 
 import io
+from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
-from .paper import PaperResult
-from .record import RunRecord
+from ..tasks import get_task
+from ..utils import ATTENTION_NAMES
+from .compare import told_apart
+from .paper import paper_result
+from .record import RunRecord, mean_and_error, without_seeds
+
+
+# Of each attention, from Okabe and Ito's, which colour-blind readers can tell apart.
+_COLOURS = {"hyla": "#0072B2", "softmax": "#D55E00", "linear": "#009E73", None: "#000000"}
+_STYLES = ("-", "--", ":", "-.")
 
 
 def can_draw() -> bool:
@@ -12,9 +22,20 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def attention_of(record: RunRecord) -> str | None:
+    """The attention type of a run's model; `None` where the weights it started from decide, which the record does not hold."""
+    model = record.recipe["model"]
+    return None if "model_name_or_path" in model else model.get("attention_type", "hyla")
+
+
+def task_settings(record: RunRecord) -> dict[str, Any]:
+    """The settings of a run's task, its seed left out."""
+    return {key: value for key, value in without_seeds(record.recipe).items() if key.startswith("task.")}
+
+
 def learning_curve(record: RunRecord) -> bytes:
     """
-    The training loss of a run and the scores of its splits, over training samples.
+    The training loss of a run and the scores of its splits, over training samples, two pictures a row.
 
     Raises:
         ValueError: without matplotlib.
@@ -27,55 +48,152 @@ def learning_curve(record: RunRecord) -> bytes:
             if f"{split}/{metric}" in noted:
                 named.setdefault(metric, {})[split] = f"{split}/{metric}"
 
-    figure = _figure(width=4.5 * len(named), height=3.2)
+    rows, columns = -(-len(named) // 2), min(len(named), 2)
+    figure = _figure(width=8, height=2.6 * rows + 0.9)
     # Imported after `_figure` has said what is missing.
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    for axes, (metric, names) in zip(figure.subplots(1, len(named), squeeze=False)[0], named.items(), strict=True):
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (metric, names) in zip(places, named.items(), strict=False):
         for split, name in names.items():
             points = [(point["step"], point[name]) for point in record.curve if name in point]
             samples = [step * record.samples_seen / record.steps for step, _ in points]
             marker = "o" if len(points) < 10 else ""  # a line of a single point would not be seen
             values = [value for _, value in points]
             axes.plot(samples, values, label=split, color=f"C{splits.index(split)}", marker=marker)
-        axes.set(title=metric, xlabel="training samples", yscale="log" if metric == "loss" else "linear")
+        axes.set(title=metric, xlabel="training samples")
+        if metric == "loss":
+            _plain_log_scale(axes)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
+    for axes in places[len(named) :]:
+        axes.remove()
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    dropout = record.recipe["model"].get("attention_dropout") != 0
+    note = "The loss on train is measured with dropout, and so is higher than without." if dropout else None
     # Below the axes, where it covers no curve.
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(len(lines), 1))
+    figure.legend(
+        lines.values(),
+        lines.keys(),
+        loc="outside lower center",
+        ncols=max(len(lines), 1),
+        title=note,
+        title_fontsize=9,
+    )
     figure.suptitle(record.name)
     return _png(figure)
 
 
-def scores(record: RunRecord, metric: str, paper: PaperResult | None) -> bytes:
+def over_samples(groups: list[list[RunRecord]]) -> bytes:
     """
-    A bar for each split's `metric`, and the paper's value with its standard error, if it has one.
+    The headline score on `ood` over training samples: a line for each recipe, which is the mean of its runs, a dot for their
+    results with its standard error, the paper's values at the paper's budget, and what an ideal observer reaches.
+
+    Args:
+        groups: of each recipe, its runs, see `grouped`.
 
     Raises:
-        ValueError: without matplotlib.
+        ValueError: without matplotlib, or if the records are of several tasks.
     """
-    figure = _figure(width=5.5, height=3.5)
+    records = [record for group in groups for record in group]
+    for other in records:
+        if task_settings(other) != task_settings(records[0]):
+            raise ValueError(
+                f"One picture shows one task, but {other.name} is trained on another than {records[0].name}: leave one out."
+            )
+    task = get_task(**records[0].recipe["task"])
+    metric = task.metric_names[0]
+    figure = _figure(width=8, height=4.6)
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     axes = figure.subplots()
-    splits = list(record.metrics)
-    bars = axes.bar(splits, [record.metrics[split][metric] for split in splits], width=0.5, label="this run")
-    axes.bar_label(bars, fmt="%.3f", padding=2)
-    if paper:
-        axes.errorbar(
-            [paper.metric.partition("/")[0]],
-            [paper.mean],
-            yerr=[paper.standard_error],
-            fmt="D",
-            color="black",
-            capsize=6,
-            label="paper" if record.samples_seen >= paper.num_samples else "paper, full budget",
-        )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.margins(y=0.15)
-    axes.set(title=f"{metric} on each split")
-    axes.legend()
+    axes.set(
+        xscale="log", xlabel="training samples (log scale)", ylabel=f"{metric} on ood", title=task.words(task).title
+    )
+    for group, (label, style, colour) in _named_lines(groups):
+        samples, values = _mean_curve(group, f"ood/{metric}")
+        mean, error = mean_and_error([record.metrics["ood"][metric] for record in group])
+        axes.plot(samples, values, style, color=colour, label=label)
+        axes.errorbar(group[0].samples_seen, mean, yerr=error, fmt="o", color=colour, capsize=4)
+    axes.plot([], [], "o", color="grey", label="result of the finished run")
+    left, right = axes.dataLim.intervalx
+    budget = _draw_papers(axes, records)
+    # The limits of the axis count nothing that is drawn aside of its place.
+    axes.set_xlim(left / 1.2, max(right, budget) * 1.4)
+    if ceiling := task.words(task).ceiling("ood"):
+        axes.axhline(ceiling, color="grey", linestyle="--", label="ideal observer")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if all(record.metrics["ood"][metric] >= 0 for record in records):
+        axes.set_ylim(bottom=0)  # early scores may lie far below
+    axes.grid(alpha=0.3)
+    for columns in (3, 2, 1):
+        legend = figure.legend(loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
     return _png(figure)
+
+
+def _named_lines(groups: list[list[RunRecord]]) -> Iterator[tuple[list[RunRecord], tuple[str, str, str]]]:
+    """Each group with its label, style and colour: named by its attention, and by its recipe too if several share that."""
+    recipes = [group[0] for group in groups]
+    attentions = [attention_of(recipe) for recipe in recipes]
+    for number, (group, attention) in enumerate(zip(groups, attentions, strict=True)):
+        name = ATTENTION_NAMES.get(attention or "")
+        if name is None or attentions.count(attention) > 1:
+            name = ", ".join(filter(None, [name, told_apart(group[0], recipes)]))
+        style = _STYLES[attentions[:number].count(attention) % len(_STYLES)]
+        seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+        yield group, (name + seeds, style, _COLOURS[attention])
+
+
+def _draw_papers(axes, records: list[RunRecord]) -> int:
+    """Draws what the paper reports of the attentions of these runs; the paper's training samples, 0 if there is nothing."""
+    from matplotlib.transforms import ScaledTranslation
+
+    drawn = 0
+    budget = 0
+    for attention in dict.fromkeys(map(attention_of, records)):
+        settings = {"task": records[0].recipe["task"], "model": {"attention_type": attention}}
+        if attention and (paper := paper_result(settings)):
+            # Aside of its place, where it covers no result after as many samples.
+            aside = ScaledTranslation((9 + 7 * drawn) / 72, 0, axes.figure.dpi_scale_trans)
+            axes.errorbar(
+                paper.num_samples, paper.mean, yerr=paper.standard_error, fmt="D", color=_COLOURS[attention],
+                fillstyle="none", capsize=3, transform=axes.transData + aside,
+            )  # fmt: skip
+            drawn, budget = drawn + 1, paper.num_samples
+    if drawn:
+        label = f"the paper, after {budget / 1e6:g}M samples"
+        axes.plot([], [], "D", color="grey", fillstyle="none", label=label)
+    return budget
+
+
+def _mean_curve(group: list[RunRecord], name: str) -> tuple[list[float], list[float]]:
+    """Training samples, and the mean score over the runs that noted it there."""
+    noted: dict[float, list[float]] = {}
+    for record in group:
+        for point in record.curve:
+            if name in point:
+                noted.setdefault(point["step"] * record.samples_seen / record.steps, []).append(point[name])
+    samples = [place for place, values in sorted(noted.items()) if len(values) == len(group)]
+    return samples, [sum(noted[place]) / len(group) for place in samples]
+
+
+def _plain_log_scale(axes) -> None:
+    """A log scale whose ticks are plain numbers, some in every range."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    values = [value for line in axes.lines for value in line.get_ydata() if value > 0]
+    decades = max(values) / min(values) if values else 1
+    subs = (1, 1.2, 1.5, 2, 3, 4, 5, 7) if decades < 10 else (1, 2, 5) if decades < 500 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def length_curves(rows: list[dict]) -> bytes | None:
@@ -90,7 +208,9 @@ def length_curves(rows: list[dict]) -> bytes | None:
     if not rows:
         return None
     units = {"seconds": ("milliseconds", 1e3), "peak_bytes": ("peak extra memory, MiB", 2**-20)}
-    figure = _figure(width=10.5, height=3.6)
+    figure = _figure(width=8, height=3.8)
+    from matplotlib.ticker import FuncFormatter
+
     for axes, (field, (label, factor)) in zip(figure.subplots(1, 2), units.items(), strict=True):
         for subject in dict.fromkeys(row["subject"] for row in rows):
             points = sorted(
@@ -100,9 +220,11 @@ def length_curves(rows: list[dict]) -> bytes | None:
         axes.set(xlabel="tokens", ylabel=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.grid(alpha=0.3)
-    # Beside the axes, where it covers no curve.
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    # Below the axes, where it covers no curve.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle("Attention, forward and backward")
     return _png(figure)
 

@@ -125,7 +125,15 @@ class Task(ABC):
         return samples
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The samples behind a table; the inverse of `to_table`."""
+        """
+        The samples behind a table; the inverse of `to_table`. Both are columns of arrays. A dataset of `hyla data` becomes what a
+        model reads by:
+
+        ```python
+        rows = datasets.load_dataset(folder, split="train").with_format("numpy")
+        samples = rows.map(task.from_table, batched=True, remove_columns=rows.column_names)
+        ```
+        """
         return table
 
     def show(self, sample: dict[str, np.ndarray]) -> str:

@@ -68,22 +68,23 @@ negated) and for its value (`target`){point}."""
         ]
 
     def snippet(self, model_id: str) -> str:
-        terms = [[int(bit) for bit in self.task.part_name(term)] for term in self.task.combinations("ood")[0]]
+        sample = self.task.dataset("ood")[0]
+        rows = [[f"{number:.2f}" for number in row] for row in sample["input_values"].tolist()]
+        rows[-1][-1] = "None"
+        per_line = max(1, 115 // (6 * len(rows[0]) + 2))
+        written = [f"[{', '.join(row)}]" for row in rows]
+        lines = [", ".join(written[start : start + per_line]) for start in range(0, len(rows), per_line)]
+        table = "".join(f"\n    {line}," for line in lines)
         return f"""\
-import torch
 from transformers import pipeline
 
 solve = pipeline("symbolic-reasoning", model="{model_id}", trust_remote_code=True)
 
-# A combination of terms that was never trained: one row per term, 1 for a plain variable, 0 for a negated one.
-terms = torch.tensor({terms})
-points = torch.rand({self.task.num_examples}, {self.task.num_variables}, generator=torch.Generator().manual_seed(0))
-values = torch.where(terms[:, None] == 1, points, 1 - points).amin(-1).amax(0)  # and = min, or = max
-
-# Rows of a truth table: a point and the function's value there, of which the last is asked for.
-table = torch.cat([points, values[:, None]], dim=1).tolist()
-table[-1][-1] = None
-print(f"answer {{solve(table)['answer']:.3f}}, true value {{values[-1].item():.3f}}")"""
+# Rows of a truth table: a point and the function's value there, of which the last is asked for. The terms of this function were
+# never trained in this combination.
+table = [{table}
+]
+print(f"answer {{solve(table)['answer']:.2f}}, true value {sample["labels"]:.2f}")"""
 
     def dataset(self) -> str:
         task = self.task
@@ -92,6 +93,12 @@ A sequence shows a function f by {task.num_examples - 1} points and its values t
 [0, 1]^{task.num_variables}. The function is the disjunction of {task.num_terms} different terms; a term is the conjunction of all {task.num_variables} variables, each plain
 or negated. Operators are Zadeh's: *a and b* is min(a, b), *a or b* is max(a, b), *not a* is 1 − a. A task is the set of its
 terms."""
+
+    def inputs(self) -> str:
+        return """\
+def to_inputs(rows):
+    values = np.pad(rows["values"], ((0, 0), (0, 1)))  # the last is asked for, and reads as 0
+    return {"input_values": np.concatenate([rows["points"], values[..., None]], axis=-1), "labels": rows["target"]}"""
 
     def splits(self) -> str:
         return f"""\

@@ -54,6 +54,10 @@ class Words:
         """What the scores mean."""
         return ""
 
+    def ceiling(self, split: str) -> float | None:
+        """The headline score on a split that no model can expect to exceed, if a committed record says it."""
+        return None
+
     def probed(self, fixed_query: bool, attention_type: str) -> str:
         """Which codes the probes read, and what they ask for. See `Task.query_point` for a fixed query."""
         return "The probes read the code of each answer token for itself."
@@ -81,6 +85,13 @@ print(f"logits {{logits[0].tolist()}}, right is {sample["labels"].tolist()}")"""
     def dataset(self) -> str:
         """What a sample of the dataset is."""
         return ""
+
+    def inputs(self) -> str:
+        """Python that defines `to_inputs(rows)`: what a model reads of rows of the dataset, columns of arrays."""
+        names = ", ".join(f'"{name}": rows["{name}"]' for name in self.task.model_columns)
+        return f"""\
+def to_inputs(rows):
+    return {{{names}}}"""
 
     def splits(self) -> str:
         """How the splits differ."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_hyla.analysis import ablate_heads, ablated, mean_codes, task_batches
+from hf_hyla.analysis.ablation import corrected_p_values
 from hf_hyla.model.attention_hyla import eager_attention_forward
 
 
@@ -101,3 +102,13 @@ def test_without_its_only_head_a_model_with_constant_values_cannot_distinguish_s
             logits = model(input_ids=batch["input_ids"]).logits
     assert before.std(dim=0).max() > 0.01
     torch.testing.assert_close(logits, logits[:1].expand_as(logits))  # answer slots look alike in every sample
+
+
+def test_p_values_are_those_of_t_tests_multiplied_by_the_number_of_larger_ones():
+    # Two-sided probabilities of Student's t with 45 degrees of freedom, from tables: 3.2815 is 0.2 %, 2.0141 is 5 %.
+    differences = np.array([[2.0141, -3.2815], [0.0, 2.6896]])
+    p_values = corrected_p_values(differences, np.array([[1.0, 1.0], [0.0, 1.0]]), 45)
+    np.testing.assert_allclose(p_values, [[2 * 0.05, 4 * 0.002], [1, 3 * 0.01]], rtol=1e-3)
+    # A larger one is never less probable than a smaller one.
+    tied = corrected_p_values(np.array([3.0, 2.999]), np.ones(2), 45)
+    assert tied[0] == tied[1]

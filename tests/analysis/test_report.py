@@ -1,13 +1,15 @@
 """Tests of `hyla probe`: its report and figures, its repeatability, and its refusals before any work."""
 
+import itertools
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
-from hf_hyla.analysis import Codes, ablated, mean_codes, probe_report, task_batches
+from hf_hyla.analysis import Codes, ablated, mean_codes, plots, probe_report, task_batches
 from hf_hyla.analysis.report import _ablation, table
 from hf_hyla.analysis.subjects import answer_features, check_sizes, combinations_of, subjects
 from hf_hyla.cli import main
@@ -88,6 +90,27 @@ def test_the_effect_of_a_head_is_a_mean_over_samples_with_an_error_over_combinat
     found = _ablation(model, logic, "ood", 150, 4, progress=False)
     assert found["whole"] == 0 and found["without"][0][0] == -4
     assert found["standard_error"][0][0] == pytest.approx((2 * ((0.25 * 3) ** 2 + (0.75 * 1) ** 2)) ** 0.5)
+
+
+def test_the_figures_of_a_report_show_differences_and_similarities_at_a_cards_width(build, logic, monkeypatch):
+    report = probe_report(build(logic), logic, train_samples=150, num_samples=120, ablate=True)
+    report["ablation"] |= {"without": [[0.5, 0.2, 0.5, 0.4987]] * 2, "whole": 0.5, "p_value": [[1, 0.01, 0.06, 1]] * 2}
+    figure = plots._ablation(report)
+    texts = figure.axes[0].texts
+    assert [text.get_text() for text in texts[:4]] == [".000", "−.300", ".000", "−.001"]
+    assert [text.get_fontweight() for text in texts[:4]] == ["normal", "bold", "normal", "normal"]
+    assert "Holm" in figure.get_suptitle() and "difference of r2" in figure.axes[1].get_ylabel()
+    similarity = plots._similarity(report)
+    assert "mean of all removed" in similarity.get_suptitle()
+    shown = [axes.images[0].get_array() for axes in similarity.axes if axes.get_title().startswith("layer")]
+    assert len(shown) == 2 and np.array_equal(shown, report["similarity"]["term"]["centred"])
+    assert figure.get_figwidth() == similarity.get_figwidth() == plots._probes(report).get_figwidth() == 8
+
+
+def test_the_rules_that_models_mix_up_have_colours_that_differ_clearly():
+    colours = dict(zip(RULES, map(to_rgb, plots._COLOURS), strict=True))
+    for one, other in itertools.combinations(("sum", "difference", "distribute three"), 2):
+        assert np.linalg.norm(np.subtract(colours[one], colours[other])) > 0.6, (one, other)
 
 
 def test_scores_are_kept_when_a_figure_fails(build, logic, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,10 @@ trained = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.n
 
 
 def results_of(folder: Path) -> list[Path]:
-    return sorted((PROJECT / "recipes" / "results" / RunRecord.load(folder).name).glob("*.json"))
+    """The records of the model's recipe, and of the recipes that are named like it but for the attention, as in the Makefile."""
+    name = RunRecord.load(folder).name
+    names = [re.sub("hyla|softmax|linear", attention, name) for attention in ("hyla", "softmax", "linear")]
+    return [path for name in names for path in sorted((PROJECT / "recipes" / "results" / name).glob("*.json"))]
 
 
 @functools.cache
@@ -107,6 +111,15 @@ def test_without_the_package_the_error_names_the_missing_code_file(tmp_path):
     assert (
         "does not appear to have a file named configuration_hyla.py" in (PROJECT / "hub_cards/README.md").read_text()
     )
+
+
+@trained
+def test_labels_have_the_names_that_the_task_gives_them(folder):
+    record = RunRecord.load(folder)
+    defaults = get_task(**record.recipe["task"]).model_defaults
+    config = json.loads((folder / "config.json").read_text())
+    names = defaults.get("id2label", {0: "LABEL_0"})
+    assert config["id2label"] == {str(label): name for label, name in names.items()}
 
 
 @trained

@@ -22,8 +22,7 @@ from hf_hyla.hub import cards, model_card, spaces
 from hf_hyla.hub.cards import dataset_repo, template
 from hf_hyla.hub.publish import check_before_training
 from hf_hyla.metrics import modules
-from hf_hyla.runs import Run, RunRecord, plots
-from hf_hyla.runs.paper import paper_result
+from hf_hyla.runs import Run, RunRecord
 from hf_hyla.tasks import get_task
 from hf_hyla.training import load_recipe
 
@@ -43,7 +42,9 @@ def files_in(folder):
 def table_row(text, first):
     """The cells of the row whose first cell this is."""
     return next(
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if f"| {first} |" in line
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith(f"| {first} |")
     )
 
 
@@ -54,10 +55,16 @@ def demo_card(demo_run):
 
 def test_the_card_shows_the_records_scores_beside_the_papers(demo_run, demo_card):
     record = RunRecord.load(demo_run)
+    row = table_row(demo_card["README.md"], "**HYLA, this model**")
+    assert row[1:] == [
+        "1",
+        "512,000",
+        *(f"{scores['r2']:.4f}" for scores in record.metrics.values()),
+        "0.8113 ± 0.0777",
+    ]
     for split, scores in record.metrics.items():
         row = table_row(demo_card["README.md"], f"`{split}`")
-        assert row[2:4] == [f"{scores['num_samples']:,}", f"{scores['r2']:.4f}"]
-        assert row[4] == ("0.8113 ± 0.0777" if split == "ood" else "–")
+        assert row[1:3] == [f"{scores['num_samples']:,}", f"{scores['r2']:.4f}"]
     for name, value in {**record.environment, **record.hardware, **record.recipe["trainer"]}.items():
         [_, shown] = table_row(demo_card["README.md"].replace("`", ""), name)
         assert shown == ("none" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
@@ -79,9 +86,10 @@ def test_other_numbers_in_the_record_give_other_numbers_in_the_card(demo_run, co
     record = RunRecord.load(demo_run)
     record.metrics["ood"]["r2"] = 0.12345
     files = card_files(copied(demo_run, metrics=record.metrics, samples_seen=6_400_000), "org/x")
-    assert table_row(files["README.md"], "`ood`")[3] == "0.1235" and "WARNING" not in files["README.md"]
+    assert table_row(files["README.md"], "`ood`")[2] == "0.1235" and "WARNING" not in files["README.md"]
     assert "Its r2 on `ood` is 0.6879 below the paper's mean" in files["README.md"]
-    assert "value: 0.12345" in files["README.md"] and "value: 0.12345" in files[".eval_results/logic.yaml"]
+    # With the digits of the table.
+    assert "value: 0.1235\n" in files["README.md"] and "value: 0.1235\n" in files[".eval_results/logic.yaml"]
 
 
 def test_metadata_and_eval_results_read_back_as_the_record(demo_run, demo_card):
@@ -89,7 +97,7 @@ def test_metadata_and_eval_results_read_back_as_the_record(demo_run, demo_card):
     assert (data.license, data.library_name, data.datasets) == ("apache-2.0", "transformers", ["org/logic"])
     assert data.metrics == ["r2"] and "hyla" in data.tags and data.model_name == "hyla-logic-demo"
     metrics = RunRecord.load(demo_run).metrics
-    expected = {split: scores["r2"] for split, scores in metrics.items()}
+    expected = {split: round(scores["r2"], 4) for split, scores in metrics.items()}
     assert {result.dataset_split: result.metric_value for result in data.eval_results} == expected
     entries = parse_eval_result_entries(yaml.safe_load(demo_card[".eval_results/logic.yaml"]))
     assert {entry.task_id: entry.value for entry in entries} == expected
@@ -173,11 +181,12 @@ def test_the_spread_is_the_standard_error_over_the_seeds(logic_run, other_seed):
     first, second = (RunRecord.load(run).metrics["ood"]["r2"] for run in (logic_run, other_seed))
     # Of two values, the standard error is half their distance.
     expected = f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}"
-    assert table_row(text, "`ood`")[3:5] == [f"{first:.4f}", expected]
+    assert table_row(text, "**HYLA, this model**")[4] == f"{first:.4f}"
+    assert table_row(text, "HYLA, all seeds")[1:5:3] == ["2", expected]
     assert text == card_files(logic_run, others=[logic_run, other_seed])["README.md"]
-    assert "not known how far they vary from seed to seed" not in text
+    assert "not known how far scores vary from seed to seed" not in text
     # The two differ in the training's seed only, and each is listed.
-    assert "runs that differ in their seeds only; this card's" in text
+    assert "2 runs differ in their seeds only; this card's" in text
     assert "| 0 | 0 | " in text and re.search(rf"\| 0 \| 1 \| [-.\d]+ \| {second:.4f} \|", text)
 
 
@@ -186,7 +195,7 @@ def test_the_spread_names_differing_held_out_combinations(logic_run, other_seed,
     record.seeds["task"] = record.recipe["task"]["seed"] = 1
     record.save(tmp_path)
     text = card_files(logic_run, others=[tmp_path])["README.md"]
-    assert "in their seeds only, which also draw other\nheld-out combinations; this card's" in text
+    assert "in their seeds only, which also draw other held-out combinations; this card's" in text
 
 
 def test_a_spread_over_runs_of_another_recipe_is_refused(logic_run, sraven_run, other_seed, copied):
@@ -278,7 +287,7 @@ def test_a_score_without_samples_is_shown_as_missing(sraven_run, copied):
     del metrics["ood"]["accuracy_unique"]
     text = card_files(copied(sraven_run, metrics=metrics))["README.md"]
     row = next(line for line in text.splitlines() if line.startswith("| `ood` |"))
-    assert row.split("|")[6].strip() == "–"
+    assert row.split("|")[5].strip() == "–"
     assert sum(line.strip() == "- type: accuracy_unique" for line in text.splitlines()) == 1  # of test
 
 
@@ -296,26 +305,35 @@ def test_a_model_that_cannot_be_loaded_gets_no_card(logic_run, copied):
         card_files(run)
 
 
-def test_the_pictures_show_the_record(demo_run, monkeypatch):
-    monkeypatch.setattr(plots, "_png", lambda figure: figure)
-    record = RunRecord.load(demo_run)
-    recipe = load_recipe("recipes/logic/demo.yaml")
-    [axes] = plots.scores(record, "r2", paper_result(recipe.settings)).axes
-    assert [bar.get_height() for bar in axes.patches] == [scores["r2"] for scores in record.metrics.values()]
-    assert axes.containers[1][0].get_ydata() == [0.8113]
-    assert [text.get_text() for text in axes.get_legend().texts] == ["this run", "paper, full budget"]
-    losses, scored = plots.learning_curve(record).axes
-    assert losses.lines[0].get_ydata().tolist() == [point["loss"] for point in record.curve if "loss" in point]
-    assert losses.lines[0].get_xdata()[-1] == record.samples_seen
-    assert [line.get_label() for line in scored.lines] == list(record.metrics)
-    # The legend lies beside the axes, where it covers no curve.
-    [legend] = losses.figure.legends
-    assert [text.get_text() for text in legend.texts] == ["train", *record.metrics]
-    losses.figure.draw_without_rendering()
-    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in (losses, scored))
-    record.samples_seen = 6_400_000
-    [axes] = plots.scores(record, "r2", paper_result(recipe.settings)).axes
-    assert [text.get_text() for text in axes.get_legend().texts] == ["this run", "paper"]
+def test_baselines_stand_beside_the_model_with_what_differs_besides_the_attention(logic_run, other_seed, tmp_path):
+    def with_attention(attention, source, **trainer):
+        record = RunRecord.load(source)
+        record.name = f"tiny-{attention}"
+        record.recipe["model"]["attention_type"] = attention
+        record.recipe["trainer"] |= trainer
+        record.metrics["ood"]["r2"] += 0.25
+        folder = tmp_path / f"{attention}-{record.seeds['trainer']}-{len(trainer)}"
+        folder.mkdir()
+        record.save(folder)
+        return folder
+
+    softmax = [with_attention("softmax", run) for run in (logic_run, other_seed)]
+    text = card_files(logic_run, others=softmax)["README.md"]
+    first, second = (RunRecord.load(run).metrics["ood"]["r2"] + 0.25 for run in (logic_run, other_seed))
+    row = table_row(text, "softmax attention")
+    assert (row[1], row[4]) == ("2", f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}")
+    assert "differ in nothing but the attention" in text and "all seeds" not in text
+    linear = with_attention("linear", logic_run, learning_rate=0.5)
+    text = card_files(logic_run, others=[*softmax, linear])["README.md"]
+    assert table_row(text, "linear attention")[1] == "1"
+    assert "`trainer.learning_rate` (0.5 for linear attention, 0.01 here)." in text
+    for others, message in [
+        ([linear, with_attention("linear", logic_run)], "Two recipes of one attention"),
+        ([with_attention("hyla", logic_run, learning_rate=0.5)], "is a run of another recipe"),
+        ([softmax[0], softmax[0]], "have the same seeds"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            card_files(logic_run, others=others)
 
 
 def test_without_matplotlib_the_message_says_what_to_install(logic_run, monkeypatch):
@@ -352,7 +370,7 @@ def test_the_command_writes_the_card_beside_the_model_or_into_another_folder(log
     run = copied(logic_run)
     assert main(["card", str(run)]) == 0
     assert main(["card", str(run), "--repo-id", "org/x", "--output", str(tmp_path / "else")]) == 0
-    assert {"README.md", "results.png", "learning_curve.png"} < {path.name for path in run.iterdir()}
+    assert {"README.md", "comparison.png", "learning_curve.png"} < {path.name for path in run.iterdir()}
     assert 'model="org/x"' in (tmp_path / "else" / "README.md").read_text()
     assert main(["card", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_a_run_is_published_completely_in_one_commit_and_not_twice(hub_here, log
     repo = hub_here.repo(REPO)
     assert [commit.title for commit in repo.commits] == ["initial commit", "Publish with hf_hyla"]
     assert published(repo) == contents(planned[0])
-    assert {"README.md", "config.json", "model.safetensors", "modeling_hyla.py", "run.json", "results.png",
+    assert {"README.md", "config.json", "model.safetensors", "modeling_hyla.py", "run.json", "comparison.png",
             "learning_curve.png", "resolved_recipe.yaml", ".eval_results/logic.yaml"} <= set(published(repo))  # fmt: skip
     assert not [name for name in published(repo) if Path(name).suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert "published" in line

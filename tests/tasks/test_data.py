@@ -56,7 +56,7 @@ def sraven(tmp_path_factory):
 
 def test_the_snippets_of_the_card_read_the_folder_and_make_it_again(sraven, tmp_path, monkeypatch):
     card = (sraven / "README.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     names = {}
     exec(code.replace("path/to/this/folder", str(sraven)), names)
     assert len(names["dataset"]) == 300
@@ -66,6 +66,30 @@ def test_the_snippets_of_the_card_read_the_folder_and_make_it_again(sraven, tmp_
         assert main(shlex.split(line)[1:]) == 0
     for name in ("README.md", "task.json"):
         assert (tmp_path / "folder" / name).read_bytes() == (sraven / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("sraven", {"num_features": 2, "num_values": 5}), ("logic", {"num_examples": 4})]
+)
+def test_the_snippet_of_the_card_trains_by_a_plain_trainer_on_what_the_task_draws(
+    name, settings, tmp_path, monkeypatch
+):
+    task, folder = get_task(name, **settings), tmp_path / "data"
+    write_data(task, ["train", "ood"], 50, folder)
+    write_dataset_card(task, folder)
+    _, code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    assert names["task"] == task and names["model"].config.num_labels == task.model_defaults["num_labels"]
+    drawn = task.samples("train", np.arange(50))
+    assert set(names["dataset"].column_names) == set(task.model_columns)
+    for column in task.model_columns:
+        assert np.array_equal(names["dataset"][column][:], drawn[column])
+    by_from_table = names["rows"].map(task.from_table, batched=True, remove_columns=names["rows"].column_names)
+    assert all(np.array_equal(by_from_table[column][:], drawn[column]) for column in drawn)
+    state = names["trainer"].state
+    assert state.global_step == 10 and state.log_history[-1]["train_loss"] > 0
 
 
 def test_load_dataset_reads_what_the_task_draws_with_named_and_typed_columns(sraven):

@@ -130,7 +130,9 @@ def test_a_users_task_is_probed_and_gets_a_card_and_a_complete_repository(run, c
     assert "trained on **sums**." in card and "](probe/probes.png)" in card and "modeling_hyla.py" not in card
     results, _, rest = card.partition("## Use")
     assert "paper" not in results and "paper's" not in rest
-    assert "| split | what it holds | samples | accuracy |\n| --- | --- | --- | --- |\n| `test` |" in results
+    assert (
+        "| accuracy | runs | training samples | `test` | `ood` |\n| --- | --- | --- | --- | --- |\n| **HYLA" in results
+    )
     [code, shown] = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)\n```", card, flags=re.DOTALL).groups()
     sample = get_task(**RECORDED).dataset("ood")[0]
     assert f"input_ids = torch.tensor([{sample['input_ids'].tolist()}])" in code

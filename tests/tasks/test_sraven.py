@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from hf_hyla import HylaConfig
 from hf_hyla.tasks import get_task
 from hf_hyla.tasks.sraven import RULES
 
@@ -100,15 +101,23 @@ def test_every_rule_draws_every_row_it_allows_equally_often():
         assert (abs(counts - expected) < 6 * expected**0.5).all(), RULES[rule]
 
 
-def test_distribute_three_orders_its_symbols_independently_in_every_row():
-    task = get_task("sraven", permute=False)
-    puzzles, rules, _ = our_puzzles(task, "train", 3000)
-    same = [
-        np.array_equal(panels[0, :, f], panels[1, :, f])
-        for panels, ids in zip(puzzles, rules, strict=True)
-        for f in np.flatnonzero(ids == 7)
-    ]
-    assert abs(np.mean(same) - 1 / 6) < 0.04
+def test_distribute_three_draws_each_of_its_six_orders_equally_often_anew_in_every_row():
+    """
+    The symbols come in a random order themselves, so what can be seen is how one row is ordered after another: each of the six
+    ways has the chance 1/6. If one order were never drawn, two rows would agree with the chance 1/5.
+    """
+    puzzles, rules, _ = our_puzzles(get_task("sraven", num_features=2, permute=False), "train", 40_000)
+    sample, feature = np.nonzero(rules == RULES.index("distribute three"))
+    rows = puzzles[sample, :, :, feature]  # (draws, row, column)
+    expected = len(rows) / 6
+    deviation = (expected * 5 / 6) ** 0.5  # of a binomial count
+    assert len(rows) / 30 > 8 * deviation  # what one order that is missing would change
+    for one, other in itertools.combinations(range(3), 2):
+        # Where each symbol of the one row stands in the other.
+        moved = (rows[:, one, :, None] == rows[:, other, None]).argmax(axis=-1)
+        found, counts = np.unique(moved, axis=0, return_counts=True)
+        assert found.tolist() == sorted(map(list, itertools.permutations(range(3))))
+        assert (abs(counts - expected) < 5 * deviation).all()
 
 
 def test_statistics_match_the_official_generator(golden):
@@ -221,6 +230,11 @@ def test_items_have_the_documented_shapes_alone_and_in_batches():
         dataset[51_200]
     with pytest.raises(TypeError):
         dataset[1.5]
+
+
+def test_answers_are_called_by_their_values():
+    config = HylaConfig(**get_task("sraven", num_values=5).model_defaults)
+    assert config.id2label == dict(enumerate("01234")) and config.label2id == {str(value): value for value in range(5)}
 
 
 @pytest.mark.parametrize(

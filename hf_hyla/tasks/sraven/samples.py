@@ -132,6 +132,9 @@ class SravenTask(Task):
             "value_head_dim": 4,
             "relative_attention_num_buckets": GRID * GRID * self.num_features,
             "problem_type": "single_label_classification",
+            # What pipelines call an answer; transformers would call it LABEL_3.
+            "id2label": {value: str(value) for value in range(self.num_values)},
+            "label2id": {str(value): value for value in range(self.num_values)},
         }
 
     @cached_property

@@ -86,6 +86,14 @@ One rule per feature governs every row:
 All arithmetic is modulo {task.num_values}. A task is the multiset of its {task.num_features} rules.
 {columns}{unique}"""
 
+    def inputs(self) -> str:
+        task = self.task
+        return f"""\
+def to_inputs(rows):
+    shown = rows["panels"].reshape(len(rows["panels"]), -1)  # (puzzles, {(GRID * GRID - 1) * task.num_features})
+    slots = np.full_like(rows["answer"], {task.num_values})  # what the model reads where it answers
+    return {{"input_ids": np.concatenate([shown, slots], axis=1), "labels": rows["answer"]}}"""
+
     def splits(self) -> str:
         return f"""\
 {self.task.held_out * 100:g} % of the combinations are held out of training and make `ood`; each of
@@ -112,25 +120,33 @@ The eight panels do not always determine the ninth. An *explanation* pairs the f
 rule that fits it. The statistics above say how often some explanation predicts another panel. The official check counts only
 puzzles for which an explanation is wrong in every feature, which is rare; yet one wrong feature makes an answer wrong.
 
-{self._ceiling()}
+{self._observer()}
 """
 
-    def _ceiling(self) -> str:
-        """What the ideal observer reaches, by its committed record, if that is about a task of these settings."""
+    def ceiling(self, split: str) -> float | None:
+        return self._observed().get(split, {}).get("accuracy")
+
+    def _observed(self) -> dict[str, dict[str, Any]]:
+        """Scores of the ideal observer by split, of its committed record; empty if that is about other settings."""
         record = json.loads((recipes_folder() / "results" / "sraven-ideal-observer.json").read_text())
-        if record["task"] != self.task.spec:
+        return record["splits"] if record["task"] == self.task.spec else {}
+
+    def _observer(self) -> str:
+        """What the ideal observer reaches."""
+        observed = self._observed()
+        if not observed:
             return (
                 "What an ideal observer reaches has not been recorded for these settings; `hyla ceiling` computes it."
             )
         rows = "\n".join(
             f"| `{split}` | {scores['accuracy']:.4f} ± {scores['standard_error']:.4f} | "
             f"{scores['accuracy_all_combinations']:.4f} | {scores['accuracy_unique']:.4f} | {scores['num_samples']:,} |"
-            for split, scores in record["splits"].items()
+            for split, scores in observed.items()
         )
         ambiguous = "; ".join(
             f"{scores['ambiguous_official'] * 100:.2f} % of `{split}` are ambiguous by the official check, "
             f"{scores['ambiguous_strict'] * 100:.1f} % strictly"
-            for split, scores in record["splits"].items()
+            for split, scores in observed.items()
         )
         return f"""\
 An ideal observer knows the generator and the rule combinations of the split, weighs all explanations exactly, and answers with
