@@ -233,7 +233,7 @@ def check_scores(run: Run) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # a bar for each tensor
         trained = HylaForSequenceClassification.from_pretrained(run.folder).eval()
     for split, recorded in run.record.metrics.items():
-        count = min(recorded["num_samples"], _SCORED_AGAIN)
+        count = min(int(recorded["num_samples"]), _SCORED_AGAIN)
         dataset = run.task.dataset(split, count)
         parts = [_answers(trained, run.task, dataset, part) for part in torch.arange(count).chunk(_PARTS)]
         scores = run.task.metrics(*(torch.cat(columns).numpy() for columns in zip(*parts, strict=True)))
