@@ -436,7 +436,7 @@ _LEAST = {
     "router_aux_loss_coef": 0,
     "num_answers": 1,
     "max_position_embeddings": 1,
-    "sliding_window": 1,
+    "sliding_window": 2,
     "norm_eps": 0,
 }
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")

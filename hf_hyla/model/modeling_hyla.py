@@ -22,6 +22,8 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
     SequenceClassifierOutput,
@@ -157,7 +159,7 @@ class HylaModel(HylaPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape (batch, sequence), *optional*):
@@ -378,6 +380,11 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
+    def _get_static_cache_init_shape(self):
+        # transformers would give values the width of keys; without a shape the cache takes it from the first of them.
+        same = self.config.head_dim == self.config.value_head_dim
+        return super()._get_static_cache_init_shape() if same else None
+
     # trf-ignore: TRF057
     @can_return_tuple
     def forward(
@@ -391,7 +398,7 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         r"""
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:

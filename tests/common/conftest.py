@@ -28,7 +28,7 @@ EXPLAINED = {
     "SDPA|sdpa|flex|Flash Attention": "fused softmax attention knows neither RMSHead nor value networks, and the family switches it off.",
     "TP plan": "scores are normalised over heads and codes mix them, so heads cannot lie on different devices.",
     "grouped_mm|sparse experts": "every expert sees every token, so that there is no sparse form to compare.",
-    "RoPE": "no position is rotary.",
+    "RoPE": "positions are not rotary.",
     "position embeddings": "the relative table counts distances, whatever the length.",
     "sliding window": "attention has no window.",
     "language modeling head|_torch_compile_train_cls": "the family classifies and has no head for text.",

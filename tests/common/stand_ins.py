@@ -23,7 +23,10 @@ class ExportTesterMixin:
 
 
 class GenerationTesterMixin:
-    """Only asked for as a base class, which a family that generates no text must not have."""
+    """
+    Only asked for as a base class, by a test of all that generate text. Where transformers' own is at hand, as in a checkout of
+    it, it can be put in place of this one; `tests/model/test_generation.py` has tests of ours.
+    """
 
 
 # Every field that a config inherits, with a value that is not its default.

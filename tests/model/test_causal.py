@@ -61,8 +61,8 @@ def in_steps(model, tokens, steps, cache=None, **inputs) -> torch.Tensor:
     return torch.cat(logits, dim=1)
 
 
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+def close(ours, theirs, tolerance: float = 1e-10):
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("position_type", POSITIONS)
@@ -73,7 +73,7 @@ def test_a_token_at_a_time_gives_the_logits_of_all_at_once(row, position_type):
         close(in_steps(model, tokens, [1] * 11), model(tokens).logits)
 
 
-@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("window", [None, 2, 5])
 @pytest.mark.parametrize("position_type", POSITIONS)
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_chunks_of_any_length_and_every_cache_give_the_logits_of_all_at_once(attention_type, position_type, window):
@@ -102,13 +102,14 @@ def test_a_window_hides_all_but_the_last_tokens_and_the_cache_keeps_no_more():
 @pytest.mark.parametrize("position_type", POSITIONS)
 def test_padding_on_the_left_changes_nothing_with_and_without_a_cache(position_type):
     model, tokens = make(position_type=position_type), ids(2, 9, VOCAB)
+    tolerance = 1e-5 if position_type == "rotary" else 1e-10  # angles are computed in float32
     with torch.no_grad():
         alone = model(tokens[1:, 4:]).logits
         mask = torch.ones(2, 9, dtype=torch.long)
         mask[1, :4] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        close(model(tokens, attention_mask=mask).logits[1:, 4:], alone)
-        close(model(tokens, attention_mask=mask, position_ids=positions).logits[1:, 4:], alone)
+        close(model(tokens, attention_mask=mask).logits[1:, 4:], alone, tolerance)
+        close(model(tokens, attention_mask=mask, position_ids=positions).logits[1:, 4:], alone, tolerance)
         for cache in (None, StaticCache(config=model.config, max_cache_len=12)):
             logits, first = [], 0
             for count in (6, 1, 2):
@@ -119,7 +120,7 @@ def test_padding_on_the_left_changes_nothing_with_and_without_a_cache(position_t
                 )  # fmt: skip
                 cache, first = out.past_key_values, last
                 logits.append(out.logits)
-            close(torch.cat(logits, dim=1)[1:, 4:], alone)
+            close(torch.cat(logits, dim=1)[1:, 4:], alone, tolerance)
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
@@ -195,8 +196,8 @@ def test_sequences_packed_into_a_row_do_not_see_each_other(position_type):
     positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
     for use_cache in (True, False):
         packed = model(tokens, position_ids=positions, use_cache=use_cache).logits
-        close(packed[:, :4], model(tokens[:, :4]).logits)
-        close(packed[:, 4:], model(tokens[:, 4:]).logits)
+        close(packed[:, :4], model(tokens[:, :4]).logits, 1e-5)
+        close(packed[:, 4:], model(tokens[:, 4:]).logits, 1e-5)
     with pytest.raises(ValueError, match="position_ids must count up by one"):
         model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens))
 
@@ -252,7 +253,8 @@ def test_a_head_is_tied_to_the_table_or_has_weights_and_a_bias_of_its_own(tmp_pa
         close(model(tokens).logits, expected + (0 if model.lm_head.bias is None else model.lm_head.bias))
         model.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-        assert type(loaded) is HylaForCausalLM and torch.equal(loaded(tokens).logits, model(tokens).logits)
+        assert type(loaded) is HylaForCausalLM
+        close(loaded(tokens).logits, model(tokens).logits)
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
         model.resize_token_embeddings(VOCAB + 5)
         assert model(tokens).logits.shape[-1] == model.config.vocab_size == VOCAB + 5
@@ -326,7 +328,9 @@ def test_a_mask_of_pairs_never_lifts_causality_with_a_cache():
     with torch.no_grad():
         expected = model(tokens).logits[:, 5:]
         past = model(tokens[:, :5]).past_key_values
-        close(model(tokens[:, 5:], attention_mask=torch.ones(3, 1, 4, 9), past_key_values=past).logits, expected)
+        close(
+            model(tokens[:, 5:], attention_mask=torch.ones(3, 1, 4, 9).long(), past_key_values=past).logits, expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -338,7 +342,7 @@ def test_a_mask_of_pairs_never_lifts_causality_with_a_cache():
         ({"position_type": "rotary", "rope_parameters": {"rope_type": "yarm", "factor": 2.0}}, "did you mean 'yarn'"),
         ({"position_type": "rotary", "partial_rotary_factor": 0.2}, "0 of head_dim=4 are rotated"),
         ({"sliding_window": 4}, "sliding_window=4 needs a causal model"),
-        ({"sliding_window": 0, "is_causal": True}, "sliding_window must be at least 1"),
+        ({"sliding_window": 1, "is_causal": True}, "sliding_window must be at least 2"),
     ],
 )
 def test_positions_that_make_no_sense_are_refused_with_a_reason(settings, message):
