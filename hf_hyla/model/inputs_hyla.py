@@ -169,8 +169,8 @@ def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, pa
     else:
         fits = attention_mask.shape[1] == seen + length
     if not fits or attention_mask.shape[0] != batch:
-        before = f", of which {int(seen)} are in the cache" if seen else ""
+        tokens = f"all tokens, of which {int(seen)} are in the cache" if seen else "the inputs"
         raise ValueError(
-            f"attention_mask must have the shape ({batch}, {int(seen) + length}) of all tokens{before}, got "
+            f"attention_mask must have the shape ({batch}, {int(seen) + length}) of {tokens}, got "
             f"{tuple(attention_mask.shape)}."
         )

@@ -36,6 +36,8 @@ class HylaRotaryEmbedding(nn.Module):
 
     def __init__(self, config: HylaConfig):
         super().__init__()
+        if not config.rope_parameters:  # `position_type` was set after the config was made
+            config.convert_rope_params_to_dict()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
