@@ -73,6 +73,8 @@ def by_pair(by_diagonal: torch.Tensor, query_length: int, key_length: int) -> to
     Returns:
         `torch.Tensor` of shape (..., query, key).
     """
+    if query_length == 1:
+        return by_diagonal.unsqueeze(-2)
     query = torch.arange(query_length, device=by_diagonal.device)
     key = torch.arange(key_length, device=by_diagonal.device)
     return by_diagonal[..., key[None, :] - query[:, None] + query_length - 1]

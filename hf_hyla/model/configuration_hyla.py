@@ -139,7 +139,7 @@ class HylaConfig(PreTrainedConfig):
             `tie_word_embeddings`, as in the reference.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether a causal model returns the keys and values of its layers for later tokens. In training it does so only
-            if asked.
+            for a cache that it is given.
         format_version (`int`, *optional*, defaults to 1):
             Version of the weights' layout and meaning; raised when older code would misread newer weights.
 

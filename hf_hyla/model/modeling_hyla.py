@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.compiler import is_exporting
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -181,8 +182,8 @@ class HylaModel(HylaPreTrainedModel):
             past_key_values (`Cache`, *optional*):
                 Keys and values of earlier tokens, of a causal model; those of these tokens are added to it.
             use_cache (`bool`, *optional*):
-                Whether a causal model returns a cache where none is given. By default the config's `use_cache`, and not
-                in training.
+                Whether a causal model returns a cache where none is given. By default the config's `use_cache`. In training
+                and in exported programs it does not.
 
         Returns:
             `MoeModelOutputWithPast` with `last_hidden_state` (batch, sequence or num_last, hidden_size), and
@@ -200,7 +201,13 @@ class HylaModel(HylaPreTrainedModel):
             )
         mask = pair_mask(self.config, hidden_states, attention_mask, position_ids, past_key_values)
         positions = self._positions(hidden_states, position_ids, past_key_values)
-        if use_cache and past_key_values is None and self.config.is_causal and not self.training:
+        if (
+            use_cache
+            and past_key_values is None
+            and self.config.is_causal
+            and not self.training
+            and not is_exporting()
+        ):
             past_key_values = DynamicCache(config=self.config)
         for number, layer in enumerate(self.layers, start=1):
             hidden_states = layer(

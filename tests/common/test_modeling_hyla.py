@@ -109,13 +109,14 @@ class HylaTextTest(HylaCommonTests, unittest.TestCase):
 
 
 class RotaryLanguageTest(HylaCommonTests, common.GenerationTesterMixin, unittest.TestCase):
-    """The language model, with a window, weights of its own for the head, and positions of which every type is tried."""
+    """The language model, with weights of its own for the head, and positions of which several types are tried."""
 
     settings = TEXT | {
         "attention_type": "hyla",
         "position_type": "rotary",
         "max_position_embeddings": 32,
         "head_dim": 6,
+        "value_head_dim": 6,  # as wide as keys, which transformers' tests of generation take for granted
         "is_causal": True,
         "tie_word_embeddings": False,
     }
@@ -123,7 +124,7 @@ class RotaryLanguageTest(HylaCommonTests, common.GenerationTesterMixin, unittest
 
 
 class RelativeLanguageTest(HylaCommonTests, common.GenerationTesterMixin, unittest.TestCase):
-    settings = TEXT | {"attention_type": "softmax", "is_causal": True}
+    settings = TEXT | {"attention_type": "softmax", "is_causal": True, "value_head_dim": 5}
     all_model_classes = (HylaModel, HylaForCausalLM)
 
 
@@ -143,6 +144,7 @@ class CausalMixtureTest(HylaCommonTests, common.GenerationTesterMixin, unittest.
     settings = TEXT | {
         "attention_type": "hyla",
         "value_depth": 2,
+        "value_head_dim": 5,
         "qk_norm": True,
         "position_type": "none",
         "is_causal": True,

@@ -1,6 +1,7 @@
 """Every way of generating gives what a plain loop over uncached forwards gives; then what is built on top of generating."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import (
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 from hf_hyla import HylaConfig, HylaForCausalLM
+from hf_hyla.model.attention_hyla import eager_attention_forward
+from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
 
 
 VOCAB = 23
@@ -155,6 +158,43 @@ def test_codes_and_states_of_every_step_are_returned_on_request():
             torch.testing.assert_close(
                 code, whole.attentions[layer][:, :, position, : position + 1], atol=1e-5, rtol=1e-4
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("score_norm", "activation"), [("rms_head", nn.ReLU()), ("none", None)])
+def test_the_kernel_for_one_query_equals_the_definition(score_norm, activation, dtype):
+    pytest.importorskip("numba")
+    layer = SimpleNamespace(
+        attention_type="hyla", score_norm=score_norm, value_activation=activation, value_mixing=None, training=False
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    # Strides of a model's projections and of a cache; several threads' worth of keys.
+    query, key = draw(2, 1, 3, 7).transpose(1, 2), draw(2, 3, 700, 7)
+    value, bias = draw(2, 700, 3, 5).transpose(1, 2), draw(3, 700)
+    padding = torch.ones(2, 1, 1, 700, dtype=torch.bool)
+    padding[1, :, :, :650] = False
+    key[1, :, :650], value[1, :, :650] = torch.nan, torch.nan  # what no query sees matters to nobody
+    scaling = 7**-0.5
+    for mask, of_position in ((padding, bias), (padding.float() - 1, None)):
+        call = Call(layer, query, key, value, mask, scaling, 0.0, of_position)
+        assert fastest_implementation(call) == "hyla_step"
+        ours, _ = BACKENDS["hyla"](*call)
+        wide = (x.double().nan_to_num() for x in (query, key, value))
+        theirs, _ = eager_attention_forward(
+            layer, *wide, padding, scaling, 0.0, None if of_position is None else of_position.double()
+        )
+        assert ours.shape == (2, 1, 3, 5) and ours.dtype == dtype
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+        assert error < {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    large = Call(layer, query * 1e15, key * 1e15, value, padding, scaling)
+    if score_norm == "rms_head" and dtype == torch.float32:
+        assert BACKENDS["hyla"](*large)[0][0].isfinite().all()
+    learning = Call(layer, query.clone().requires_grad_(), key, value, padding, scaling)
+    assert fastest_implementation(learning) != "hyla_step"
 
 
 @pytest.mark.parametrize("attn_implementation", ["hyla_chunked", "hyla_cpu"])
