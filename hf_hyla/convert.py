@@ -151,6 +151,7 @@ def convert_config(
             "lm_head_bias": is_untied,
         },
     }
+    num_labels: dict[str, Any] = {} if is_language else {"num_labels": count("output_dim")}
     positions: dict[str, Any] = {"position_type": "none"}
     if field("use_relative_position"):
         positions = {
@@ -162,7 +163,7 @@ def convert_config(
             **heads[loss_fn],
             **one_of("sequence_mixer", SEQUENCE_MIXERS),
             **positions,
-            **({} if is_language else {"num_labels": count("output_dim")}),
+            **num_labels,
             architectures=[LOSSES[loss_fn].__name__],
             hidden_size=count("emb_dim"),
             num_hidden_layers=count("num_layers"),

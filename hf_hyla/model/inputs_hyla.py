@@ -132,6 +132,8 @@ def pair_mask(
     if attention_mask is None or attention_mask.ndim == 2:
         if attention_mask is not None:
             _check_padding(attention_mask, hidden_states, past_key_values)
+        if _sees_all(config, hidden_states, attention_mask, past_key_values):
+            return None
         if not config.is_causal:
             return cast(_Mask, create_bidirectional_mask(config, hidden_states, attention_mask))
         create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
@@ -156,6 +158,16 @@ def pair_mask(
         if config.sliding_window is not None:
             mask = mask & (keys > queries - config.sliding_window)
     return mask
+
+
+def _sees_all(config: HylaConfig, hidden_states, attention_mask, past_key_values: Cache | None) -> bool:
+    """Whether there is a single query, which the cache holds nothing but visible keys for."""
+    if not config.is_causal or past_key_values is None or hidden_states.shape[1] != 1 or is_torchdynamo_compiling():
+        return False
+    if isinstance(past_key_values.get_seq_length(), torch.Tensor):  # of a static cache, which has empty places
+        return False
+    # On a GPU a look at the mask would stall the queue of kernels.
+    return attention_mask is None or (attention_mask.device.type == "cpu" and bool(attention_mask.all()))
 
 
 def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, past_key_values: Cache | None) -> None:

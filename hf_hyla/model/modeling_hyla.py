@@ -49,7 +49,7 @@ from .pipeline_hyla import SymbolicReasoningPipeline
 # What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
 # the official implementation. TRF051: the eager form is asked for by those who want every token computed.
-# trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers
+# trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.effective_scale_logits
 
 
 # trf-ignore: TRF057

@@ -98,6 +98,9 @@ class HylaCommonTests(common.ModelTesterMixin):
     def test_model_rope_scaling_from_config_2_yarn(self):
         self._of_rotary_positions(super().test_model_rope_scaling_from_config_2_yarn)
 
+    def test_model_rope_with_partial_rotation(self):
+        self._of_rotary_positions(super().test_model_rope_with_partial_rotation)
+
     def _of_rotary_positions(self, test):
         if self.settings.get("position_type") != "rotary":
             self.skipTest("Other positions are not scaled.")
@@ -115,6 +118,7 @@ class RotaryLanguageTest(HylaCommonTests, common.GenerationTesterMixin, unittest
         "attention_type": "hyla",
         "position_type": "rotary",
         "max_position_embeddings": 32,
+        "partial_rotary_factor": 0.7,
         "head_dim": 6,
         "value_head_dim": 6,  # as wide as keys, which transformers' tests of generation take for granted
         "is_causal": True,
