@@ -166,6 +166,9 @@ def _sees_all(config: HylaConfig, hidden_states, attention_mask, past_key_values
         return False
     if isinstance(past_key_values.get_seq_length(), torch.Tensor):  # of a static cache, which has empty places
         return False
+    _, num_keys = first_query(hidden_states, past_key_values)
+    if config.sliding_window is not None and num_keys > config.sliding_window:  # a cache may keep more
+        return False
     # On a GPU a look at the mask would stall the queue of kernels.
     return attention_mask is None or (attention_mask.device.type == "cpu" and bool(attention_mask.all()))
 

@@ -81,10 +81,9 @@ def test_chunks_of_any_length_and_every_cache_give_the_logits_of_all_at_once(att
     tokens = ids(3, 13, VOCAB)
     expected = model(tokens, use_cache=False)
     assert expected.past_key_values is None
-    caches = [None, DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=17)]
-    if window is None:
-        caches.append(DynamicCache())
-    for cache in caches:
+    # The last one keeps all tokens, whatever the window.
+    static = StaticCache(config=model.config, max_cache_len=17)
+    for cache in (None, DynamicCache(config=model.config), static, DynamicCache()):
         close(in_steps(model, tokens, [5, 1, 1, 3, 1, 2], cache), expected.logits)
 
 
