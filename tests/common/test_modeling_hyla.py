@@ -118,7 +118,7 @@ class RotaryLanguageTest(HylaCommonTests, common.GenerationTesterMixin, unittest
         "attention_type": "hyla",
         "position_type": "rotary",
         "max_position_embeddings": 32,
-        "partial_rotary_factor": 0.7,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.7},
         "head_dim": 6,
         "value_head_dim": 6,  # as wide as keys, which transformers' tests of generation take for granted
         "is_causal": True,
