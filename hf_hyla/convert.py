@@ -126,32 +126,35 @@ def convert_config(
             f"The official config has output_dim={field('output_dim')} and vocab_size={field('vocab_size')}, but a language model "
             "answers with the tokens that it reads: only equal numbers, or output_dim=-1, can be converted."
         )
-    heads: dict[str, dict[str, Any]] = {
-        "SymbolicRavenLoss": {
-            "vocab_size": embedding_rows + 1,
-            "answer_token_id": embedding_rows,
-            "num_answers": 4 if num_answers is None else num_answers,
-            "problem_type": "single_label_classification",
-            "id2label": {value: str(value) for value in range(count("output_dim"))},
-            "label2id": {str(value): value for value in range(count("output_dim"))},
-        },
-        "FuzzyLogicLoss": {
+    head: dict[str, Any]
+    if is_language:
+        head = {
+            "vocab_size": count("vocab_size"),
+            "answer_token_id": None,
+            "embedding_bias": False,
+            "bos_token_id": 0,  # what the loss puts before a text
+            # The official head is either the table, with its logits divided, or a dense layer of its own with a bias.
+            "tie_word_embeddings": not is_untied,
+            "lm_head_bias": is_untied,
+        }
+    elif loss_fn == "FuzzyLogicLoss":
+        head = {
             "vocab_size": None,
             "input_size": embedding_rows,
             "num_answers": 1 if num_answers is None else num_answers,
             "problem_type": "regression",
-        },
-        "AutoregressiveCrossEntropy": {
-            "vocab_size": field("vocab_size") if is_language else None,
-            "answer_token_id": None,
-            "embedding_bias": False,
-            "bos_token_id": 0,  # what the loss puts before a text
-            # The official head is the table, and its logits are divided, or a dense layer of its own with a bias.
-            "tie_word_embeddings": not is_untied,
-            "lm_head_bias": is_untied,
-        },
-    }
-    num_labels: dict[str, Any] = {} if is_language else {"num_labels": count("output_dim")}
+            "num_labels": count("output_dim"),
+        }
+    else:
+        head = {
+            "vocab_size": embedding_rows + 1,
+            "answer_token_id": embedding_rows,
+            "num_answers": 4 if num_answers is None else num_answers,
+            "problem_type": "single_label_classification",
+            "num_labels": count("output_dim"),
+            "id2label": {value: str(value) for value in range(count("output_dim"))},
+            "label2id": {str(value): value for value in range(count("output_dim"))},
+        }
     positions: dict[str, Any] = {"position_type": "none"}
     if field("use_relative_position"):
         positions = {
@@ -160,10 +163,9 @@ def convert_config(
         }
     try:
         return HylaConfig(
-            **heads[loss_fn],
+            **head,
             **one_of("sequence_mixer", SEQUENCE_MIXERS),
             **positions,
-            **num_labels,
             architectures=[LOSSES[loss_fn].__name__],
             hidden_size=count("emb_dim"),
             num_hidden_layers=count("num_layers"),
