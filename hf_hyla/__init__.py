@@ -15,10 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .model import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
+    from .model import (
+        HylaConfig,
+        HylaForCausalLM,
+        HylaForSequenceClassification,
+        HylaModel,
+        SymbolicReasoningPipeline,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["HylaConfig", "HylaForSequenceClassification", "HylaModel", "SymbolicReasoningPipeline", "__version__"]
+__all__ = [
+    "HylaConfig",
+    "HylaForCausalLM",
+    "HylaForSequenceClassification",
+    "HylaModel",
+    "SymbolicReasoningPipeline",
+    "__version__",
+]
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):

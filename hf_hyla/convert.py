@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .model import HylaConfig, HylaForSequenceClassification
+from .model import HylaConfig, HylaForCausalLM, HylaForSequenceClassification
 from .reading import read_json
 
 
@@ -37,12 +37,18 @@ SEQUENCE_MIXERS: dict[str, dict[str, str]] = {
 STATE_MIXERS = {"gelu_mlp": "mlp", "swiglu": "swiglu"}
 NORMS = {"layer": "layer_norm", "rms": "rms_norm"}
 
+# The model of each official loss.
+LOSSES = {
+    "SymbolicRavenLoss": HylaForSequenceClassification,
+    "FuzzyLogicLoss": HylaForSequenceClassification,
+    "AutoregressiveCrossEntropy": HylaForCausalLM,
+}
+
 # Fields with a limited choice of supported values, and the reason that an error gives for it.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "block_type": (("default",), "other block types have no counterpart in HylaModel"),
     "use_absolute_position": ((False,), "absolute positions are not supported"),
     "share_params_over_layers": ((False,), "layers that share parameters are not supported"),
-    "vocab_size": ((None,), "token embeddings belong to the causal language model, which is not supported yet"),
     "dropout_rate": ((0, 0.0), "only attention_dropout_rate is supported"),
     "moe_num": ((None, -1), "mixtures of experts are not supported"),
     "moe_top_k": ((None, -1), "mixtures of experts are not supported"),
@@ -57,9 +63,10 @@ def convert_config(
 
     Args:
         official: the fields of the official config by name.
-        loss_fn: the official loss, `"SymbolicRavenLoss"` or `"FuzzyLogicLoss"`, which determines the model's task.
+        loss_fn: the official loss, one of `LOSSES`, which determines the model's task.
         embedding_rows: input width of the official embedding layer.
-        num_answers: number of last tokens that carry an answer; `None` for 4 on SRAVEN and 1 on logic.
+        num_answers: number of last tokens that carry an answer; `None` for 4 on SRAVEN and 1 on logic. A language model has
+            none.
 
     Raises:
         ValueError: for a missing field or an unsupported value. The message names the field.
@@ -98,24 +105,56 @@ def convert_config(
             raise ValueError(
                 f"The official config has {name}={field(name)}, which does not divide into num_heads={num_heads} heads."
             )
-    heads: dict[str, dict[str, Any]] = {
-        "SymbolicRavenLoss": {
-            "vocab_size": embedding_rows + 1,
-            "answer_token_id": embedding_rows,
-            "num_answers": 4 if num_answers is None else num_answers,
-            "problem_type": "single_label_classification",
-            "id2label": {value: str(value) for value in range(count("output_dim"))},
-            "label2id": {str(value): value for value in range(count("output_dim"))},
-        },
-        "FuzzyLogicLoss": {
+    if not isinstance(loss_fn, str) or loss_fn not in LOSSES:
+        raise ValueError(f"loss_fn={loss_fn!r} is not supported: expected {_any_of(LOSSES)}.")
+    is_language = LOSSES[loss_fn] is HylaForCausalLM
+    is_untied = is_language and type(field("output_dim")) is int and field("output_dim") > 0
+    for name, must, needed in (
+        ("vocab_size", is_language, bool(official.get("vocab_size"))),
+        ("use_causal_mask", True, not is_language or field("use_causal_mask")),
+    ):
+        if must != needed:
+            raise ValueError(
+                f"The official config has {name}={official.get(name)!r}, which does not go with loss_fn={loss_fn!r}."
+            )
+    if is_language and num_answers is not None:
+        raise ValueError(
+            f"num_answers={num_answers} is for puzzles and truth tables, but {loss_fn} is of a language model."
+        )
+    if is_untied and field("output_dim") != count("vocab_size"):
+        raise ValueError(
+            f"The official config has output_dim={field('output_dim')} and vocab_size={field('vocab_size')}, but a language model "
+            "answers with the tokens that it reads: only equal numbers, or output_dim=-1, can be converted."
+        )
+    head: dict[str, Any]
+    if is_language:
+        head = {
+            "vocab_size": count("vocab_size"),
+            "answer_token_id": None,
+            "embedding_bias": False,
+            "bos_token_id": 0,  # what the loss puts before a text
+            # The official head is either the table, with its logits divided, or a dense layer of its own with a bias.
+            "tie_word_embeddings": not is_untied,
+            "lm_head_bias": is_untied,
+        }
+    elif loss_fn == "FuzzyLogicLoss":
+        head = {
             "vocab_size": None,
             "input_size": embedding_rows,
             "num_answers": 1 if num_answers is None else num_answers,
             "problem_type": "regression",
-        },
-    }
-    if not isinstance(loss_fn, str) or loss_fn not in heads:
-        raise ValueError(f"loss_fn={loss_fn!r} is not supported: expected {_any_of(heads)}.")
+            "num_labels": count("output_dim"),
+        }
+    else:
+        head = {
+            "vocab_size": embedding_rows + 1,
+            "answer_token_id": embedding_rows,
+            "num_answers": 4 if num_answers is None else num_answers,
+            "problem_type": "single_label_classification",
+            "num_labels": count("output_dim"),
+            "id2label": {value: str(value) for value in range(count("output_dim"))},
+            "label2id": {str(value): value for value in range(count("output_dim"))},
+        }
     positions: dict[str, Any] = {"position_type": "none"}
     if field("use_relative_position"):
         positions = {
@@ -124,10 +163,10 @@ def convert_config(
         }
     try:
         return HylaConfig(
-            **heads[loss_fn],
+            **head,
             **one_of("sequence_mixer", SEQUENCE_MIXERS),
             **positions,
-            num_labels=count("output_dim"),  # type: ignore[call-arg]
+            architectures=[LOSSES[loss_fn].__name__],
             hidden_size=count("emb_dim"),
             num_hidden_layers=count("num_layers"),
             num_attention_heads=num_heads,
@@ -146,7 +185,7 @@ def convert_config(
 
 def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -> dict[str, torch.Tensor]:
     """
-    The state dict of `HylaForSequenceClassification(config)` from official parameters.
+    The state dict of the model that `config.architectures` names, from official parameters.
 
     The conversion only reshapes, transposes and pads. Gradients flow through it, and gradients can be converted like
     parameters.
@@ -182,7 +221,10 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
         return state
 
     state: dict[str, torch.Tensor] = {}
-    if config.vocab_size is None:
+    model_class = model_of(config)
+    if model_class is HylaForCausalLM:
+        state["model.embed_tokens.weight"] = take("embedding.embedding", axes=2)
+    elif config.vocab_size is None:
         state |= dense("embedding", "model.input_proj")
     else:
         table = take("embedding.kernel", axes=2)
@@ -211,14 +253,19 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
             state |= dense(f"{theirs}.state_mixer.Dense_1", f"{ours}.mlp.up_proj", bias=False)
             state |= dense(f"{theirs}.state_mixer.Dense_2", f"{ours}.mlp.down_proj", bias=False)
     state |= norm("decoder_norm", "model.norm")
-    state |= dense("logitdense", "classifier")
+    if model_class is not HylaForCausalLM:
+        state |= dense("logitdense", "classifier")
+    elif config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    else:
+        state |= dense("logitdense", "lm_head")
     if left:
         raise ValueError(
             f"The config has no place for the official parameter {PREFIX}{min(left)}: do the two belong together?"
         )
 
     with torch.device("meta"):
-        expected = HylaForSequenceClassification(config).state_dict()
+        expected = model_class(config).state_dict()
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
@@ -226,6 +273,11 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
                 f"makes it {tuple(expected[name].shape)}: do the two belong together?"
             )
     return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def model_of(config: HylaConfig) -> type[HylaForSequenceClassification] | type[HylaForCausalLM]:
+    """The class of the model that a converted config is of."""
+    return HylaForCausalLM if config.architectures == [HylaForCausalLM.__name__] else HylaForSequenceClassification
 
 
 def convert(
@@ -247,18 +299,13 @@ def convert(
     }
     if not official:
         raise ValueError(f"There are no official parameters: no tensor's name begins with {PREFIX!r}.")
-    if "embedding.kernel" not in official:
-        if "embedding.embedding" in official:
-            raise ValueError(
-                "The parameters are those of a causal language model (embedding.embedding), which is not supported yet."
-            )
-        raise ValueError(f"The official parameters lack {PREFIX}embedding.kernel.")
-    if official["embedding.kernel"].ndim != 2:
-        raise ValueError(
-            f"{PREFIX}embedding.kernel must have 2 axes, got {tuple(official['embedding.kernel'].shape)}."
-        )
+    table = "embedding.embedding" if LOSSES.get(loss_fn) is HylaForCausalLM else "embedding.kernel"
+    if table not in official:
+        raise ValueError(f"The official parameters lack {PREFIX}{table}, which a model with loss_fn={loss_fn!r} has.")
+    if official[table].ndim != 2:
+        raise ValueError(f"{PREFIX}{table} must have 2 axes, got {tuple(official[table].shape)}.")
     hyla_config = convert_config(
-        config, loss_fn=loss_fn, embedding_rows=official["embedding.kernel"].shape[0], num_answers=num_answers
+        config, loss_fn=loss_fn, embedding_rows=official[table].shape[0], num_answers=num_answers
     )
     return hyla_config, convert_parameters(official, hyla_config)
 
@@ -297,7 +344,7 @@ def convert_files(params: Path, config: Path, output: Path, num_answers: int | N
         tensors, description["config"], loss_fn=description["loss_fn"], num_answers=num_answers
     )
     output.mkdir(parents=True, exist_ok=True)
-    model = HylaForSequenceClassification(hyla_config)
+    model = model_of(hyla_config)(hyla_config)
     model.load_state_dict(state_dict)
     model.save_pretrained(output)
 

@@ -22,6 +22,7 @@ SLOW = [
     "model/test_extremes.py",
     "model/test_framework.py",
     "model/test_functions_cpu.py",
+    "model/test_generation.py",
     "model/test_mixed_precision.py",
     "model/test_mutations.py",
     "model/test_remote.py",

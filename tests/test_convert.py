@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hf_hyla import HylaForCausalLM
 from hf_hyla.convert import SEQUENCE_MIXERS, convert, convert_files
 
 
@@ -108,7 +109,9 @@ def test_parameters_and_config_that_do_not_belong_together_are_refused(official)
         convert(tensors, {**fields, "mlp_dim": 50}, loss_fn=loss_fn)
     with pytest.raises(ValueError, match="lacks the field 'emb_dim'"):
         convert(tensors, {n: v for n, v in fields.items() if n != "emb_dim"}, loss_fn=loss_fn)
-    with pytest.raises(ValueError, match="loss_fn='AutoregressiveCrossEntropy' is not supported"):
+    with pytest.raises(ValueError, match="loss_fn='MeanSquaredError' is not supported"):
+        convert(tensors, fields, loss_fn="MeanSquaredError")
+    with pytest.raises(ValueError, match=r"lack params\.embedding\.embedding, which a model with loss_fn='Autoregr"):
         convert(tensors, fields, loss_fn="AutoregressiveCrossEntropy")
 
 
@@ -126,11 +129,47 @@ def test_an_output_that_is_a_file_is_refused(golden, tmp_path):
         convert_files(golden / "logic_params.safetensors", golden / "logic_linear_hypatt.json", tmp_path / "out")
 
 
-def test_a_causal_language_model_is_refused_by_name(official):
-    _, description = official
-    table = {"params.embedding.embedding": torch.zeros(97, 128)}
-    with pytest.raises(ValueError, match="causal language model"):
-        convert(table, description["config"], loss_fn=description["loss_fn"])
+def test_a_converted_language_model_loads_and_generates_what_the_official_one_finds_likeliest(golden, tmp_path):
+    convert_files(golden / "lm_params.safetensors", golden / "lm_linear_hypatt.json", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    case = load_file(golden / "lm_linear_hypatt.safetensors")
+    generated = model.generate(case["input.net_in"].long(), max_new_tokens=1, do_sample=False)
+    assert torch.equal(generated[:, -1], case["output64.logits"][:, -1].argmax(-1))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.generation_config.bos_token_id == 0
+
+
+def test_a_language_model_with_a_head_of_its_own_keeps_its_bias_and_divides_no_logits(golden):
+    description = json.loads((golden / "lm_linear_hypatt.json").read_text())
+    tensors, loss_fn = load_file(golden / "lm_params.safetensors"), description["loss_fn"]
+    torch.manual_seed(0)
+    tensors |= {"params.logitdense.kernel": torch.randn(128, 97), "params.logitdense.bias": torch.randn(97)}
+    config, state_dict = convert(tensors, {**description["config"], "output_dim": 97}, loss_fn=loss_fn)
+    assert not config.tie_word_embeddings and not config.effective_scale_logits
+    model = HylaForCausalLM(config).eval()
+    model.load_state_dict(state_dict)
+    states = model.model(torch.arange(5)[None]).last_hidden_state
+    expected = states @ tensors["params.logitdense.kernel"] + tensors["params.logitdense.bias"]
+    torch.testing.assert_close(model(torch.arange(5)[None]).logits, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"no place for the official parameter params\.logitdense"):
+        convert(tensors, description["config"], loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": None}, "vocab_size=None, which does not go with"),
+        ({"use_causal_mask": False}, "use_causal_mask=False, which does not go with"),
+        ({"output_dim": 8}, "output_dim=8 and vocab_size=97"),
+        ({"vocab_size": 96}, "model.embed_tokens.weight has the shape"),
+    ],
+)
+def test_a_language_model_that_does_not_fit_is_refused(golden, fields, message):
+    description = json.loads((golden / "lm_linear_hypatt.json").read_text())
+    tensors = load_file(golden / "lm_params.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert(tensors, {**description["config"], **fields}, loss_fn=description["loss_fn"])
+    with pytest.raises(ValueError, match="num_answers=2 is for puzzles"):
+        convert(tensors, description["config"], loss_fn=description["loss_fn"], num_answers=2)
 
 
 def test_a_json_without_the_config_is_refused(golden, tmp_path):

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from hf_hyla.metrics import LogicR2, SravenAccuracy, base_mse, logic_r2, sraven_accuracy
+from hf_hyla.metrics import LogicR2, Perplexity, SravenAccuracy, base_mse, logic_r2, perplexity, sraven_accuracy
 
 
 def test_a_puzzle_counts_only_if_every_feature_is_right():
@@ -23,6 +23,14 @@ def test_r2_is_a_mean_of_ratios_not_a_ratio_of_means():
     assert logic_r2(predictions, references, base)["r2"] == pytest.approx(expected)
     values = np.array([[0.0, 1.0, 1.0], [0.2, 0.4, 0.9]])
     np.testing.assert_allclose(base_mse(values), [np.mean((row - row.mean()) ** 2) for row in values])
+
+
+def test_perplexity_is_of_tokens_and_bits_are_of_bytes():
+    # Of four tokens with probabilities 1/2, 1/2, 1/8, 1/8, the geometric mean is 1/4; they cost 8 bits for 5 bytes.
+    logs, sizes = np.log([1 / 2, 1 / 2, 1 / 8, 1 / 8]), np.array([1, 3, 1, 0])
+    scores = perplexity(logs, sizes)
+    assert scores == {"perplexity": pytest.approx(4.0), "bits_per_byte": pytest.approx(8 / 5)}
+    assert Perplexity().compute(log_likelihoods=logs, num_bytes=sizes) == scores
 
 
 def test_evaluate_modules_equal_the_functions_in_batches():
@@ -56,6 +64,10 @@ assert SravenAccuracy().compute(predictions=[[1, 2]], references=[[1, 2]])["accu
         (lambda: sraven_accuracy(np.zeros((2, 4)), np.zeros((2, 3))), r"got \(2, 4\) and \(2, 3\)"),
         (lambda: sraven_accuracy(np.zeros((0, 4)), np.zeros((0, 4))), "at least one row"),
         (lambda: logic_r2(np.zeros(2), np.zeros(2), np.array([1.0, 0.0])), "base_mse must be positive"),
+        (lambda: perplexity(np.array([-1.0, 0.5]), np.ones(2)), "so at most 0, got 0.5"),
+        (lambda: perplexity(np.array([-1.0, np.nan]), np.ones(2)), "so at most 0, got nan"),
+        (lambda: perplexity(-np.ones(2), np.zeros(2)), "not all 0, got a least of 0.0 and a sum of 0.0"),
+        (lambda: perplexity(-np.ones(2), np.ones(3)), r"got \(2,\) and \(3,\)"),
         (lambda: logic_r2(np.zeros((2, 1)), np.zeros(2), np.ones(2)), r"got \(2, 1\) and \(2,\)"),
     ],
 )

@@ -326,9 +326,9 @@ def _different(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:
     defaults = {field.name: field.default for field in dataclasses.fields(task)}
     papers = HylaConfig(**task.model_defaults)
     of_task = [(f"task.{name}", value, defaults[name]) for name, value in task.settings.items()]
-    of_model = [
-        (f"model.{name}", getattr(config, name), getattr(papers, name)) for name in sorted(HylaConfig.__annotations__)
-    ]
+    # transformers' Trainer writes `use_cache` into the config of whatever it trains.
+    fields = sorted(HylaConfig.__annotations__.keys() - {"use_cache"})
+    of_model = [(f"model.{name}", getattr(config, name), getattr(papers, name)) for name in fields]
     return [(name, value, default) for name, value, default in of_task + of_model if value != default]
 
 

@@ -35,6 +35,7 @@ from .spaces import demo_files, demo_repo, metric_files, metric_repo
 # What of a folder is published, in a run's and in a dataset's.
 _RUN_FILES = (
     "config.json",
+    "generation_config.json",
     "model.safetensors",
     RECORD_NAME,
     RECIPE_NAME,

@@ -47,6 +47,37 @@ def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarr
     return {"r2": float((1 - error / base).mean())}
 
 
+def perplexity(log_likelihoods: np.ndarray, num_bytes: np.ndarray) -> dict[str, float]:
+    """
+    Language: how likely a model finds a text, token by token.
+
+    Args:
+        log_likelihoods: (tokens,), natural logarithms of the probabilities that the model gave to the tokens.
+        num_bytes: (tokens,), bytes of the text that each token stands for, 0 for one that only ends a text.
+
+    Returns:
+        `perplexity`, exp of the mean of -log_likelihoods, which compares models of one tokenizer, and `bits_per_byte`, their sum
+        in bits over all bytes, which compares models of any. Both are better if lower.
+
+    Raises:
+        ValueError: if shapes differ, a logarithm is positive or not a number, or there are no bytes.
+    """
+    _same_shape(log_likelihoods, num_bytes, ndim=1)
+    logs, sizes = np.asarray(log_likelihoods, dtype=np.float64), np.asarray(num_bytes)
+    if not (logs <= 0).all():
+        raise ValueError(
+            f"log_likelihoods are logarithms of probabilities, so at most 0, got {logs[~(logs <= 0)][0]}: pass those of log_softmax."
+        )
+    if (sizes < 0).any() or not sizes.sum():
+        raise ValueError(
+            f"num_bytes are 0 or more and not all 0, got a least of {sizes.min()} and a sum of {sizes.sum()}."
+        )
+    return {
+        "perplexity": float(np.exp(-logs.mean())),
+        "bits_per_byte": float(-logs.sum() / np.log(2) / sizes.sum()),
+    }
+
+
 def _same_shape(left: np.ndarray, right: np.ndarray, ndim: int) -> np.ndarray:
     left, right = np.asarray(left), np.asarray(right)
     if left.shape != right.shape or left.ndim != ndim or left.shape[0] == 0:

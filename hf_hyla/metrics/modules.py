@@ -37,6 +37,27 @@ class SravenAccuracy(evaluate.Metric):
         return functions.sraven_accuracy(np.array(predictions), np.array(references))
 
 
+class Perplexity(evaluate.Metric):
+    """
+    `Perplexity().compute(log_likelihoods=..., num_bytes=...)` with one number per token gives `perplexity` and
+    `bits_per_byte`. Unlike the metric of this name on the Hub it loads no model: the likelihoods may be of any.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Perplexity per token of a text, and bits per byte, from the likelihoods that a model gave.",
+            citation=_CITATION,
+            inputs_description="log_likelihoods: natural logarithms, one per token. num_bytes: the bytes that each stands for.",
+            features=datasets.Features(
+                {"log_likelihoods": datasets.Value("float64"), "num_bytes": datasets.Value("int64")}
+            ),
+            reference_urls=["https://arxiv.org/abs/2406.05816"],
+        )
+
+    def _compute(self, log_likelihoods, num_bytes) -> dict[str, float]:
+        return functions.perplexity(np.array(log_likelihoods), np.array(num_bytes))
+
+
 class LogicR2(evaluate.Metric):
     """
     `LogicR2().compute(predictions=..., references=..., base_mse=...)` with one number per sample gives `r2`, the mean of

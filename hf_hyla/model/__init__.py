@@ -5,16 +5,17 @@ other.
 This file is not uploaded. It registers the Auto classes and the pipeline, see `hf_hyla/__init__.py`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hyla import HylaConfig
-from .modeling_hyla import HylaForSequenceClassification, HylaModel, HylaPreTrainedModel
+from .modeling_hyla import HylaForCausalLM, HylaForSequenceClassification, HylaModel, HylaPreTrainedModel
 from .pipeline_hyla import SymbolicReasoningPipeline
 
 
 AutoConfig.register(HylaConfig.model_type, HylaConfig, exist_ok=True)
 AutoModel.register(HylaConfig, HylaModel, exist_ok=True)
+AutoModelForCausalLM.register(HylaConfig, HylaForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(HylaConfig, HylaForSequenceClassification, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     "symbolic-reasoning", SymbolicReasoningPipeline, pt_model=AutoModelForSequenceClassification
@@ -22,6 +23,7 @@ PIPELINE_REGISTRY.register_pipeline(
 
 __all__ = [
     "HylaConfig",
+    "HylaForCausalLM",
     "HylaForSequenceClassification",
     "HylaModel",
     "HylaPreTrainedModel",

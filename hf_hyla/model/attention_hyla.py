@@ -32,18 +32,29 @@ RMS_HEAD_EPS = 1e-6
 RMS_HEAD_SCALE = 2.0**-42
 
 
-def relative_position_buckets(query_length: int, key_length: int, num_buckets: int, device=None) -> torch.Tensor:
+def relative_position_buckets(
+    query_length: int,
+    key_length: int,
+    num_buckets: int,
+    device=None,
+    first_query: int | torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     Distance buckets after T5 in its unidirectional form, which the reference uses for non-causal tasks too: all later
-    keys share bucket 0 with the query itself. The last query stands beside the last key.
+    keys share bucket 0 with the query itself.
 
     Distances up to `num_buckets // 2` have a bucket each; beyond, buckets widen logarithmically until distance
     `num_buckets`, from which on all share the last one.
 
+    Args:
+        first_query (`int` or `torch.LongTensor` of shape (), *optional*): the place among the keys of the first query. Where
+            it is `None`, the last query stands beside the last key.
+
     Returns:
         `torch.LongTensor` of shape (query + key - 1,), values 0 to `num_buckets - 1`, by diagonal as in `by_pair`.
     """
-    distance = (key_length - 1 - torch.arange(query_length + key_length - 1, device=device)).clamp(min=0)
+    last_query = key_length - 1 if first_query is None else first_query + query_length - 1
+    distance = (last_query - torch.arange(query_length + key_length - 1, device=device)).clamp(min=0)
     num_exact = num_buckets // 2
     # Where the argument is below 1 the value is not used; the clamp keeps the logarithm finite there.
     relative = (distance.float() / num_exact).clamp(min=1.0)
@@ -62,9 +73,28 @@ def by_pair(by_diagonal: torch.Tensor, query_length: int, key_length: int) -> to
     Returns:
         `torch.Tensor` of shape (..., query, key).
     """
+    if query_length == 1:
+        return by_diagonal.unsqueeze(-2)
     query = torch.arange(query_length, device=by_diagonal.device)
     key = torch.arange(key_length, device=by_diagonal.device)
     return by_diagonal[..., key[None, :] - query[:, None] + query_length - 1]
+
+
+def rotated(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """
+    Rotary positions: element i of the first half of a head and element i of its second half are a point in a plane, turned
+    by the i-th angle of the token. The product of a query and a key then depends on how far apart they stand.
+
+    Args:
+        x (`torch.Tensor` of shape (batch, heads, sequence, head_dim)): queries or keys.
+        angles (pair of `torch.Tensor` of shape (batch or 1, sequence, rotated)): cosines and sines, those of the first half
+            once more for the second. Elements beyond the `rotated` first ones stay as they are.
+    """
+    cos, sin = (part.unsqueeze(1) for part in angles)
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
 
 
 def pair_dropout(

@@ -41,6 +41,7 @@ from transformers.utils import logging
 from .attention_hyla import attended, by_pair, dropout_seed, eager_attention_forward, position_of_first
 from .ops_cpu_hyla import cpu_attention, cpu_problem
 from .ops_triton_hyla import triton_attention, triton_problem
+from .step_cpu_hyla import step_attention, step_problem
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,8 @@ logger = logging.get_logger(__name__)
 # The eager implementation is as fast as the others while its largest intermediate result has no more elements than this. The
 # others take a few calls from Python more, and a compiled kernel takes seconds to compile for every new size of heads.
 _EAGER_ELEMENTS = 2**18
+# The same for a single query on a CPU, whose kernel is compiled once for all sizes.
+_EAGER_STEP_ELEMENTS = 2**12
 # The chunked implementation computes about this many elements at a time. Above it, the default avoids the eager one's memory.
 _CHUNK_ELEMENTS = 2**22
 
@@ -344,10 +347,27 @@ def _kernel_problem(own_problem: Callable[..., str | None], call: Call) -> str |
     return own_problem(query, key, value, module.value_mixing)
 
 
+def _step(call: Call) -> torch.Tensor:
+    mask = None if call.attention_mask is None else attended(call.attention_mask)
+    return step_attention(call.module, call.query, call.key, call.value, mask, call.scaling, call.position_bias)
+
+
+def _step_problem(call: Call) -> str | None:
+    if call.query.shape[2] != 1 or call.dropout:
+        return "it computes a single query without dropout"
+    bias, mask = call.position_bias, call.attention_mask
+    if bias is not None and bias.shape != (call.query.shape[1], call.key.shape[2]):
+        return "it takes position biases by diagonal"
+    if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1):
+        return "it takes one mask for all heads"
+    return step_problem(call.module, call.query, call.key, call.value)
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "eager": Implementation(_no_problem, _eager),
     "hyla_chunked": _differentiable_once(_no_problem, _chunked),
     "hyla_cpu": _differentiable_once(partial(_kernel_problem, cpu_problem), partial(_kernel, cpu_attention)),
+    "hyla_step": Implementation(_step_problem, _step),
     "hyla_triton": _differentiable_once(partial(_kernel_problem, triton_problem), partial(_kernel, triton_attention)),
     "hyla_sdpa": _differentiable_once(_sdpa_problem, _sdpa),
 }
@@ -412,6 +432,8 @@ def fastest_implementation(call: Call) -> str:
     if torch.compiler.is_exporting():
         return "eager"  # operators that every runtime has
     elements = largest_intermediate(call.module, call.query, call.key, call.value)
+    if elements > _EAGER_STEP_ELEMENTS and IMPLEMENTATIONS["hyla_step"].problem(call) is None:
+        return "hyla_step"
     if elements <= _EAGER_ELEMENTS:
         return "eager"
     # SDPA is slow in training, since its position bias needs a gradient.
@@ -446,10 +468,16 @@ def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, 
     return IMPLEMENTATIONS[kernel].problem(call)
 
 
+# The definition has a function of its own, and a single query is no model's only one.
+_NOT_BY_NAME = ("eager", "hyla_step")
 BACKENDS: dict[str, Callable] = {
     "eager": eager_attention_forward,
     "hyla": hyla_attention_forward,
-    **{name: partial(named_attention_forward, implementation=name) for name in IMPLEMENTATIONS if name != "eager"},
+    **{
+        name: partial(named_attention_forward, implementation=name)
+        for name in IMPLEMENTATIONS
+        if name not in _NOT_BY_NAME
+    },
 }
 BACKENDS["hyla_lean"] = BACKENDS["hyla_chunked"]  # its name up to version 0.1
 

@@ -19,6 +19,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 
@@ -26,12 +27,15 @@ logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 
+# Other ways to say what `rope_parameters` says, which transformers puts there.
+ROPE_KEYWORDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+
 # Keywords that transformers itself puts into a config without declaring them as fields.
 _UNDECLARED_KEYWORDS = frozenset((
     "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
     "per_layer_config", "torch_dtype", "model_type", "auto_map", "custom_pipelines", "quantization_config",
-    "tie_word_embeddings", "tie_last_hidden_states", "tokenizer_class", "bos_token_id", "eos_token_id", "sep_token_id",
-    "use_cache", "_commit_hash",
+    "tie_last_hidden_states", "tokenizer_class", "sep_token_id", "_commit_hash",
+    *ROPE_KEYWORDS,
 ))  # fmt: skip
 
 
@@ -61,16 +65,21 @@ class HylaConfig(PreTrainedConfig):
             Hidden layers of the generated value network; 2 is the paper's HYLA+.
         vocab_size (`int`, *optional*, defaults to 9):
             Number of token ids, for models that read `input_ids`. Exactly one of `vocab_size` and `input_size` is set.
+            A language model needs it.
         input_size (`int`, *optional*):
             Width of one token, for models that read continuous `input_values`.
         answer_token_id (`int`, *optional*, defaults to 8):
             Id of the slot in which an answer is to appear; its embedding is held at zero. `None` for text. Without
-            effect where `vocab_size` is `None`.
+            effect where `vocab_size` is `None` and in a language model.
         embedding_bias (`bool`, *optional*, defaults to `True`):
             Whether one bias is added to the embedding of every token, which makes the table equal to a dense layer
-            on one-hot symbols. `False` for text. Without effect where `vocab_size` is `None`.
+            on one-hot symbols. `False` for text. Without effect where `vocab_size` is `None` and in a language model.
         pad_token_id (`int`, *optional*):
             Id of padding. Tells the classification head where a sequence ends when no attention mask is given.
+        bos_token_id (`int`, *optional*):
+            Id with which a text begins, for `generate`.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Id, or ids, at which `generate` ends a text.
         hidden_size (`int`, *optional*, defaults to 128):
             Width of the residual stream.
         num_hidden_layers (`int`, *optional*, defaults to 4):
@@ -84,12 +93,21 @@ class HylaConfig(PreTrainedConfig):
         qk_norm (`bool`, *optional*, defaults to `False`):
             Whether queries and keys pass a LayerNorm without bias over the head width, its scale shared by all heads.
         position_type (`str`, *optional*, defaults to `"relative"`):
-            `"relative"`: every layer adds a learnt bias per head and distance bucket to its scores. `"none"`: no
-            positions.
+            `"relative"`: every layer adds a learnt bias per head and distance bucket to its scores. `"rotary"`: queries
+            and keys are rotated by angles that grow with their position. `"none"`: no positions.
         relative_attention_num_buckets (`int`, *optional*, defaults to 36):
             Number of distance buckets, and the distance from which on all share the last one.
+        rope_parameters (`dict`, *optional*):
+            Of rotary positions, as everywhere in transformers: `rope_theta` (defaults to 10,000), `rope_type` (`"default"`
+            or a scaling type such as `"linear"`, `"dynamic"`, `"yarn"`, `"longrope"` or `"llama3"`) and what that type
+            needs. With `partial_rotary_factor` only so large a part of each head is rotated.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            Number of tokens that rotary positions are meant for, which the scaling types count from. The other positions
+            know no limit.
         is_causal (`bool`, *optional*, defaults to `False`):
-            Whether a query sees only its own and earlier keys.
+            Whether a query sees only its own and earlier keys. Always `True` in a language model.
+        sliding_window (`int`, *optional*):
+            Number of keys, its own included, that a query of a causal model sees; a cache then keeps no more. `None`: all.
         attention_dropout (`float`, *optional*, defaults to 0.1):
             Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
@@ -112,6 +130,16 @@ class HylaConfig(PreTrainedConfig):
             Added to the variance in every norm.
         num_answers (`int`, *optional*, defaults to 4):
             How many of the last tokens carry an answer of the classification head.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the head of a language model has the table of embeddings for its weights.
+        lm_head_bias (`bool`, *optional*, defaults to `False`):
+            Whether the head of a language model adds a bias.
+        scale_logits (`bool`, *optional*):
+            Whether the logits of a language model are divided by the square root of `hidden_size`. `None` follows
+            `tie_word_embeddings`, as in the reference.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether a causal model returns the keys and values of its layers for later tokens. In training it does so only
+            for a cache that it is given.
         format_version (`int`, *optional*, defaults to 1):
             Version of the weights' layout and meaning; raised when older code would misread newer weights.
 
@@ -128,7 +156,8 @@ class HylaConfig(PreTrainedConfig):
     ```"""
 
     model_type = "hyla"
-    keys_to_ignore_at_inference = ["aux_loss", "router_logits"]
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # which every type takes
+    keys_to_ignore_at_inference = ["aux_loss", "router_logits", "past_key_values"]
 
     attention_type: Literal["hyla", "linear", "softmax"] = "hyla"
     score_norm: Literal["rms_head", "softmax", "none"] | None = None
@@ -140,6 +169,8 @@ class HylaConfig(PreTrainedConfig):
     answer_token_id: int | None = 8
     embedding_bias: bool = True
     pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
 
     hidden_size: int = 128
     num_hidden_layers: int = 4
@@ -147,9 +178,12 @@ class HylaConfig(PreTrainedConfig):
     head_dim: int | None = 4
     value_head_dim: int | None = 4
     qk_norm: bool = False
-    position_type: Literal["relative", "none"] = "relative"
+    position_type: Literal["relative", "rotary", "none"] = "relative"
     relative_attention_num_buckets: int = 36
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 2048
     is_causal: bool = False
+    sliding_window: int | None = None
     attention_dropout: float | int = 0.1
 
     ffn_type: Literal["mlp", "swiglu", "moe"] = "mlp"
@@ -163,6 +197,10 @@ class HylaConfig(PreTrainedConfig):
     norm_eps: float | int = 1e-6
 
     num_answers: int = 4
+    tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
+    scale_logits: bool | None = None
+    use_cache: bool = True
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -177,6 +215,7 @@ class HylaConfig(PreTrainedConfig):
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_hyla.HylaConfig",
             "AutoModel": "modeling_hyla.HylaModel",
+            "AutoModelForCausalLM": "modeling_hyla.HylaForCausalLM",
             "AutoModelForSequenceClassification": "modeling_hyla.HylaForSequenceClassification",
         }
         # transformers would ask for leave to run the repository's pipeline even where the package has registered its own.
@@ -193,6 +232,20 @@ class HylaConfig(PreTrainedConfig):
                         f"of {self.num_attention_heads}: set {name}, or change one of the two."
                     )
                 setattr(self, name, self.hidden_size // self.num_attention_heads)
+
+    def convert_rope_params_to_dict(self, **kwargs) -> dict:
+        """As transformers', for rotary positions; the others have no such parameters."""
+        if self.position_type == "rotary":
+            # A copy, since transformers writes defaults into it.
+            self.rope_parameters = dict(self.rope_parameters or {})
+            return super().convert_rope_params_to_dict(**kwargs)
+        given = [name for name in ROPE_KEYWORDS if kwargs.get(name) is not None]
+        if self.rope_parameters or given:
+            raise ValueError(
+                f"{(given or ['rope_parameters'])[0]} is for rotary positions, but position_type={self.position_type!r}: set "
+                "position_type='rotary', or leave it out."
+            )
+        return kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -239,6 +292,11 @@ class HylaConfig(PreTrainedConfig):
         """`hidden_act`, or what follows from `ffn_type` where it is `None`."""
         return self.hidden_act or ("silu" if self.ffn_type == "swiglu" else "gelu_pytorch_tanh")
 
+    @property
+    def effective_scale_logits(self) -> bool:
+        """`scale_logits`, or what follows from `tie_word_embeddings` where it is `None`."""
+        return self.tie_word_embeddings if self.scale_logits is None else self.scale_logits
+
     def validate_architecture(self):
         """Called by `@strict` after every construction; refuses settings that contradict each other."""
         if (self.vocab_size is None) == (self.input_size is None):
@@ -256,6 +314,12 @@ class HylaConfig(PreTrainedConfig):
         if self.position_type == "relative" and self.relative_attention_num_buckets < 2:
             raise ValueError(
                 f"relative_attention_num_buckets must be at least 2, got {self.relative_attention_num_buckets}."
+            )
+        if self.position_type == "rotary":
+            self._check_rotary()
+        if self.sliding_window is not None and not self.is_causal:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} needs a causal model: set is_causal=True or sliding_window=None."
             )
         if not self.num_labels:
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
@@ -309,6 +373,22 @@ class HylaConfig(PreTrainedConfig):
                 "with mixed values are attention_type='softmax', all others are 'linear'."
             )
 
+    def _check_rotary(self):
+        parameters, width = self.rope_parameters or {}, self.head_dim or 0
+        rope_type = parameters.get("rope_type", "default")
+        known = ["default", *ROPE_INIT_FUNCTIONS]
+        if rope_type not in known:
+            raise ValueError(
+                f"rope_parameters has rope_type={rope_type!r}, which transformers does not know{_nearest(rope_type, known)}: "
+                f"expected one of {', '.join(known)}."
+            )
+        rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
+        if rotated % 2 or not 0 < rotated <= width:
+            raise ValueError(
+                f"Rotary positions rotate pairs of elements, but here {rotated} of head_dim={width} are rotated: make it "
+                "an even number, at least 2 and at most head_dim."
+            )
+
     def _refuse_too_many_weights(self):
         # What a file asks for is refused before memory is: about as many as the largest matrices of every layer have.
         heads = self.num_attention_heads * ((self.head_dim or 0) * 2 + (self.value_head_dim or 0) * 2)
@@ -356,6 +436,8 @@ _LEAST = {
     "num_experts_per_tok": 1,
     "router_aux_loss_coef": 0,
     "num_answers": 1,
+    "max_position_embeddings": 1,
+    "sliding_window": 2,
     "norm_eps": 0,
 }
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")

@@ -11,21 +11,55 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The layers of HYLA models: attention, feed-forward, and the pre-norm block of the two."""
+"""The layers of HYLA models: positions, attention, feed-forward, the pre-norm block of the two, and how they are initialised."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_hyla import activation_or_none, eager_attention_forward
+from .attention_hyla import activation_or_none, eager_attention_forward, rotated
 from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
+
+
+class HylaRotaryEmbedding(nn.Module):
+    """The angles of rotary positions, by transformers' rope utilities, which compute and update the frequencies."""
+
+    def __init__(self, config: HylaConfig):
+        super().__init__()
+        if not config.rope_parameters:  # `position_type` was set after the config was made
+            config.convert_rope_params_to_dict()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self.frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def frequencies(self) -> tuple[torch.Tensor, float]:
+        """Radians per token (rotated / 2,), and what cosines and sines are multiplied by."""
+        if self.rope_type != "default":
+            return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+        parameters = self.config.rope_parameters
+        size = int(self.config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        return parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float) / size), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (batch, sequence, rotated) of positions (batch, sequence), in the dtype of `x`."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
 class HylaAttention(nn.Module):
@@ -71,11 +105,13 @@ class HylaAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_buckets: torch.Tensor | None = None,
         num_last: int | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Output (batch, query, hidden_size), and the codes (batch, heads, query, key) where they were asked for. The queries
-        are all tokens, or the last `num_last` of them.
+        are all tokens, or the last `num_last` of them; the keys are those in the cache, if there is one, and all tokens.
         """
         batch, length, _ = hidden_states.shape
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
@@ -84,11 +120,17 @@ class HylaAttention(nn.Module):
         query = self.q_norm(query.view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
         key = self.k_norm(key.view(batch, length, self.num_heads, -1)).transpose(1, 2)
         value = value.view(batch, length, self.num_heads, -1).transpose(1, 2)
+        if position_embeddings is not None:
+            of_queries = tuple(part[:, -queries.shape[1] :] for part in position_embeddings)
+            query, key = rotated(query, of_queries), rotated(key, position_embeddings)
+        if past_key_values is not None:
+            # RMSHead normalises every pair by itself, so keys and values are all that later tokens need.
+            key, value = past_key_values.update(key, value, self.layer_idx)
 
         position_bias = None
         if self.relative_attention_bias is not None:
             # By diagonal, of which fewer queries have fewer: those that count from the last key.
-            position_bias = self.relative_attention_bias[:, position_buckets[: queries.shape[1] + length - 1]]
+            position_bias = self.relative_attention_bias[:, position_buckets[: queries.shape[1] + key.shape[2] - 1]]
         if num_last is not None and attention_mask is not None and attention_mask.shape[2] > 1:
             attention_mask = attention_mask[:, :, -num_last:]
 
@@ -177,19 +219,55 @@ class HylaLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_buckets: torch.Tensor | None = None,
         num_last: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Hidden states of all tokens, or of the last `num_last`, which see all."""
         attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_buckets=position_buckets,
-            num_last=num_last,
-            **kwargs,
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, num_last=num_last, **kwargs
         )
         if num_last is not None:
             hidden_states = hidden_states[:, -num_last:]
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, config: HylaConfig) -> None:
+    """The reference's initialisation: lecun normal kernels, biases 0, embeddings normal with 1/sqrt(width)."""
+    if isinstance(module, nn.Linear):
+        _lecun_normal(module.weight, fan_in=module.in_features)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        init.ones_(module.weight)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        if config.embedding_bias:
+            # A dense layer on one-hot symbols; the answer slot is no symbol.
+            _lecun_normal(module.weight, fan_in=module.num_embeddings - (module.padding_idx is not None))
+        else:
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+            init.zeros_(module.weight[module.padding_idx])
+    elif isinstance(module, HylaRotaryEmbedding):
+        frequencies, _ = module.frequencies()
+        init.copy_(module.inv_freq, frequencies)
+        init.copy_(module.original_inv_freq, frequencies)
+    elif isinstance(module, HylaMoE):
+        _lecun_normal(module.up_proj, fan_in=module.up_proj.shape[-1])
+        _lecun_normal(module.down_proj, fan_in=module.down_proj.shape[-1])
+    elif isinstance(module, HylaAttention):
+        if module.relative_attention_bias is not None:
+            # Of a table (heads, buckets) the reference takes the last axis for the fan-in.
+            init.normal_(module.relative_attention_bias, std=module.relative_attention_bias.shape[1] ** -0.5)
+        if module.value_mixing is not None:
+            _lecun_normal(module.value_mixing, fan_in=module.value_head_dim)
+
+
+def _lecun_normal(tensor: torch.Tensor, fan_in: int) -> None:
+    # Cut off at two deviations, and widened by what the cut takes away, so that the deviation is 1/sqrt(fan_in).
+    # `init.lecun_normal_` widens, but cuts off at the numbers -2 and 2: its deviation is 14 % too large.
+    std = max(fan_in, 1) ** -0.5 / 0.87962566103423978
+    init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)

@@ -11,42 +11,45 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""HYLA models: inputs, masks, the stack of layers, initialisation, and a classification head."""
+"""HYLA models: the stack of layers, and its two heads, for classification and for language."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.compiler import is_exporting
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_hyla import attended, relative_position_buckets
+from .attention_hyla import relative_position_buckets
 from .backends_hyla import BACKENDS
 from .card_hyla import fill_in_card
 from .configuration_hyla import HylaConfig
-from .layers_hyla import HylaAttention, HylaLayer, HylaMoE, HylaRouter
+from .functions_cpu_hyla import cpu_functions
+from .inputs_hyla import check_given, check_ids, check_one_sequence_a_row, check_width, first_query, pair_mask
+from .layers_hyla import HylaAttention, HylaLayer, HylaRotaryEmbedding, HylaRouter, init_weights
+from .losses_hyla import add_balancing_loss, balancing_loss, classification_loss
 from .pipeline_hyla import SymbolicReasoningPipeline
 
 
 # What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
 # the official implementation. TRF051: the eager form is asked for by those who want every token computed.
-# trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers
-
-
-# trf-ignore: TRF057
-@dataclass
-class HylaModelOutput(BaseModelOutput):
-    """`BaseModelOutput` and, for mixtures of experts on request, `router_logits`: (batch * sequence, experts) a layer."""
-
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
+# trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.effective_scale_logits
 
 
 # trf-ignore: TRF057
@@ -71,6 +74,8 @@ class HylaPreTrainedModel(PreTrainedModel):
     }
     # HYLA mixes heads and RMSHead normalises over them, so that neither heads nor sequence can be split over devices.
     _supports_context_parallel = False
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
@@ -91,73 +96,25 @@ class HylaPreTrainedModel(PreTrainedModel):
         fill_in_card(working_dir, repo_id, self)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    # Every kind of module in this file is initialised here, none by the base class.
+    # Every kind of module is initialised by `init_weights`, none by the base class.
     # trf-ignore: TRF018
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """The reference's initialisation: lecun normal kernels, biases 0, embeddings normal with 1/sqrt(width)."""
-        if isinstance(module, nn.Linear):
-            _lecun_normal(module.weight, fan_in=module.in_features)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            if self.config.embedding_bias:
-                # A dense layer on one-hot symbols; the answer slot is no symbol.
-                _lecun_normal(module.weight, fan_in=module.num_embeddings - (module.padding_idx is not None))
-            else:
-                init.normal_(module.weight, std=module.embedding_dim**-0.5)
-            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, HylaModel):
-            if module.embed_bias is not None:
-                init.zeros_(module.embed_bias)
-        elif isinstance(module, HylaMoE):
-            _lecun_normal(module.up_proj, fan_in=module.up_proj.shape[-1])
-            _lecun_normal(module.down_proj, fan_in=module.down_proj.shape[-1])
-        elif isinstance(module, HylaAttention):
-            if module.relative_attention_bias is not None:
-                # Of a table (heads, buckets) the reference takes the last axis for the fan-in.
-                init.normal_(module.relative_attention_bias, std=module.relative_attention_bias.shape[1] ** -0.5)
-            if module.value_mixing is not None:
-                _lecun_normal(module.value_mixing, fan_in=module.value_head_dim)
+        init_weights(module, self.config)
+        if isinstance(module, HylaModel) and module.embed_bias is not None:
+            init.zeros_(module.embed_bias)
 
-
-def _lecun_normal(tensor: torch.Tensor, fan_in: int) -> None:
-    # Cut off at two deviations, and widened by what the cut takes away, so that the deviation is 1/sqrt(fan_in).
-    # `init.lecun_normal_` widens, but cuts off at the numbers -2 and 2: its deviation is 14 % too large.
-    std = max(fan_in, 1) ** -0.5 / 0.87962566103423978
-    init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
-
-
-def _refuse_packed_rows(attention_mask, kwargs) -> None:
-    """
-    Several sequences in one row would attend to each other. Positions follow from where tokens stand, so that `position_ids` may
-    be given that count up by one over the tokens of a row, from any number on.
-    """
-    advice = "pass one sequence a row, padded, with an attention_mask (DataCollatorWithPadding)."
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"HYLA models do not read several sequences from one row, which {name} describes: {advice}"
-            )
-    position_ids = kwargs.pop("position_ids", None)
-    if position_ids is None:
-        return
-    if is_torchdynamo_compiling():
-        raise ValueError("position_ids cannot be checked while a model is compiled or exported: leave them out.")
-    continues = position_ids.diff(dim=-1) == 1
-    if attention_mask is not None and attention_mask.ndim == 2:
-        padding = attention_mask == 0
-        continues = continues | padding[:, 1:] | padding[:, :-1]
-    if not bool(continues.all()):
-        raise ValueError(
-            f"position_ids must count up by one over the tokens of a row, since HYLA models do not read several sequences from "
-            f"one row: {advice}"
+    def _computes_last_only(self, kwargs) -> bool:
+        """
+        Whether the last layer may be computed for the last tokens alone: not where all were asked for, and not in the eager
+        form, which takes no shortcut.
+        """
+        recorded = any(
+            kwargs.get(name, getattr(self.config, name))
+            for name in ("output_hidden_states", "output_attentions", "output_router_logits")
         )
+        # trf-ignore: TRF051
+        return not recorded and self.config._attn_implementation != "eager"
 
 
 # trf-ignore: TRF057
@@ -176,6 +133,7 @@ class HylaModel(HylaPreTrainedModel):
             self.input_proj = nn.Linear(config.input_size, config.hidden_size)
         self.layers = nn.ModuleList([HylaLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.rotary_emb = HylaRotaryEmbedding(config) if config.position_type == "rotary" else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -198,117 +156,100 @@ class HylaModel(HylaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
         num_last: int | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPast:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape (batch, sequence), *optional*):
                 Token ids, for models with `vocab_size`.
             attention_mask (`torch.Tensor`, *optional*):
-                (batch, sequence), 1 for tokens and 0 for padding; or (batch, 1, query, key): True, the integer 1 or
+                (batch, key), 1 for tokens and 0 for padding; or (batch, 1, query, key): True, the integer 1 or
                 the float 0.0 attends; False, the integer 0 or a negative float does not. Causal models mask later
-                keys besides.
+                keys besides. Keys are the tokens in the cache, if there is one, and these.
             inputs_embeds (`torch.FloatTensor` of shape (batch, sequence, hidden_size), *optional*):
                 What `get_input_embeddings()` would return for the inputs.
             input_values (`torch.FloatTensor` of shape (batch, sequence, input_size), *optional*):
                 Continuous tokens, for models with `input_size`.
             num_last (`int`, *optional*):
                 Compute the last layer for that many last tokens only, where nobody reads the others.
+            position_ids (`torch.LongTensor` of shape (batch or 1, sequence), *optional*):
+                Positions of the tokens, which count up by one; in a causal model without mask and cache they may begin
+                anew within a row, where another sequence begins. Rotary positions are these, or count from the first
+                token of the row; relative ones are distances within the row in any case.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier tokens, of a causal model; those of these tokens are added to it.
+            use_cache (`bool`, *optional*):
+                Whether a causal model returns a cache where none is given. By default the config's `use_cache`. In training
+                and in exported programs it does not.
 
         Returns:
-            `HylaModelOutput` with `last_hidden_state` (batch, sequence or num_last, hidden_size); on request `hidden_states`,
-            `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key), and `router_logits`.
-        """
-        _refuse_packed_rows(attention_mask, kwargs)
-        hidden_states = self._embed(input_ids, input_values, inputs_embeds)
-        mask = self._pair_mask(hidden_states, attention_mask)
-        position_buckets = None
-        if self.config.position_type == "relative":
-            length = hidden_states.shape[1]
-            position_buckets = relative_position_buckets(
-                length, length, self.config.relative_attention_num_buckets, hidden_states.device
-            )
-        for number, layer in enumerate(self.layers, start=1):
-            last = num_last if number == len(self.layers) else None
-            hidden_states = layer(
-                hidden_states, attention_mask=mask, position_buckets=position_buckets, num_last=last, **kwargs
-            )
-        return HylaModelOutput(last_hidden_state=self.norm(hidden_states))
+            `MoeModelOutputWithPast` with `last_hidden_state` (batch, sequence or num_last, hidden_size), and
+            `past_key_values` of a causal model; on request `hidden_states`, `attentions`, a tuple of the latent codes of
+            each layer (batch, heads, query, key), and `router_logits`.
 
-    def _pair_mask(self, hidden_states, attention_mask) -> torch.Tensor | None:
-        """Mask (batch, 1, query, key) of padding, of the user and of causality; `None` where nothing is masked."""
-        length = hidden_states.shape[1]
-        if attention_mask is None or attention_mask.ndim == 2:
-            if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
-                raise ValueError(
-                    f"attention_mask must have the shape {tuple(hidden_states.shape[:2])} of the inputs, got "
-                    f"{tuple(attention_mask.shape)}."
-                )
-            if self.config.is_causal:
-                return create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
-            return create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        if attention_mask.ndim != 4 or attention_mask.shape[-2:] != (length, length):
+        Raises:
+            ValueError: for inputs that are missing or do not fit, saying which were expected.
+        """
+        check_one_sequence_a_row(self.config, attention_mask, position_ids, past_key_values, kwargs)
+        hidden_states = self._embed(input_ids, input_values, inputs_embeds)
+        if past_key_values is not None and not self.config.is_causal:
             raise ValueError(
-                f"attention_mask must have the shape (batch, {length}) or (batch, 1, {length}, {length}), got "
-                f"{tuple(attention_mask.shape)}."
+                "past_key_values belong to a causal model: set is_causal=True in the config, or leave them out."
             )
-        if attention_mask.is_floating_point() and not is_torchdynamo_compiling() and bool((attention_mask > 0).any()):
-            raise ValueError(
-                "A float attention_mask is added to scores in transformers: 0.0 attends and a negative number does not, "
-                "but this one has positive numbers; pass booleans or integers to say 1 attends."
+        mask = pair_mask(self.config, hidden_states, attention_mask, position_ids, past_key_values)
+        positions = self._positions(hidden_states, position_ids, past_key_values)
+        if (
+            use_cache
+            and past_key_values is None
+            and self.config.is_causal
+            and not self.training
+            and not is_exporting()
+        ):
+            past_key_values = DynamicCache(config=self.config)
+        for number, layer in enumerate(self.layers, start=1):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                num_last=num_last if number == len(self.layers) else None,
+                past_key_values=past_key_values,
+                **positions,
+                **kwargs,
             )
-        mask = attended(attention_mask)
-        if self.config.is_causal:
-            mask = mask & mask.new_ones(length, length).tril()
-        return mask
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _positions(self, hidden_states, position_ids, past_key_values) -> dict[str, torch.Tensor | tuple]:
+        """What the layers take of positions: buckets of distances by diagonal, or angles."""
+        if self.config.position_type == "relative":
+            place, num_keys = first_query(hidden_states, past_key_values)
+            num_buckets = self.config.relative_attention_num_buckets
+            length, device = hidden_states.shape[1], hidden_states.device
+            return {"position_buckets": relative_position_buckets(length, num_keys, num_buckets, device, place)}
+        if self.rotary_emb is None:
+            return {}
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+        return {"position_embeddings": self.rotary_emb(hidden_states, position_ids)}
 
     def _embed(self, input_ids, input_values, inputs_embeds) -> torch.Tensor:
         """Hidden states (batch, sequence, hidden_size) before the first layer, of the one kind of input that is given."""
-        inputs = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
-        given = [name for name, tensor in inputs.items() if tensor is not None]
-        if given != ["inputs_embeds"] and given != [self.main_input_name]:
-            raise ValueError(
-                f"This model reads exactly one of {self.main_input_name} and inputs_embeds, got "
-                f"{' and '.join(given) or 'none of them'}."
-            )
+        check_given(self.main_input_name, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds)
         if input_values is not None:
-            if input_values.ndim != 3 or input_values.shape[-1] != self.config.input_size:
-                raise ValueError(
-                    f"input_values must have the shape (batch, sequence, {self.config.input_size}), got "
-                    f"{tuple(input_values.shape)}: the last number is the config's input_size."
-                )
+            check_width("input_values", input_values, self.config.input_size, "input_size")
             # Of a norm, which no quantisation touches: weights of the projection may be integers, or no tensor at all.
             return self.input_proj(input_values.to(self.norm.weight.dtype))
         if input_ids is not None:
-            self._check_ids(input_ids)
+            check_ids(input_ids, self.embed_tokens, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds must have the shape (batch, sequence, {self.config.hidden_size}), got "
-                f"{tuple(inputs_embeds.shape)}: the last number is the config's hidden_size."
-            )
+        else:
+            check_width("inputs_embeds", inputs_embeds, self.config.hidden_size, "hidden_size")
         if self.embed_bias is None:
             return inputs_embeds
         # A device map may put the bias, which belongs to no submodule, on another device than the table.
         return inputs_embeds + self.embed_bias.to(inputs_embeds.device)
-
-    def _check_ids(self, input_ids) -> None:
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids must be integers of the shape (batch, sequence), got {input_ids.dtype} of the shape "
-                f"{tuple(input_ids.shape)}."
-            )
-        # On a GPU a look at the values would stall the queue of kernels; there torch itself reports the id.
-        if input_ids.device.type != "cpu" or is_torchdynamo_compiling() or not input_ids.numel():
-            return
-        least, largest = int(input_ids.min()), int(input_ids.max())
-        # An adapter around the table has no size of its own.
-        size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
-        if least < 0 or largest >= size:
-            raise ValueError(
-                f"input_ids must lie in 0 to {size - 1}, got "
-                f"{least if least < 0 else largest}: encode the inputs for this model's vocabulary."
-            )
 
 
 # trf-ignore: TRF057
@@ -363,7 +304,8 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         Raises:
             ValueError: if a sequence is shorter than `num_answers`, or labels do not fit the logits.
         """
-        outputs: HylaModelOutput = self.model(
+        kwargs.setdefault("use_cache", False)
+        outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -378,11 +320,9 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels.to(logits.device), num_items_in_batch)
-        aux_loss = self._balancing_loss(outputs.router_logits, attention_mask)
+        aux_loss = balancing_loss(self.model, outputs.router_logits, attention_mask)
         if aux_loss is not None and loss is not None:
-            # This batch's part of an update, so that accumulating batches does not multiply it.
-            share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
-            loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+            loss = add_balancing_loss(self.config, loss, aux_loss, labels, num_items_in_batch)
         return HylaSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -393,74 +333,14 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         )
 
     def _num_last(self, input_ids, attention_mask, kwargs) -> int | None:
-        """
-        How many last tokens of the last layer are read; `None` where padding may follow, where all were asked for, and in
-        the eager form, which takes no shortcut.
-        """
+        """How many last tokens of the last layer are read; `None` where padding may follow or all are computed."""
         padded = (attention_mask is not None and attention_mask.ndim == 2) or (
             self.config.pad_token_id is not None and input_ids is not None
         )
-        recorded = any(
-            kwargs.get(name, getattr(self.config, name))
-            for name in ("output_hidden_states", "output_attentions", "output_router_logits")
-        )
-        # trf-ignore: TRF051
-        plain = self.config._attn_implementation == "eager"
-        return None if padded or recorded or plain else self.config.num_answers
-
-    def _balancing_loss(self, router_logits, attention_mask) -> torch.Tensor | None:
-        """The load-balancing loss of a mixture of experts; `None` where there are no router logits."""
-        if not router_logits:  # empty where a model without routers is asked for them
-            return None
-        is_token = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        aux_loss = load_balancing_loss_func(
-            router_logits, self.config.num_experts, self.config.num_experts_per_tok, is_token
-        )
-        recomputing = self.model.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if recomputing and not aux_loss.requires_grad:
-            raise ValueError(
-                "Gradient checkpointing with use_reentrant=True loses the gradient of the load-balancing loss: set "
-                "use_reentrant=False, or output_router_logits=False."
-            )
-        return aux_loss
+        return self.config.num_answers if not padded and self._computes_last_only(kwargs) else None
 
     def loss_function(self, logits, labels, num_items_in_batch=None) -> torch.Tensor:
-        # transformers' ForSequenceClassificationLoss squeezes, writes into the config, knows no axis of answers, and
-        # its callers drop num_items_in_batch, which makes gradients grow with accumulation and world size.
-        problem_type = self.config.problem_type
-        if problem_type is None:
-            if self.num_labels == 1:
-                problem_type = "regression"
-            else:
-                problem_type = (
-                    "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-                )
-
-        expected = logits.shape[:-1] if problem_type == "single_label_classification" else logits.shape
-        if problem_type == "regression" and labels.shape == logits.shape[:-1] and self.num_labels == 1:
-            labels = labels.unsqueeze(-1)
-        if labels.shape != expected:
-            raise ValueError(
-                f"For problem_type={problem_type!r} the labels must have the shape {tuple(expected)}, got "
-                f"{tuple(labels.shape)}."
-            )
-        reduction = "mean" if num_items_in_batch is None else "sum"
-        if problem_type == "single_label_classification":
-            if labels.is_floating_point():
-                raise ValueError(
-                    f"Classes must be integers, got labels of dtype {labels.dtype}: set problem_type='regression' in "
-                    "the config to fit numbers."
-                )
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, -2).float(), labels.flatten().long(), reduction=reduction
-            )
-        elif problem_type == "regression":
-            loss = nn.functional.mse_loss(logits, labels.to(logits.dtype), reduction=reduction)
-        else:
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction=reduction)
-        if num_items_in_batch is not None:
-            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
-        return loss
+        return classification_loss(self.config, logits, labels, num_items_in_batch)
 
 
 def answer_states(config: HylaConfig, hidden_states, input_ids, attention_mask) -> torch.Tensor:
@@ -488,9 +368,113 @@ def answer_states(config: HylaConfig, hidden_states, input_ids, attention_mask) 
     return hidden_states.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
+# trf-ignore: TRF057
+class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
+    """
+    A language model: logits of the next token, for every token. It is causal, and has neither an answer slot nor a bias of
+    embeddings; so is its config, which is a copy.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HylaConfig):
+        if config.vocab_size is None:
+            raise ValueError("A language model reads and writes token ids: set vocab_size, and input_size=None.")
+        config = copy.deepcopy(config)
+        config.is_causal, config.answer_token_id, config.embedding_bias = True, None, False
+        super().__init__(config)
+        self.model = HylaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def _get_static_cache_init_shape(self):
+        # transformers would give values the width of keys; without a shape the cache takes it from the first of them.
+        same = self.config.head_dim == self.config.value_head_dim
+        return super()._get_static_cache_init_shape() if same else None
+
+    # trf-ignore: TRF057
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
+                See [`HylaModel.forward`].
+            labels (`torch.LongTensor` of shape (batch, sequence), *optional*):
+                The tokens themselves: they are shifted here, so that each is compared with the logits of the one before.
+                Label -100 is ignored.
+            logits_to_keep (`int` or `torch.LongTensor`, *optional*, defaults to 0):
+                Compute the logits of that many last tokens only, or of the tokens with these indices; 0 means all.
+            num_items_in_batch (`int`, *optional*):
+                Number of labels in all batches that are accumulated into one update; the loss is the sum over this
+                batch divided by it. Without it the loss is the mean.
+
+        Returns:
+            `MoeCausalLMOutputWithPast` with `logits` (batch, sequence or those kept, vocab_size), and `past_key_values`.
+
+        Raises:
+            ValueError: if labels do not fit the logits.
+        """
+        last = logits_to_keep if isinstance(logits_to_keep, int) and self._computes_last_only(kwargs) else 0
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_last=last or None,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept]
+        if self.config.effective_scale_logits:
+            hidden_states = hidden_states * self.config.hidden_size**-0.5
+        with cpu_functions(hidden_states):
+            logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"labels must have the shape {tuple(logits.shape[:-1])} of the tokens with logits, got "
+                    f"{tuple(labels.shape)}."
+                )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        aux_loss = balancing_loss(self.model, outputs.router_logits, attention_mask)
+        if aux_loss is not None and loss is not None:
+            loss = add_balancing_loss(self.config, loss, aux_loss, labels[:, 1:], kwargs.get("num_items_in_batch"))
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits or None,
+        )
+
+
 # The names under which saving copies this file, and everything it imports, beside the weights.
 HylaModel.register_for_auto_class("AutoModel")
 HylaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+HylaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 # The pipeline is of no use here, but what this file imports is saved with every model.
-__all__ = ["HylaForSequenceClassification", "HylaModel", "HylaPreTrainedModel", "SymbolicReasoningPipeline"]
+__all__ = [
+    "HylaForCausalLM",
+    "HylaForSequenceClassification",
+    "HylaModel",
+    "HylaPreTrainedModel",
+    "SymbolicReasoningPipeline",
+]

@@ -26,9 +26,10 @@ HELPERS = ["parameterized==0.9.0"]
 EXPLAINED = {
     "requires|not supported on": "this machine has no such device or package.",
     "SDPA|sdpa|flex|Flash Attention": "fused softmax attention knows neither RMSHead nor value networks, and the family switches it off.",
+    "attention mask API": "rows of several sequences are tested in tests/model/test_causal.py.",
     "TP plan": "scores are normalised over heads and codes mix them, so heads cannot lie on different devices.",
     "grouped_mm|sparse experts": "every expert sees every token, so that there is no sparse form to compare.",
-    "RoPE": "no position is rotary.",
+    "RoPE": "positions are not rotary.",
     "position embeddings": "the relative table counts distances, whatever the length.",
     "sliding window": "attention has no window.",
     "language modeling head|_torch_compile_train_cls": "the family classifies and has no head for text.",
@@ -53,7 +54,7 @@ def pytest_configure(config):
     suite = _fetched(config.rootpath / ".cache" / f"transformers-{version('transformers')}")
     sys.path.append(str(suite))
     # Under --strict-markers a mark that nobody declared is an error.
-    files = [*(suite / PACKAGE).glob("*.py"), Path(find_spec("transformers").origin).parent / "testing_utils.py"]
+    files = [*(suite / PACKAGE).rglob("*.py"), Path(find_spec("transformers").origin).parent / "testing_utils.py"]
     for mark in sorted({name for file in files for name in re.findall(r"\bmark\.(\w+)", file.read_text("utf-8"))}):
         config.addinivalue_line("markers", f"{mark}: of transformers' tests")
 

@@ -1,5 +1,6 @@
 """Replacements for modules that transformers' tests import and its source distribution leaves out."""
 
+import importlib.util
 import sys
 import types
 
@@ -23,7 +24,11 @@ class ExportTesterMixin:
 
 
 class GenerationTesterMixin:
-    """Only asked for as a base class, which a family that generates no text must not have."""
+    """
+    Only asked for as a base class of the tests of models that generate. With `tests/generation/test_utils.py` of transformers in
+    the fetched folder, as `transformers_tests/generation/test_utils.py`, its tests run in place of this; those of ours are in
+    `tests/model/test_generation.py`.
+    """
 
 
 # Every field that a config inherits, with a value that is not its default.
@@ -42,12 +47,14 @@ CONFIG_COMMON_KWARGS = {
 
 
 def install(package: str) -> None:
-    """Makes these known under the names by which the tests in `package` import them."""
+    """Makes these known under the names by which the tests in `package` import them, unless it has modules of those names."""
     for name, contents in {
         "exporters.test_export": {"ExportTesterMixin": ExportTesterMixin},
         "generation.test_utils": {"GenerationTesterMixin": GenerationTesterMixin},
         "utils.test_configuration_utils": {"config_common_kwargs": CONFIG_COMMON_KWARGS},
     }.items():
-        module = types.ModuleType(f"{package}.{name}")
-        vars(module).update(contents)
-        sys.modules[module.__name__] = module
+        parent, _, _ = name.partition(".")
+        if importlib.util.find_spec(f"{package}.{parent}") is None:
+            module = types.ModuleType(f"{package}.{name}")
+            vars(module).update(contents)
+            sys.modules[module.__name__] = module

@@ -5,10 +5,11 @@ import unittest.mock
 
 import stand_ins
 import torch
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.testing_utils import torch_device
 
-from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
-from hf_hyla.model import modeling_hyla
+from hf_hyla import HylaConfig, HylaForCausalLM, HylaForSequenceClassification, HylaModel
+from hf_hyla.model.modeling_hyla import HylaSequenceClassifierOutput
 
 
 stand_ins.install("transformers_tests")
@@ -21,6 +22,7 @@ from transformers_tests.test_configuration_common import ConfigTester  # noqa: E
 for table, name in {
     "MODEL_MAPPING_NAMES": "HylaModel",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "HylaForSequenceClassification",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "HylaForCausalLM",
 }.items():
     setattr(common, table, {**getattr(common, table), HylaConfig.model_type: name})
 
@@ -87,9 +89,47 @@ class HylaCommonTests(common.ModelTesterMixin):
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def test_model_rope_scaling_from_config_0_linear(self):
+        self._of_rotary_positions(super().test_model_rope_scaling_from_config_0_linear)
+
+    def test_model_rope_scaling_from_config_1_dynamic(self):
+        self._of_rotary_positions(super().test_model_rope_scaling_from_config_1_dynamic)
+
+    def test_model_rope_scaling_from_config_2_yarn(self):
+        self._of_rotary_positions(super().test_model_rope_scaling_from_config_2_yarn)
+
+    def test_model_rope_with_partial_rotation(self):
+        self._of_rotary_positions(super().test_model_rope_with_partial_rotation)
+
+    def _of_rotary_positions(self, test):
+        if self.settings.get("position_type") != "rotary":
+            self.skipTest("Other positions are not scaled.")
+        test()
+
 
 class HylaTextTest(HylaCommonTests, unittest.TestCase):
     settings = TEXT | {"attention_type": "hyla"}
+
+
+class RotaryLanguageTest(HylaCommonTests, common.GenerationTesterMixin, unittest.TestCase):
+    """The language model, with weights of its own for the head, and positions of which several types are tried."""
+
+    settings = TEXT | {
+        "attention_type": "hyla",
+        "position_type": "rotary",
+        "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.7},
+        "head_dim": 6,
+        "value_head_dim": 6,  # as wide as keys, which transformers' tests of generation take for granted
+        "is_causal": True,
+        "tie_word_embeddings": False,
+    }
+    all_model_classes = (HylaModel, HylaForCausalLM)
+
+
+class RelativeLanguageTest(HylaCommonTests, common.GenerationTesterMixin, unittest.TestCase):
+    settings = TEXT | {"attention_type": "softmax", "is_causal": True, "value_head_dim": 5}
+    all_model_classes = (HylaModel, HylaForCausalLM)
 
 
 class LinearTextTest(HylaCommonTests, unittest.TestCase):
@@ -100,12 +140,15 @@ class SoftmaxTextTest(HylaCommonTests, unittest.TestCase):
     settings = TEXT | {"attention_type": "softmax"}
 
 
-class CausalMixtureTest(HylaCommonTests, unittest.TestCase):
+class CausalMixtureTest(HylaCommonTests, common.GenerationTesterMixin, unittest.TestCase):
     """The parts that the others leave out."""
+
+    all_model_classes = (HylaModel, HylaForSequenceClassification, HylaForCausalLM)
 
     settings = TEXT | {
         "attention_type": "hyla",
         "value_depth": 2,
+        "value_head_dim": 5,
         "qk_norm": True,
         "position_type": "none",
         "is_causal": True,
@@ -118,8 +161,9 @@ class CausalMixtureTest(HylaCommonTests, unittest.TestCase):
         super().setUp()
         # Tests look in the annotation for what to expect, and it names what all models return, dense ones too.
         for model_class, output in (
-            (HylaModel, modeling_hyla.HylaModelOutput),
-            (HylaForSequenceClassification, modeling_hyla.HylaSequenceClassifierOutput),
+            (HylaModel, MoeModelOutputWithPast),
+            (HylaForSequenceClassification, HylaSequenceClassifierOutput),
+            (HylaForCausalLM, MoeCausalLMOutputWithPast),
         ):
             patch = unittest.mock.patch.dict(model_class.forward.__annotations__, {"return": output})
             self.enterContext(patch)

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import test_attention
+import test_causal
 import test_parity
 
 from hf_hyla.model.attention_hyla import (
@@ -17,8 +18,10 @@ from hf_hyla.model.attention_hyla import (
     mixed_values,
     pair_dropout,
     relative_position_buckets,
+    rotated,
 )
-from hf_hyla.model.modeling_hyla import HylaAttention, HylaModel
+from hf_hyla.model.inputs_hyla import pair_mask
+from hf_hyla.model.layers_hyla import HylaAttention
 
 
 ROW = {row: row for row in test_attention.ROWS}
@@ -55,6 +58,19 @@ def buckets(golden):
     test_attention.test_position_buckets_equal_those_of_unidirectional_t5(7)
 
 
+def steps(row, position_type):
+    """A token at a time, with a cache, against all at once."""
+    return lambda golden: test_causal.test_a_token_at_a_time_gives_the_logits_of_all_at_once(row, position_type)
+
+
+def padding(position_type):
+    return lambda golden: test_causal.test_padding_on_the_left_changes_nothing_with_and_without_a_cache(position_type)
+
+
+def rotation(golden):
+    test_causal.test_rotation_turns_pairs_of_elements_by_the_angle_of_their_position()
+
+
 # what is broken: (function, its source, what stands there instead, the tests that must see it)
 MUTATIONS = {
     "softmax over keys in place of RMSHead": (
@@ -87,10 +103,10 @@ MUTATIONS = {
         [loop(HYLA, "right padding"), cross],
     ),
     "causality ignored": (
-        HylaModel._pair_mask,
-        "return create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)",
-        "return create_bidirectional_mask(self.config, hidden_states, attention_mask)",
-        [official("var_causal_hypatt")],
+        pair_mask,
+        "if not config.is_causal",
+        "if True",
+        [official("var_causal_hypatt"), official("lm_linear_hypatt")],
     ),
     "read-out without the code": (
         generated_values,
@@ -175,6 +191,24 @@ MUTATIONS = {
         ".clamp(min=0)",
         ".abs()",
         [buckets, official("logic_linear_hypatt")],
+    ),
+    "distances as if nothing were cached": (
+        relative_position_buckets,
+        "first_query + query_length - 1",
+        "query_length - 1",
+        [steps(HYLA, "relative"), steps(SOFTMAX, "relative")],
+    ),
+    "keys that are not rotated": (
+        HylaAttention.forward,
+        "rotated(key, position_embeddings)",
+        "key",
+        [padding("rotary")],
+    ),
+    "queries and keys that turn by the sum of their positions": (
+        rotated,
+        "[-second, first]",
+        "[second, first]",
+        [rotation, padding("rotary")],
     ),
 }
 

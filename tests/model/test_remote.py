@@ -12,11 +12,14 @@ import torch
 from model_helpers import ids, make
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
+from hf_hyla import HylaConfig, HylaForCausalLM, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
 
 
 REPOSITORY, COMMIT = "somebody/some-hyla", "0123456789abcdef0123456789abcdef01234567"
-CODE = {"attention_hyla.py", "configuration_hyla.py", "layers_hyla.py", "modeling_hyla.py", "pipeline_hyla.py"}
+CODE = {
+    "attention_hyla.py", "configuration_hyla.py", "inputs_hyla.py", "layers_hyla.py", "losses_hyla.py", "modeling_hyla.py",
+    "pipeline_hyla.py",
+}  # fmt: skip
 
 
 class Repository:
@@ -105,6 +108,37 @@ def test_a_repository_loads_by_its_id_without_the_package_and_saves_itself_compl
         # What is saved stands for itself, and does not send its reader back to where it came from.
         first, again = (json.loads(files["config.json"].read_text()) for files in (first, again))
         assert first["auto_map"] == again["auto_map"] and first["custom_pipelines"] == again["custom_pipelines"]
+
+
+def test_a_language_model_generates_by_the_repositorys_id_without_the_package(repository):
+    config = HylaConfig(
+        vocab_size=19,
+        answer_token_id=None,
+        position_type="rotary",
+        hidden_size=24,
+        num_hidden_layers=2,
+        is_causal=True,
+    )
+    model = HylaForCausalLM(config).eval()
+    model.save_pretrained(repository.snapshot)
+    generated = model.generate(ids(), max_new_tokens=5, do_sample=False)
+    torch.save((ids(), generated, model(ids()).logits.detach()), repository.home / "expected.pt")
+    repository.run("""
+        from transformers import AutoModelForCausalLM
+
+        x, generated, logits = torch.load(home / "expected.pt")
+        for source in (repository, home / "again"):
+            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+            assert "transformers_modules" in type(model).__module__, type(model)
+            assert torch.equal(model(x).logits, logits)
+            assert torch.equal(model.generate(x, max_new_tokens=5, do_sample=False), generated)
+            model.save_pretrained(home / "again")
+            # As a script that trains from scratch builds it.
+            config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+            fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+            assert fresh.lm_head.weight is fresh.model.embed_tokens.weight and fresh(x, labels=x).loss < 20
+    """)
+    assert {p.name for p in repository.snapshot.iterdir()} == {p.name for p in (repository.home / "again").iterdir()}
 
 
 def test_the_pipeline_runs_by_the_repositorys_id_without_the_package(repository):

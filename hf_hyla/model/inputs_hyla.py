@@ -1,0 +1,191 @@
+# Copyright 2026 The hf_hyla authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What models read, checked before work starts: ids, numbers or embeddings, positions, and the mask of pairs."""
+
+from typing import cast
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.utils import is_torchdynamo_compiling
+
+from .attention_hyla import attended
+from .configuration_hyla import HylaConfig
+
+
+# What transformers' functions return but for flex attention, which this family does not have.
+_Mask = torch.Tensor | None
+
+
+def check_given(expected: str, **inputs: torch.Tensor | None) -> None:
+    """Raises a ValueError unless exactly one input is given: the one that the model reads, or embeddings."""
+    given = [name for name, tensor in inputs.items() if tensor is not None]
+    if given not in (["inputs_embeds"], [expected]):
+        raise ValueError(
+            f"This model reads exactly one of {expected} and inputs_embeds, got {' and '.join(given) or 'none of them'}."
+        )
+
+
+def check_width(name: str, tensor: torch.Tensor, width: int, field: str) -> None:
+    """Raises a ValueError unless the tensor has the shape (batch, sequence, width)."""
+    if tensor.ndim != 3 or tensor.shape[-1] != width:
+        raise ValueError(
+            f"{name} must have the shape (batch, sequence, {width}), got {tuple(tensor.shape)}: the last number is the config's "
+            f"{field}."
+        )
+
+
+def check_ids(input_ids: torch.Tensor, table: nn.Module, vocab_size: int) -> None:
+    """Raises a ValueError for ids of a wrong shape or dtype and, on the CPU, for ids that the table does not hold."""
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be integers of the shape (batch, sequence), got {input_ids.dtype} of the shape "
+            f"{tuple(input_ids.shape)}."
+        )
+    # On a GPU a look at the values would stall the queue of kernels; there torch itself reports the id.
+    if input_ids.device.type != "cpu" or is_torchdynamo_compiling() or not input_ids.numel():
+        return
+    least, largest = int(input_ids.min()), int(input_ids.max())
+    # An adapter around the table has no size of its own.
+    size = getattr(table, "num_embeddings", vocab_size)
+    if least < 0 or largest >= size:
+        raise ValueError(
+            f"input_ids must lie in 0 to {size - 1}, got {least if least < 0 else largest}: encode the inputs for this "
+            "model's vocabulary."
+        )
+
+
+def check_one_sequence_a_row(
+    config: HylaConfig, attention_mask, position_ids: torch.Tensor | None, past_key_values: Cache | None, others: dict
+) -> None:
+    """
+    Raises a ValueError for rows of several sequences, which would attend to each other.
+
+    `position_ids` may count up by one over the tokens of a row, from any number on. In a causal model without mask and cache
+    they may also begin anew within a row: then they say where a sequence begins, and `pair_mask` keeps sequences apart.
+    """
+    advice = "pass one sequence a row, padded, with an attention_mask (DataCollatorWithPadding)."
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"HYLA models do not read several sequences from one row, which {name} describes: {advice}"
+            )
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return
+    if config.is_causal:
+        by_pair = attention_mask is not None and attention_mask.ndim == 4
+        if by_pair or (attention_mask is None and past_key_values is None) or is_torchdynamo_compiling():
+            return
+    if is_torchdynamo_compiling():
+        raise ValueError("position_ids cannot be checked while a model is compiled or exported: leave them out.")
+    continues = position_ids.diff(dim=-1) == 1
+    if attention_mask is not None and attention_mask.ndim == 2:
+        padding = attention_mask[:, -position_ids.shape[-1] :] == 0
+        continues = continues | padding[:, 1:] | padding[:, :-1]
+    if not bool(continues.all()):
+        raise ValueError(
+            f"position_ids must count up by one over the tokens of a row, since HYLA models do not read several sequences from "
+            f"one row: {advice}"
+        )
+
+
+def first_query(hidden_states: torch.Tensor, past_key_values: Cache | None) -> tuple[int | torch.Tensor, int]:
+    """The place of the first of these tokens among all keys, and how many keys there are."""
+    length = hidden_states.shape[1]
+    if past_key_values is None:
+        return 0, length
+    # All layers keep the same keys, those of a sliding window only the last.
+    num_keys, first_key = past_key_values.get_mask_sizes(length, 0)
+    place = past_key_values.get_query_offset(0)
+    return (place.to(hidden_states.device) if isinstance(place, torch.Tensor) else place) - first_key, num_keys
+
+
+def pair_mask(
+    config: HylaConfig,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> torch.Tensor | None:
+    """
+    Mask (batch, 1, query, key) of padding, of the user, of causality and of the window; `None` where nothing is masked.
+
+    Raises:
+        ValueError: for a mask of another shape than (batch, key) or (batch, 1, query, key), and for one that adds to scores.
+    """
+    if attention_mask is None or attention_mask.ndim == 2:
+        if attention_mask is not None:
+            _check_padding(attention_mask, hidden_states, past_key_values)
+        if _sees_all(config, hidden_states, attention_mask, past_key_values):
+            return None
+        if not config.is_causal:
+            return cast(_Mask, create_bidirectional_mask(config, hidden_states, attention_mask))
+        create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+        return cast(_Mask, create(config, hidden_states, attention_mask, past_key_values, position_ids=position_ids))
+    place, num_keys = first_query(hidden_states, past_key_values)
+    length = hidden_states.shape[1]
+    if attention_mask.ndim != 4 or attention_mask.shape[-2:] != (length, num_keys):
+        raise ValueError(
+            f"attention_mask must have the shape (batch, {num_keys}) or (batch, 1, {length}, {num_keys}), got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if attention_mask.is_floating_point() and not is_torchdynamo_compiling() and bool((attention_mask > 0).any()):
+        raise ValueError(
+            "A float attention_mask is added to scores in transformers: 0.0 attends and a negative number does not, "
+            "but this one has positive numbers; pass booleans or integers to say 1 attends."
+        )
+    mask = attended(attention_mask)
+    if config.is_causal:
+        queries = place + torch.arange(length, device=mask.device)[:, None]
+        keys = torch.arange(num_keys, device=mask.device)[None, :]
+        mask = mask & (keys <= queries)
+        if config.sliding_window is not None:
+            mask = mask & (keys > queries - config.sliding_window)
+    return mask
+
+
+def _sees_all(config: HylaConfig, hidden_states, attention_mask, past_key_values: Cache | None) -> bool:
+    """Whether there is a single query, which the cache holds nothing but visible keys for."""
+    if not config.is_causal or past_key_values is None or hidden_states.shape[1] != 1 or is_torchdynamo_compiling():
+        return False
+    if isinstance(past_key_values.get_seq_length(), torch.Tensor):  # of a static cache, which has empty places
+        return False
+    _, num_keys = first_query(hidden_states, past_key_values)
+    if config.sliding_window is not None and num_keys > config.sliding_window:  # a cache may keep more
+        return False
+    # On a GPU a look at the mask would stall the queue of kernels.
+    return attention_mask is None or (attention_mask.device.type == "cpu" and bool(attention_mask.all()))
+
+
+def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, past_key_values: Cache | None) -> None:
+    batch, length = hidden_states.shape[:2]
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if isinstance(seen, torch.Tensor):
+        # Of a static cache, whose mask may be as long as the cache; on a GPU the look would stall the queue of kernels.
+        if is_torchdynamo_compiling() or seen.device.type != "cpu":
+            return
+        fits = attention_mask.shape[1] >= int(seen) + length
+    else:
+        fits = attention_mask.shape[1] == seen + length
+    if not fits or attention_mask.shape[0] != batch:
+        tokens = f"all tokens, of which {int(seen)} are in the cache" if seen else "the inputs"
+        raise ValueError(
+            f"attention_mask must have the shape ({batch}, {int(seen) + length}) of {tokens}, got "
+            f"{tuple(attention_mask.shape)}."
+        )
