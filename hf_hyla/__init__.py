@@ -15,10 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .model import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
+    from .model import (
+        HylaAttention,
+        HylaConfig,
+        HylaForSequenceClassification,
+        HylaModel,
+        SymbolicReasoningPipeline,
+        eager_attention_forward,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["HylaConfig", "HylaForSequenceClassification", "HylaModel", "SymbolicReasoningPipeline", "__version__"]
+__all__ = [
+    "HylaAttention",
+    "HylaConfig",
+    "HylaForSequenceClassification",
+    "HylaModel",
+    "SymbolicReasoningPipeline",
+    "__version__",
+    "eager_attention_forward",
+]
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):
