@@ -6,7 +6,7 @@ BIN := .venv/bin
 # The index of torch's CPU build; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-fast test-oldest test-common gpu gpu-rehearsal hub-cards lint format lock clean
+.PHONY: setup demo test test-fast test-oldest test-common gpu gpu-rehearsal hub-cards docs release-check lint format lock clean
 
 setup: .venv/ready
 
@@ -77,6 +77,27 @@ hub-cards: setup
 		$(BIN)/hyla card $$folder --repo-id hf-hyla/$$(basename $$folder) --with $${records[@]}; \
 	done
 
+# The site of mkdocs.yml in .cache/site: pages copied from where they lie, and one for every module that it names. HTML in a card
+# holds Markdown, as on the Hub.
+docs: setup
+	rm -rf .cache/docs
+	mkdir -p .cache/docs/reference
+	cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md LICENSE recipes hub_cards .cache/docs
+	sed -i 's/^<details>/<details markdown>/' .cache/docs/hub_cards/*/README.md
+	for module in $$(sed -n 's|.* reference/\(.*\)\.md$$|\1|p' mkdocs.yml); do \
+		printf '# %s\n\n::: %s\n' $$module $$module > .cache/docs/reference/$$module.md; \
+	done
+	PATH="$$PWD/$(BIN):$$PATH" mkdocs build --strict
+
+# What a release must pass: both distributions in dist/, and a new user's first minute with the wheel and nothing of this checkout.
+release-check:
+	rm -rf dist .cache/release
+	$(PYTHON) -m venv .cache/release
+	.cache/release/bin/pip install --quiet build twine
+	.cache/release/bin/python -m build --outdir dist .
+	.cache/release/bin/twine check --strict dist/*
+	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/first-minute dist/*.whl
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -89,7 +110,7 @@ format: setup
 
 # Local labels such as +cpu are cut off, so that the lock names what every index has.
 lock: setup
-	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-find-links --no-emit-index-url --no-header \
+	$(BIN)/pip-compile --quiet --extra dev --extra docs --strip-extras --no-emit-find-links --no-emit-index-url --no-header \
 		--constraint <(echo torch==2.13.0) --output-file requirements.lock pyproject.toml
 	sed -i 's/+cpu//; s|-c /dev/fd/[0-9]*|the Makefile|; s/^triton==[0-9.]*$$/& ; sys_platform == "linux"/' requirements.lock
 

@@ -16,21 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .model import (
+        HylaAttention,
         HylaConfig,
         HylaForCausalLM,
         HylaForSequenceClassification,
         HylaModel,
         SymbolicReasoningPipeline,
+        eager_attention_forward,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
+    "HylaAttention",
     "HylaConfig",
     "HylaForCausalLM",
     "HylaForSequenceClassification",
     "HylaModel",
     "SymbolicReasoningPipeline",
     "__version__",
+    "eager_attention_forward",
 ]
 
 

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -171,7 +172,8 @@ def test_model_files_are_flat_and_import_only_siblings():
 def test_version_and_entry_point_are_declared_once():
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     assert "version" in project["dynamic"] and project["scripts"] == {"hyla": "hf_hyla.cli:main"}
-    assert hf_hyla.__version__ in (PROJECT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (\S+) - \d{4}-\d\d-\d\d$", (PROJECT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest[1] == hf_hyla.__version__
     assert f"version: {hf_hyla.__version__}" in (PROJECT / "CITATION.cff").read_text()
 
 

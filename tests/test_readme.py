@@ -58,6 +58,12 @@ def test_snippets_print_the_output_that_is_shown(code, shown):
     assert printed.getvalue() == shown
 
 
+def test_the_first_commands_are_those_that_a_release_is_checked_by():
+    first = re.search(r"```bash\n(.*?)```", README, flags=re.DOTALL)[1]
+    checked = re.findall(r"^run (.*)$", (PROJECT / ".ci" / "first-minute").read_text(), flags=re.MULTILINE)
+    assert checked == ["hyla --version", *(line.partition("#")[0].rstrip() for line in first.splitlines())]
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_commands_are_valid_and_name_existing_files(line):
     words = shlex.split(line, comments=True)

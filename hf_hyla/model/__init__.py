@@ -8,7 +8,9 @@ This file is not uploaded. It registers the Auto classes and the pipeline, see `
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .attention_hyla import eager_attention_forward
 from .configuration_hyla import HylaConfig
+from .layers_hyla import HylaAttention
 from .modeling_hyla import HylaForCausalLM, HylaForSequenceClassification, HylaModel, HylaPreTrainedModel
 from .pipeline_hyla import SymbolicReasoningPipeline
 
@@ -22,10 +24,12 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 __all__ = [
+    "HylaAttention",
     "HylaConfig",
     "HylaForCausalLM",
     "HylaForSequenceClassification",
     "HylaModel",
     "HylaPreTrainedModel",
     "SymbolicReasoningPipeline",
+    "eager_attention_forward",
 ]

@@ -246,12 +246,42 @@ def eager_attention_forward(
     """
     The definition of all attention types, in the signature of transformers' attention functions.
 
-    `module` says which type it is, by the attributes of `HylaAttention`: `score_norm`, `attention_type`, `value_activation`
-    (a module or `None`) and `value_mixing` (a parameter or `None`). `seed` is the seed of `pair_dropout`; if it is `None`, it
-    is drawn here. `first_query` is the position of the first query; if it is `None`, the last query is the last token.
+    It is a function of its arguments alone, so that a module with projections of its own can call it.
+
+    Args:
+        module (`Any`): says which attention it is, by four attributes, as `HylaAttention` has them: `attention_type`;
+            `score_norm`, never `None`; `value_activation`, a module or `None`; and `value_mixing` (heads, value_head_dim,
+            value_head_dim), of HYLA+, or `None`.
+        query (`torch.Tensor` of shape (batch, heads, query, head_dim)): what the output is for.
+        key (`torch.Tensor` of shape (batch, heads, key, head_dim)): what queries are compared with.
+        value (`torch.Tensor` of shape (batch, heads, key, value_head_dim)): what the output is made of.
+        attention_mask (`torch.Tensor`, *optional*): broadcastable to (batch, 1, query, key), see `attended`. Causality is a
+            mask too.
+        scaling (`float`): what products of queries and keys are multiplied by, `head_dim**-0.5` in HYLA models.
+        dropout (`float`, *optional*, defaults to 0.0): the probability of dropping a pair, see `pair_dropout`.
+        position_bias (`torch.Tensor`, *optional*): added to the scores; (heads, query + key - 1), by diagonal as in
+            `by_pair`, or broadcastable to (batch, heads, query, key).
+        seed (`torch.LongTensor` of shape (2,), *optional*): that of `pair_dropout`; drawn here where it is `None`.
+        first_query (`int`, *optional*): the position of the first query; by default the last query is the last token.
 
     Returns:
-        The output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
+        Output of shape (batch, query, heads, value_head_dim), and the codes (batch, heads, query, key) before dropout.
+
+    ```python
+    >>> from types import SimpleNamespace
+    >>> import torch
+    >>> from hf_hyla import eager_attention_forward
+
+    >>> hyla = SimpleNamespace(
+    ...     attention_type="hyla", score_norm="rms_head", value_activation=torch.nn.ReLU(), value_mixing=None
+    ... )
+    >>> query, key, value = torch.randn(3, 2, 8, 10, 4)  # (batch, heads, sequence, width) each
+    >>> causal = torch.ones(10, 10, dtype=torch.bool).tril()[None, None]
+    >>> output, codes = eager_attention_forward(hyla, query, key, value, causal, scaling=4**-0.5)
+    >>> output.shape, codes.shape
+    (torch.Size([2, 10, 8, 4]), torch.Size([2, 8, 10, 10]))
+
+    ```
     """
     codes = attention_codes(query, key, scaling, module.score_norm, attention_mask, position_bias)
     used = codes

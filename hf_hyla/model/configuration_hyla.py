@@ -153,6 +153,7 @@ class HylaConfig(PreTrainedConfig):
     >>> model = HylaForSequenceClassification(HylaConfig())
     >>> model.num_parameters()
     402952
+
     ```"""
 
     model_type = "hyla"

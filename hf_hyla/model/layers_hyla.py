@@ -26,7 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_hyla import activation_or_none, eager_attention_forward, rotated
+from .attention_hyla import activation_or_none, eager_attention_forward, relative_position_buckets, rotated
+from .backends_hyla import BACKENDS
 from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
 
@@ -64,12 +65,52 @@ class HylaRotaryEmbedding(nn.Module):
 
 class HylaAttention(nn.Module):
     """
-    Multi-head attention read as a hypernetwork (arXiv 2406.05816, equations 1 to 7); `HylaConfig.attention_type` says
-    which of the three attentions it is.
+    Multi-head attention read as a hypernetwork (arXiv 2406.05816, equations 1 to 7), as a layer of HYLA models and as a part
+    of any other model: hidden states (batch, sequence, hidden_size) in, the same shape out. It has no residual connection
+    and no norm of its input.
+
+    Position biases start at zero and `value_mixing` at the identity; the models of this package initialise all weights anew,
+    as the reference does.
+
+    Args:
+        config (`HylaConfig`): `hidden_size`, `num_attention_heads`, `head_dim` and `value_head_dim` are the sizes. They do
+            not depend on each other: `None` for a head's width means `hidden_size / num_attention_heads`. `attention_type`,
+            `score_norm`, `value_activation`, `value_depth` and `qk_norm` (with `norm_eps`) say which attention it is.
+            `attention_dropout`, 0.1 by default, drops pairs in training. `is_causal` hides later tokens. With
+            `position_type="relative"`, the default, every head learns a bias for each of `relative_attention_num_buckets`
+            distances; `"none"` leaves positions to the model around. `attn_implementation` names the implementation, by
+            default the fastest. All other fields belong to whole models.
+        layer_idx (`int`, *optional*, defaults to 0): the number of the layer.
+
+    Raises:
+        ValueError: for an `attn_implementation` that HYLA does not have.
+
+    ```python
+    >>> import torch
+    >>> from hf_hyla import HylaAttention, HylaConfig
+
+    >>> config = HylaConfig(hidden_size=64, num_attention_heads=8, head_dim=None, value_head_dim=None)
+    >>> attention = HylaAttention(config)
+    >>> tokens = torch.randn(2, 10, 64)
+    >>> padding = torch.tensor([[1] * 10, [1] * 7 + [0] * 3])
+    >>> output, _ = attention(tokens, attention_mask=padding)
+    >>> output.shape
+    torch.Size([2, 10, 64])
+    >>> _, codes = attention(tokens, attention_mask=padding, output_attentions=True)
+    >>> codes.shape  # (batch, heads, query, key)
+    torch.Size([2, 8, 10, 10])
+
+    ```
     """
 
-    def __init__(self, config: HylaConfig, layer_idx: int):
+    def __init__(self, config: HylaConfig, layer_idx: int = 0):
         super().__init__()
+        if config._attn_implementation not in (None, *BACKENDS):
+            # transformers' own would compute softmax attention.
+            raise ValueError(
+                f"HylaAttention has no attn_implementation {config._attn_implementation!r}: expected one of "
+                f"{', '.join(BACKENDS)}."
+            )
         self.config = config
         self.layer_idx = layer_idx
         self.attention_type = config.attention_type
@@ -89,12 +130,12 @@ class HylaAttention(nn.Module):
         self.q_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False) if config.qk_norm else nn.Identity()
         self.relative_attention_bias = (
-            nn.Parameter(torch.empty(self.num_heads, config.relative_attention_num_buckets))
+            nn.Parameter(torch.zeros(self.num_heads, config.relative_attention_num_buckets))
             if config.position_type == "relative"
             else None
         )
         self.value_mixing = (
-            nn.Parameter(torch.empty(self.num_heads, self.value_head_dim, self.value_head_dim))
+            nn.Parameter(torch.eye(self.value_head_dim).repeat(self.num_heads, 1, 1))
             if config.value_depth == 2
             else None
         )
@@ -110,8 +151,22 @@ class HylaAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Output (batch, query, hidden_size), and the codes (batch, heads, query, key) where they were asked for. The queries
-        are all tokens, or the last `num_last` of them; the keys are those in the cache, if there is one, and all tokens.
+        Args:
+            hidden_states (`torch.Tensor` of shape (batch, sequence, hidden_size)): the tokens.
+            attention_mask (`torch.Tensor`, *optional*): (batch, key), 1 for tokens and 0 for padding; or
+                (batch or 1, 1, query, key), see `attended`, which then has to hide later tokens too if they are not to be seen.
+            position_buckets (`torch.LongTensor` of shape (query + key - 1,), *optional*): see `relative_position_buckets`;
+                models compute them once for all layers.
+            num_last (`int`, *optional*): the queries are the last `num_last` tokens; by default they are all tokens.
+            position_embeddings (*optional*): cosines and sines of rotary positions, as `HylaRotaryEmbedding` computes them.
+            past_key_values (`Cache`, *optional*): keys and values of earlier tokens, to which those of these tokens are added.
+
+        Returns:
+            Output (batch, query, hidden_size), and the codes (batch, heads, query, key) with `output_attentions=True`,
+            otherwise `None`.
+
+        Raises:
+            ValueError: for a mask of another shape, and for rotary positions without `position_embeddings`.
         """
         batch, length, _ = hidden_states.shape
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
@@ -120,6 +175,11 @@ class HylaAttention(nn.Module):
         query = self.q_norm(query.view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
         key = self.k_norm(key.view(batch, length, self.num_heads, -1)).transpose(1, 2)
         value = value.view(batch, length, self.num_heads, -1).transpose(1, 2)
+        if self.config.position_type == "rotary" and position_embeddings is None:
+            raise ValueError(
+                "A HylaAttention with position_type='rotary' needs position_embeddings, cosines and sines as HylaRotaryEmbedding "
+                "computes them: pass them, or choose another position_type."
+            )
         if position_embeddings is not None:
             of_queries = tuple(part[:, -queries.shape[1] :] for part in position_embeddings)
             query, key = rotated(query, of_queries), rotated(key, position_embeddings)
@@ -129,15 +189,20 @@ class HylaAttention(nn.Module):
 
         position_bias = None
         if self.relative_attention_bias is not None:
+            if position_buckets is None:
+                num_buckets = self.relative_attention_bias.shape[1]
+                position_buckets = relative_position_buckets(length, key.shape[2], num_buckets, hidden_states.device)
             # By diagonal, of which fewer queries have fewer: those that count from the last key.
             position_bias = self.relative_attention_bias[:, position_buckets[: queries.shape[1] + key.shape[2] - 1]]
+        if attention_mask is None or attention_mask.ndim != 4:
+            attention_mask = self._pair_mask(hidden_states, attention_mask, key.shape[2])
         if num_last is not None and attention_mask is not None and attention_mask.shape[2] > 1:
             attention_mask = attention_mask[:, :, -num_last:]
 
         # Only the eager implementation returns the codes.
         codes_wanted = kwargs.get("output_attentions", self.config.output_attentions)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            "eager" if codes_wanted else self.config._attn_implementation, eager_attention_forward
+            "eager" if codes_wanted else self.config._attn_implementation or "hyla", eager_attention_forward
         )
         output, codes = attention(
             self,
@@ -153,6 +218,24 @@ class HylaAttention(nn.Module):
         output = output.reshape(*queries.shape[:2], -1)
         with cpu_functions(output):
             return self.o_proj(output), codes
+
+    def _pair_mask(self, hidden_states, attention_mask, num_keys: int) -> torch.Tensor | None:
+        """Padding, causality and window as a mask (batch or 1, 1, query or 1, key), which models make once for all layers."""
+        batch, length, _ = hidden_states.shape
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, num_keys):
+                raise ValueError(
+                    f"attention_mask must have the shape ({batch}, {num_keys}) of the tokens or (batch, 1, query, key), got "
+                    f"{tuple(attention_mask.shape)}."
+                )
+            attention_mask = attention_mask.bool()[:, None, None]
+        if not self.is_causal:
+            return attention_mask
+        past = num_keys - length
+        causal = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=hidden_states.device).tril(past)
+        if self.config.sliding_window is not None:
+            causal = causal.triu(past - self.config.sliding_window + 1)
+        return causal if attention_mask is None else attention_mask & causal
 
 
 class HylaMLP(nn.Module):
