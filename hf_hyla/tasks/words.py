@@ -105,6 +105,9 @@ def to_inputs(rows):
         """A section, with its heading, on anything else that a reader of the dataset's card must know."""
         return ""
 
-    def page(self) -> dict[str, Any] | None:
-        """What fills the templates of the Space that asks a model puzzles; `None` where the task has none."""
+    def page(self) -> dict[str, str] | None:
+        """
+        `emoji`, `short_description` (at most 60 characters) and `about`, sentences for the card, of the Space that asks a
+        model; `None` where there is no page for the task.
+        """
         return None

@@ -46,6 +46,8 @@ ANSWERED_AT_ONCE = [
     (["evaluate", "nosuch", "--batch-size", "0"], 2, "--batch-size must be an integer of at least 1, got 0"),
     (["evaluate", "nosuch", "--task", "ravens"], 2, "did you mean 'sraven'?"),
     (["probe", "nosuch", "--task.seed"], 2, "lacks a value"),
+    (["demo", "nosuch"], 2, "There is no run or model nosuch"),
+    (["demo", "--port", "x"], 2, "--port must be an integer of at least 1, got x"),
     (["compare", "nosuch"], 2, "There is no run nosuch"),
     (["sweep", "nosuch"], 2, "There is no recipe nosuch"),
     (["bench", "--task", "nosuch"], 2, "--task must be one of"),

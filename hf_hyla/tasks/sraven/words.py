@@ -1,7 +1,6 @@
 """What cards say of SRAVEN."""
 
 import json
-from typing import Any
 
 from ...utils import recipes_folder
 from ..words import HubMetric, Words
@@ -158,7 +157,10 @@ the most probable panel. No model can expect to be right more often:
 
 Among these puzzles, {ambiguous}."""
 
-    def page(self) -> dict[str, Any]:
-        panels = self.task.dataset("ood")[0]["input_ids"].reshape(GRID * GRID, -1)[:-1]
-        example = "\n".join(" ".join(map(str, panel)) for panel in panels.tolist())
-        return {"example": example, "features": self.task.num_features, "values": self.task.num_values}
+    def page(self) -> dict[str, str]:
+        return {
+            "emoji": "🧩",
+            "short_description": "Raven's puzzles: answers and latent codes of attention",
+            "about": "A board of Raven's progressive matrices: draw a puzzle, choose its rules or change a panel, and see the "
+            "answers, how probable each digit is, and the latent codes, beside the verdict of an ideal observer.",
+        }
