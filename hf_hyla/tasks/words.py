@@ -101,6 +101,14 @@ def to_inputs(rows):
         """The rows of a table: name, type and meaning of each column of the dataset."""
         return "\n".join(f"| `{name}` | {feature} | |" for name, feature in self.task.features().items())
 
+    def text_fields(self) -> str:
+        """The rows of the same table for the columns of `Task.text_columns`."""
+        return "\n".join(f"| `{name}` | {feature} | |" for name, feature in self.task.text_features().items())
+
+    def text_notes(self) -> str:
+        """A section, with its heading, on how a language model is asked and scored, in a folder that has these columns."""
+        return ""
+
     def dataset_notes(self) -> str:
         """A section, with its heading, on anything else that a reader of the dataset's card must know."""
         return ""
