@@ -32,6 +32,8 @@ element.addEventListener('click', choose);
 element.addEventListener('keydown', choose);
 watch('value', () => { if (last !== null) element.querySelector(`[data-panel="${last}"]`)?.focus({preventScroll: true}); last = null; });
 """
+# The last of several quick changes is answered too, where gradio's default would drop it.
+_EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
 # Fonts that every machine has, so that nothing is fetched.
 THEME = gr.themes.Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 LAUNCH: dict[str, Any] = {"theme": THEME, "css_paths": Path(__file__).parent / "style.css", "footer_links": []}
@@ -108,25 +110,23 @@ def _puzzles(blocks: gr.Blocks, task: SravenTask, solvers: list[Solver]) -> None
         return drawn
 
     outputs = [state, board, about, answers, text, *rules]
-    hidden: dict[str, Any] = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private"}
-    blocks.load(lambda *view: show(sample(task, "ood", 0, False), *view), [selected, digits], **hidden)
-    new.click(draw("test"), [shuffled, selected, digits], **hidden)
-    unseen.click(draw("ood"), [shuffled, selected, digits], **hidden)
-    digits.input(show, [state, selected, digits], **hidden)
+    to_all: dict[str, Any] = {"outputs": outputs, **_EVENT}
+    blocks.load(lambda *view: show(sample(task, "ood", 0, False), *view), [selected, digits], **to_all)
+    new.click(draw("test"), [shuffled, selected, digits], **to_all)
+    unseen.click(draw("ood"), [shuffled, selected, digits], **to_all)
+    digits.input(show, [state, selected, digits], **to_all)
 
     @gr.on(
-        [one.input for one in rules] + [shuffled.input], inputs=[state, shuffled, selected, digits, *rules], **hidden
+        [one.input for one in rules] + [shuffled.input], inputs=[state, shuffled, selected, digits, *rules], **to_all
     )
     def changed_rules(puzzle, shuffled, selected, digits, *rules):
         return show(with_rules(task, puzzle, rules, shuffled), selected, digits)
 
-    @text.submit(inputs=[state, text, selected, digits], **hidden)
+    @text.submit(inputs=[state, text, selected, digits], **to_all)
     def changed_panel(puzzle, text, selected, digits):
         return show(_or_say(edit, task, puzzle, selected, text), selected, digits)
 
-    @board.select(
-        inputs=[state, digits], outputs=[selected, *outputs], show_progress="hidden", api_visibility="private"
-    )
+    @board.select(inputs=[state, digits], outputs=[selected, *outputs], **_EVENT)
     def chosen(puzzle, digits, event: gr.EventData):
         return {selected: event.index, **show(puzzle, event.index, digits)}
 
@@ -164,12 +164,11 @@ def _functions(blocks: gr.Blocks, task: LogicTask, models: list[Shown]) -> None:
 
         return drawn
 
-    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     outputs = [index, picture, *terms]
-    blocks.load(draw("ood", 0), variable, outputs, **private)
-    new.click(draw("test"), variable, outputs, **private)
-    unseen.click(draw("ood"), variable, outputs, **private)
-    gr.on([one.input for one in [*terms, variable]], show, [index, variable, *terms], picture, **private)
+    blocks.load(draw("ood", 0), variable, outputs, **_EVENT)
+    new.click(draw("test"), variable, outputs, **_EVENT)
+    unseen.click(draw("ood"), variable, outputs, **_EVENT)
+    gr.on([one.input for one in [*terms, variable]], show, [index, variable, *terms], picture, **_EVENT)
 
 
 def _or_say(function: Callable, *arguments):

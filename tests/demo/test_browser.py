@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -40,8 +39,8 @@ def address() -> Iterator[str]:
     found = next((match for line in demo.stdout if (match := re.search(r"The demo is at (\S+)", line))), None)
     assert found, "the demo has ended without an address"
     yield found[1]
-    demo.send_signal(signal.SIGINT)
-    assert demo.wait(30) == 130  # Ctrl+C ends it
+    demo.terminate()
+    demo.wait(_PATIENCE / 1000)
 
 
 @pytest.fixture(scope="module")
