@@ -170,7 +170,7 @@ def curve(x: Sequence[float], truth: Sequence[float], answers: dict[str, Sequenc
         ]
     parts.append(_text(left + width / 2, top + height + 34, name, 14, "currentColor"))
     parts.append(f'<polyline points="{path(truth)}" fill="none" stroke="#8c95a3" stroke-width="5"/>')
-    legend = [("true value", "#8c95a3", "", 5)]
+    legend = [("true value", "#8c95a3", "", 5.0)]
     for (model, values), (colour, dash) in zip(answers.items(), LINES * len(answers), strict=False):
         parts.append(
             f'<polyline points="{path(values)}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dash}"/>'

@@ -5,11 +5,12 @@ import re
 from typing import Any
 
 import numpy as np
-from transformers import pipeline
+import torch
 
 from ..analysis.latents import Codes, collect_codes
 from ..analysis.probes import fit_probe
 from ..analysis.subjects import task_batches
+from ..model import SymbolicReasoningPipeline
 from ..tasks.sraven import GRID, RULES, SravenTask
 from ..tasks.sraven.observer import explain, posterior
 from .shown import Shown
@@ -71,11 +72,9 @@ class Verdict:
         best = max(self.possible, key=self.possible.__getitem__)
         if len(self.possible) == 1:
             return f"The answer is unique: only {_digits(best)} is possible."
-        own = (
-            ""
-            if self.right == best
-            else f" The puzzle was made with {_digits(self.right)}, {_share(self.possible[self.right])}."
-        )
+        own = ""
+        if self.right is not None and self.right != best:
+            own = f" The puzzle was made with {_digits(self.right)}, {_share(self.possible[self.right])}."
         return (
             f"The answer is not unique: {len(self.possible)} panels are possible, and {_digits(best)} is the most probable, "
             f"{_share(self.possible[best])}.{own}"
@@ -111,7 +110,7 @@ class Solver:
 
     def __init__(self, shown: Shown, task: SravenTask):
         self.shown, self.task = shown, task
-        self._solve = pipeline("symbolic-reasoning", model=shown.model)
+        self._solve = SymbolicReasoningPipeline(model=shown.model, task="symbolic-reasoning")
         train, unseen = (
             collect_codes(shown.model, task_batches(task, split, _PROBE_PUZZLES), task.answer_keys)
             for split in ("train", "ood")
@@ -186,7 +185,9 @@ def verdict(task: SravenTask, puzzle: Puzzle) -> Verdict:
 
 
 def _made(task: SravenTask, split: str, index: int, rules: np.ndarray, shuffled: bool) -> Puzzle:
-    drawn = dataclasses.replace(task, permute=shuffled, unambiguous=False).with_rules(split, [index], rules[None])
+    drawn = dataclasses.replace(task, permute=shuffled, unambiguous=False).with_rules(
+        split, np.array([index]), rules[None]
+    )
     features = task.num_features
     grid = np.concatenate([drawn["input_ids"][0, :-features], drawn["labels"][0]]).reshape(-1, features)
     permutations = drawn["permutations"][0]
@@ -201,8 +202,6 @@ def _made(task: SravenTask, split: str, index: int, rules: np.ndarray, shuffled:
 
 
 def _answer_keys(task: SravenTask, puzzle: Puzzle) -> np.ndarray:
-    import torch
-
     return task.answer_keys({"permutations": torch.tensor([puzzle.permutations])})[0].numpy()
 
 

@@ -27,7 +27,7 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text") / "data" / "sraven"
+    folder = tmp_path_factory.mktemp("text") / "data" / "sraven-text"
     words = ["data", "sraven", "--format", "text", "--task.num_features", "3", "--num-examples", str(COUNT)]
     assert main([*words, "--split", "train", "ood", "--output", str(folder)]) == 0
     return folder
