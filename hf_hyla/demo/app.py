@@ -124,7 +124,10 @@ def _puzzles(blocks: gr.Blocks, task: SravenTask, solvers: list[Solver]) -> None
 
     @text.submit(inputs=[state, text, selected, digits], **to_all)
     def changed_panel(puzzle, text, selected, digits):
-        return show(_or_say(edit, task, puzzle, selected, text), selected, digits)
+        try:
+            return show(edit(task, puzzle, selected, text), selected, digits)
+        except ValueError as error:
+            raise gr.Error(str(error), title="That does not work", print_exception=False) from None
 
     @board.select(inputs=[state, digits], outputs=[selected, *outputs], **_EVENT)
     def chosen(puzzle, digits, event: gr.EventData):
@@ -153,7 +156,10 @@ def _functions(blocks: gr.Blocks, task: LogicTask, models: list[Shown]) -> None:
             picture = gr.HTML(elem_id="curve")
 
     def show(index: int, variable: int, *chosen: int) -> str:
-        found = _or_say(curve, task, models, chosen, index, variable)
+        try:
+            found = curve(task, models, chosen, index, variable)
+        except ValueError as error:
+            return pages.refusal(error)
         return pages.function(task, models, chosen, found, variable)
 
     def draw(split: str, index: int | None = None) -> Callable:
@@ -169,11 +175,3 @@ def _functions(blocks: gr.Blocks, task: LogicTask, models: list[Shown]) -> None:
     new.click(draw("test"), variable, outputs, **_EVENT)
     unseen.click(draw("ood"), variable, outputs, **_EVENT)
     gr.on([one.input for one in [*terms, variable]], show, [index, variable, *terms], picture, **_EVENT)
-
-
-def _or_say(function: Callable, *arguments):
-    """What the function returns; its error as a sentence on the page."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise gr.Error(str(error), title="That does not work", print_exception=False) from None

@@ -104,3 +104,8 @@ def function(task: LogicTask, models: list[Shown], terms: tuple[int, ...], found
         for one in models
     )
     return f'<p class="hyla-badge" role="status">{status(task, terms)}</p>{picture}{scores}'
+
+
+def refusal(error: Exception) -> str:
+    """In place of a curve, what must be changed."""
+    return f'<p class="hyla-badge edited" role="alert">{escape(str(error))}</p>'
