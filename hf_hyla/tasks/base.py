@@ -136,21 +136,6 @@ class Task(ABC):
         """
         return table
 
-    def text_features(self) -> "datasets.Features":
-        """
-        The columns that a table of samples as text has besides those of `features`, see `text_columns`.
-
-        Raises:
-            ValueError: if the task cannot be written as text.
-        """
-        raise ValueError(f"The task {self.name} cannot be written as text: leave out --format text.")
-
-    def text_columns(self, split: str, indices: np.ndarray, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The columns that `text_features` names, for the samples of a split with these indices."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has text_features, but no text_columns: define both or neither."
-        )
-
     def show(self, sample: dict[str, np.ndarray]) -> str:
         """One sample as a few lines of text."""
         return "\n".join(f"{name}: {column.tolist()}" for name, column in sample.items())

@@ -102,8 +102,8 @@ def to_inputs(rows):
         return "\n".join(f"| `{name}` | {feature} | |" for name, feature in self.task.features().items())
 
     def text_fields(self) -> str:
-        """The rows of the same table for the columns of `Task.text_columns`."""
-        return "\n".join(f"| `{name}` | {feature} | |" for name, feature in self.task.text_features().items())
+        """The rows of the same table for the columns of a task as text."""
+        return ""
 
     def text_notes(self) -> str:
         """A section, with its heading, on how a language model is asked and scored, in a folder that has these columns."""

@@ -82,7 +82,9 @@ def test_formats_are_not_mixed_and_a_task_without_text_is_refused(folder, tmp_pa
     assert main([*words, "--output", str(folder)]) == 2
     assert "was written with --format text" in capsys.readouterr().err
     assert main(["data", "logic", "--format", "text", "--output", str(tmp_path / "logic")]) == 2
-    assert "The task logic cannot be written as text: leave out --format text" in capsys.readouterr().err
+    assert (
+        "The task logic cannot be written as text, only sraven can: leave out --format text" in capsys.readouterr().err
+    )
     assert not (tmp_path / "logic").exists()
     assert main([*words, "--format", "txt", "--output", str(tmp_path)]) == 2
     assert "did you mean 'text'?" in capsys.readouterr().err

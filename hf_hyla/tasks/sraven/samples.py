@@ -261,16 +261,6 @@ class SravenTask(Task):
         described = {"rules": table["rules"], "permutations": table["permutations"]}
         return {"input_ids": input_ids, "labels": answer, **described}
 
-    def text_features(self) -> "datasets.Features":
-        from .text import text_features
-
-        return text_features()
-
-    def text_columns(self, split: str, indices: np.ndarray, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        from .text import text_columns
-
-        return text_columns(self, split, indices, samples)
-
     def show(self, sample: dict[str, np.ndarray]) -> str:
         panels = cells(sample["input_ids"][None], sample["labels"][None])[0].tolist()
         width = len(str(self.num_values - 1))
