@@ -27,6 +27,8 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.port is not None and arguments.port > 65_535:
+        raise ValueError(f"--port must be at most 65535, got {arguments.port}.")
     models = [find_model(word) for word in arguments.models or DEMO_MODELS]
     for module, package in (("gradio", "gradio"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:

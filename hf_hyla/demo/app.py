@@ -36,7 +36,12 @@ watch('value', () => { if (last !== null) element.querySelector(`[data-panel="${
 _EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
 # Fonts that every machine has, so that nothing is fetched.
 THEME = gr.themes.Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-LAUNCH: dict[str, Any] = {"theme": THEME, "css_paths": Path(__file__).parent / "style.css", "footer_links": []}
+LAUNCH: dict[str, Any] = {
+    "theme": THEME,
+    "css_paths": Path(__file__).parent / "style.css",
+    "footer_links": [],
+    "share": False,  # which gradio would switch on in some notebooks
+}
 
 
 def page(names: Sequence[str], title: str = "Attention as a hypernetwork") -> gr.Blocks:

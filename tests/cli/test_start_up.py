@@ -47,6 +47,7 @@ ANSWERED_AT_ONCE = [
     (["evaluate", "nosuch", "--task", "ravens"], 2, "did you mean 'sraven'?"),
     (["probe", "nosuch", "--task.seed"], 2, "lacks a value"),
     (["demo", "nosuch"], 2, "There is no run or model nosuch"),
+    (["demo", "--port", "65536"], 2, "--port must be at most 65535, got 65536"),
     (["demo", "--port", "x"], 2, "--port must be an integer of at least 1, got x"),
     (["compare", "nosuch"], 2, "There is no run nosuch"),
     (["sweep", "nosuch"], 2, "There is no recipe nosuch"),
