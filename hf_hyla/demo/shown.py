@@ -12,9 +12,7 @@ from ..runs import RunRecord
 from ..runs.record import RECORD_NAME
 from ..runs.weights import load_model
 from ..tasks import TASKS, Task, get_task
-
-
-_ATTENTIONS = {"hyla": "HYLA", "softmax": "Softmax attention", "linear": "Linear attention"}
+from ..utils import ATTENTION_NAMES
 
 
 @dataclasses.dataclass
@@ -70,7 +68,8 @@ def load(names: Sequence[str]) -> list[tuple[Task, list[Shown]]]:
         # The eager implementation gives the codes, and needs no compilation.
         model = load_model(name, attn_implementation="eager").eval()
         task.check_model(model.config)
-        models.append(Shown(name, _ATTENTIONS[model.config.attention_type], model, record))
+        title = ATTENTION_NAMES[model.config.attention_type]
+        models.append(Shown(name, title[0].upper() + title[1:], model, record))
     for _, models in found.values():
         titles = [one.title for one in models]
         for one in models:

@@ -129,8 +129,8 @@ def plan(
         ValueError: if anything must not be published, saying what and why.
         OSError: if something is missing.
     """
-    for name in (repo_id, *beside):
-        check_repo_id(name)
+    for model_id in (repo_id, *beside):
+        check_repo_id(model_id)
     run = Run.load(folder)
     task = run.task
     found, left_out = _files_in(run.folder, _RUN_FILES, skipped=(CHECKPOINTS,))

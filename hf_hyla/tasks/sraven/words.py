@@ -1,6 +1,7 @@
 """What cards say of SRAVEN."""
 
 import json
+from typing import Any
 
 from ...utils import recipes_folder
 from ..words import HubMetric, Words
