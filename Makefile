@@ -6,7 +6,8 @@ BIN := .venv/bin
 # The index of torch's CPU build; for a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cu128 setup
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-fast test-oldest test-common gpu gpu-rehearsal hub-cards docs release-check lint format lock clean
+.PHONY: setup demo test test-fast test-oldest test-browser demo-picture test-common gpu gpu-rehearsal hub-cards docs \
+	release-check lint format lock clean
 
 setup: .venv/ready
 
@@ -39,6 +40,20 @@ test-oldest: .venv-oldest/ready
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) $$(grep ^torch== requirements.lock)
 	.venv-oldest/bin/pip install --quiet --editable '.[dev]' 'transformers==5.17.*' 'huggingface_hub<2'
+	touch $@
+
+# The page of `hyla demo` in a headless Chromium, which must be there (Debian: apt-get install chromium), with gradio and
+# playwright in an environment of their own; and the picture of the page that the documents show.
+test-browser: .venv-browser/ready
+	OMP_NUM_THREADS=1 .venv-browser/bin/python -m pytest -m browser tests/demo
+
+demo-picture: .venv-browser/ready
+	HYLA_SCREENSHOT=hub_cards/demo.png .venv-browser/bin/python -m pytest tests/demo/test_browser.py -k loads
+
+.venv-browser/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install --quiet --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) $$(grep ^torch== requirements.lock)
+	.venv-browser/bin/pip install --quiet --editable '.[dev,demo]' playwright
 	touch $@
 
 # transformers' own model tests, of its source distribution, which pip fetches once into .cache/.
@@ -115,4 +130,4 @@ lock: setup
 	sed -i 's/+cpu//; s|-c /dev/fd/[0-9]*|the Makefile|; s/^triton==[0-9.]*$$/& ; sys_platform == "linux"/' requirements.lock
 
 clean:
-	rm -rf .venv .venv-oldest .cache runs
+	rm -rf .venv .venv-oldest .venv-browser .cache runs

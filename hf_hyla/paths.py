@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from .utils import recipes_folder
+from .utils import models_folder, recipes_folder
 
 
 def find_recipe(word: str | Path) -> Path:
@@ -72,7 +72,8 @@ def find_file(word: str | Path, what: str) -> Path:
 
 def find_model(word: str) -> str:
     """
-    The folder of a run or a model, or else a repository on the Hub. The Hub is asked once.
+    The folder of a run or a model, here or among those that come with the package, as `hyla-logic` or `hub_cards/hyla-logic`;
+    or else a repository on the Hub, which is asked once.
 
     Raises:
         OSError: if there is no such folder and no such repository.
@@ -80,6 +81,9 @@ def find_model(word: str) -> str:
     path = Path(word)
     if path.exists():
         return word
+    of_package = models_folder() / path.name
+    if path.parent.name in ("", "hub_cards") and (of_package / "config.json").is_file():
+        return str(of_package)
     missing = f"There is no run or model {word}{_did_you_mean(_near_paths(path))}"
     if word.count("/") != 1:
         raise FileNotFoundError(

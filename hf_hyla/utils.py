@@ -8,6 +8,8 @@ from pathlib import Path
 
 # The names of attention types on cards and in pictures.
 ATTENTION_NAMES = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+# The models of `hub_cards/` that an installed package has too; pyproject.toml lists their files.
+DEMO_MODELS = ("hyla-sraven", "softmax-sraven", "hyla-logic", "softmax-logic")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -33,10 +35,20 @@ def fsync_folder(folder: Path) -> None:
 
 
 def recipes_folder() -> Path:
-    """The folder of the recipes that come with the package, which is inside an installed package and beside a checkout's."""
+    """The folder of the recipes that come with the package."""
+    return _folder("recipes")
+
+
+def models_folder() -> Path:
+    """The folder of the models that come with the package; a checkout has more than `DEMO_MODELS`."""
+    return _folder("hub_cards")
+
+
+def _folder(name: str) -> Path:
+    """What comes with the package lies inside it where it is installed, and beside it in a checkout."""
     package = Path(__file__).parent
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

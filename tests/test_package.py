@@ -50,7 +50,10 @@ ALLOWED = {
     "paths": ({"utils"}, {"huggingface_hub"}),
     "metrics": (set(), {"numpy", "evaluate", "datasets"}),
     "tasks": ({"metrics", "reading", "utils"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
-    "runs": ({"tasks", "metrics", "model", "reading", "utils"}, {"torch", "huggingface_hub", "matplotlib"}),
+    "runs": (
+        {"tasks", "metrics", "model", "reading", "utils"},
+        {"torch", "transformers", "huggingface_hub", "safetensors", "matplotlib"},
+    ),
     "training": (
         {"model", "tasks", "metrics", "runs", "reading", "utils", "paths"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
@@ -63,6 +66,10 @@ ALLOWED = {
         {"runs", "tasks", "metrics", "model", "reading", "utils"},
         {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
     ),
+    "demo": (
+        {"runs", "analysis", "tasks", "metrics", "model", "reading", "utils"},
+        {"gradio", "torch", "transformers", "huggingface_hub", "numpy"},
+    ),
     "convert": ({"model", "reading"}, {"torch", "safetensors", "huggingface_hub"}),
     "benchmark": (
         {"training", "model", "tasks", "metrics", "runs", "reading", "utils", "paths"},
@@ -73,7 +80,9 @@ ALLOWED = {
 # of the package were loaded with them.
 LOADING = """
 import importlib, json, os, sys
+from unittest.mock import MagicMock
 import hf_hyla.model
+sys.modules["gradio"] = MagicMock()
 for part, modules in json.loads(sys.argv[1]).items():
     if not os.fork():
         for module in modules:
@@ -135,7 +144,7 @@ def test_parts_load_only_what_they_may_and_never_the_trainer_after_a_run():
     for part, (own, _) in ALLOWED.items():
         # The package itself registers the model.
         assert set(loaded[part]) <= {part, *own, "model"}, part
-    assert not any("training" in loaded[part] for part in ("hub", "runs", "analysis"))
+    assert not any("training" in loaded[part] for part in ("hub", "runs", "analysis", "demo"))
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -177,12 +186,22 @@ def test_version_and_entry_point_are_declared_once():
     assert f"version: {hf_hyla.__version__}" in (PROJECT / "CITATION.cff").read_text()
 
 
-def test_an_installed_package_finds_its_recipes_inside_itself(monkeypatch, tmp_path):
+MODEL_FILES = ("config.json", "model.safetensors", "run.json")
+
+
+def test_an_installed_package_finds_its_recipes_and_models_inside_itself(monkeypatch, tmp_path):
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["packages"] == ["hf_hyla"] and wheel["force-include"] == {"recipes": "hf_hyla/recipes"}
+    models = [f"hub_cards/{name}/{file}" for name in utils.DEMO_MODELS for file in MODEL_FILES]
+    included = ["recipes", *models]
+    assert wheel["packages"] == ["hf_hyla"] and wheel["force-include"] == {
+        name: f"hf_hyla/{name}" for name in included
+    }
+    assert all((PROJECT / name).exists() for name in included)
     assert utils.recipes_folder() == PROJECT / "recipes"
     (tmp_path / "recipes").mkdir()  # of another package
     (tmp_path / "hf_hyla" / "recipes").mkdir(parents=True)
     monkeypatch.setattr(utils, "__file__", str(tmp_path / "hf_hyla" / "utils.py"))
     assert utils.recipes_folder() == tmp_path / "hf_hyla" / "recipes"
+    (tmp_path / "hf_hyla" / "hub_cards").mkdir()
+    assert utils.models_folder() == tmp_path / "hf_hyla" / "hub_cards"

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from hf_hyla.paths import find_existing, find_file, find_model, find_recipe
-from hf_hyla.utils import recipes_folder
+from hf_hyla.utils import models_folder, recipes_folder
 
 
 @pytest.fixture
@@ -17,6 +17,13 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("word", ["logic/hyla", "logic/hyla.yaml", "recipes/logic/hyla", "recipes/logic/hyla.yaml"])
 def test_a_recipe_of_the_package_is_found_by_each_of_its_names(here, word):
     assert find_recipe(word) == recipes_folder() / "logic" / "hyla.yaml"
+
+
+@pytest.mark.parametrize("word", ["hyla-logic", "hub_cards/hyla-logic"])
+def test_a_model_of_the_package_is_found_by_each_of_its_names_unless_one_is_here(here, word):
+    assert find_model(word) == str(models_folder() / "hyla-logic")
+    (here / word).mkdir(parents=True)
+    assert find_model(word) == word
 
 
 def test_a_local_file_takes_precedence_over_one_of_the_package(here):

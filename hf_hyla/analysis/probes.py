@@ -102,6 +102,25 @@ def probe(
     return result
 
 
+def fit_probe(features: np.ndarray, values: np.ndarray):
+    """
+    The probe of `probe`, fitted, as a scikit-learn estimator that scales the features itself.
+
+    Args:
+        features: (rows, features), see `Codes.features`.
+        values: integers (rows,), booleans (rows, names) or floats (rows,).
+
+    Raises:
+        ValueError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError:
+        raise ValueError("Probes need scikit-learn: pip install hf-hyla[analysis].") from None
+    return make_pipeline(StandardScaler(), _estimator(values)).fit(features, _targets(values))
+
+
 def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, centred: bool = False) -> np.ndarray:
     """
     Cosine similarity (classes, classes) of the mean codes of classes (arXiv 2406.05816, section 4).
@@ -164,15 +183,23 @@ def _check(train_features, train_values, features, values) -> None:
 
 
 def _predict(train: np.ndarray, train_values: np.ndarray, features: np.ndarray) -> np.ndarray:
+    predicted = _estimator(train_values).fit(train, _targets(train_values)).predict(features)
+    return predicted.astype(bool) if train_values.dtype.kind == "b" else predicted
+
+
+def _targets(values: np.ndarray) -> np.ndarray:
+    """Several names at once are integers to scikit-learn."""
+    return values.astype(int) if values.dtype.kind == "b" else values
+
+
+def _estimator(values: np.ndarray):
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.multiclass import OneVsRestClassifier
 
-    if train_values.dtype.kind == "f":
-        return Ridge().fit(train, train_values).predict(features)
+    if values.dtype.kind == "f":
+        return Ridge()
     logistic = LogisticRegression(class_weight="balanced", max_iter=1000)
-    if train_values.dtype.kind == "b":
-        return OneVsRestClassifier(logistic).fit(train, train_values.astype(int)).predict(features).astype(bool)
-    return logistic.fit(train, train_values).predict(features)
+    return OneVsRestClassifier(logistic) if values.dtype.kind == "b" else logistic
 
 
 def _statistics(values: np.ndarray, predicted: np.ndarray, train_values: np.ndarray) -> np.ndarray:

@@ -12,12 +12,12 @@ import sys
 
 from .. import __version__
 from ..utils import nearest
-from . import bench, card, ceiling, compare, convert, data, env, evaluate, probe, publish, recipes, sweep, train
+from . import bench, card, ceiling, compare, convert, data, demo, env, evaluate, probe, publish, recipes, sweep, train
 from .parser import Parser
 from .settings import check_settings, unknown_argument
 
 
-COMMANDS = (train, evaluate, probe, compare, sweep, recipes, data, ceiling, bench, card, publish, convert, env)
+COMMANDS = (train, evaluate, demo, probe, compare, sweep, recipes, data, ceiling, bench, card, publish, convert, env)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .parser import whole
+from .parser import one_of, whole
 from .task import task_name, task_of
 
 
@@ -19,6 +19,12 @@ def add(commands) -> None:
     parser.add_argument(
         "--num-examples", type=whole(at_least=1), help="examples per split (default: the paper's number)"
     )
+    parser.add_argument(
+        "--format",
+        type=one_of(("samples", "text")),
+        default="samples",
+        help="text adds columns with prompts and answers for language models (SRAVEN; default: samples)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.set_defaults(run=run, sections=("task",))
 
@@ -29,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     task = task_of(arguments.task, arguments.overrides)
     splits = list(dict.fromkeys(arguments.split or task.splits))
-    manifest = write_data(task, splits, arguments.num_examples, arguments.output)
+    manifest = write_data(task, splits, arguments.num_examples, arguments.output, text=arguments.format == "text")
     write_dataset_card(task, arguments.output)
     for split in splits:
         print(f"{split}: {manifest.splits[split]['num_examples']:,} examples")

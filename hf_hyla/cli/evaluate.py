@@ -28,10 +28,10 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    find_model(arguments.model)
+    arguments.model = find_model(arguments.model)
 
+    from ..runs.weights import load_model
     from ..training import evaluate
-    from ..training.weights import load_model
 
     task = task_of_model(arguments)
     model = load_model(arguments.model)

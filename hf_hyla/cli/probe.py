@@ -44,16 +44,18 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    find_model(arguments.model)
+    named, arguments.model = arguments.model, find_model(arguments.model)
 
     from ..analysis.report import probe_report, table
     from ..runs.folder import PROBE_NAME, weights_digest
     from ..runs.record import RECORD_NAME, environment, hardware
-    from ..training.weights import load_model
+    from ..runs.weights import load_model
 
     task = task_of_model(arguments)
     folder = Path(arguments.model)
-    of_a_run = folder / PROBE_NAME if (folder / RECORD_NAME).exists() else None
+    # Nothing is written into the installed package.
+    own = arguments.model == named and (folder / RECORD_NAME).exists()
+    of_a_run = folder / PROBE_NAME if own else None
     output = arguments.output or (of_a_run.parent if of_a_run else Path("runs") / f"probe-{folder.name}")
     model = load_model(arguments.model)
     about = {

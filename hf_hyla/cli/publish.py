@@ -21,6 +21,9 @@ def add(commands) -> None:
     )
     parser.add_argument("--metric", action="store_true", help="also publish the task's metric")
     parser.add_argument("--space", action="store_true", help="also publish a page on which the model can be asked")
+    parser.add_argument(
+        "--beside", metavar="MODEL", nargs="+", default=(), help="other published models that this page shows too"
+    )
     parser.add_argument("--collection", metavar="TITLE", help="put all of them into this collection")
     parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
@@ -32,6 +35,8 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     folder, others = find_runs(arguments)
+    if arguments.beside and not arguments.space:
+        raise ValueError("--beside names models for the page that --space publishes: add --space.")
 
     from ..hub.publish import publish
     from ..hub.repository import plan
@@ -42,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         dataset=arguments.dataset,
         metric=arguments.metric,
         space=arguments.space,
+        beside=arguments.beside,
         others=others,
     )
     print("\n".join(repository.listing() for repository in repositories), flush=True)

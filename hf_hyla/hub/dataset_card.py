@@ -9,7 +9,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..tasks import Task
-from ..tasks.data import Manifest
+from ..tasks.data import Manifest, features_of
 from ..utils import write_whole
 from .cards import CITATION, LICENSE, template
 
@@ -33,6 +33,7 @@ def dataset_card(task: Task, manifest: Manifest) -> DatasetCard:
         words=task.words(task),
         fingerprint=manifest.data_fingerprint,
         splits=manifest.splits,
+        text=manifest.text,
         combinations={split: len(task.combinations(split)) for split in manifest.splits},
         changed=changed,
         examples={split: task.show(task.dataset(split)[0]) for split in manifest.splits},
@@ -53,7 +54,7 @@ def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
         tags=["compositional-generalization", "abstract-reasoning", "synthetic", "hyla", "arxiv:2406.05816"],
     )
     info = DatasetInfo(
-        features=task.features(),
+        features=features_of(task, manifest.text),
         splits=SplitDict(
             {
                 split: SplitInfo(split, held["num_bytes"], held["num_examples"])

@@ -28,7 +28,7 @@ from .repository import Repository, matches, plan
 _OURS = {
     "model": ("*.safetensors", "model.safetensors.index.json", "*_hyla.py", ".eval_results/*.yaml", "probe/*"),
     "dataset": ("*.parquet", "*/*.parquet"),
-    "space": (),
+    "space": ("hf_hyla/*", "hf_hyla/*/*", "hf_hyla/*/*/*"),
 }
 
 

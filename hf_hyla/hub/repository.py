@@ -112,6 +112,7 @@ def plan(
     dataset: str | Path | None = None,
     metric: bool = False,
     space: bool = False,
+    beside: Sequence[str] = (),
     others: Sequence[str | Path] = (),
 ) -> list[Repository]:
     """
@@ -122,13 +123,15 @@ def plan(
         repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
         dataset: folder that `hyla data` wrote, to publish it too.
         metric, space: whether to publish the task's metric and a page that asks the model.
+        beside: repositories of other models that the page shows too.
         others: see `card_files`.
 
     Raises:
         ValueError: if anything must not be published, saying what and why.
         OSError: if something is missing.
     """
-    check_repo_id(repo_id)
+    for model_id in (repo_id, *beside):
+        check_repo_id(model_id)
     run = Run.load(folder)
     task = run.task
     found, left_out = _files_in(run.folder, _RUN_FILES, skipped=(CHECKPOINTS,))
@@ -152,7 +155,7 @@ def plan(
         note = _OTHER_CODE.format(name)
     repositories.append(Repository(repo_id, "model", {**encoded(card), **found, **CODE}, left_out, note))
     if space:
-        repositories.append(Repository(demo_repo(repo_id), "space", encoded(demo_files(task, repo_id))))
+        repositories.append(Repository(demo_repo(repo_id), "space", encoded(demo_files(task, repo_id, beside))))
     for repository in repositories:
         for name, content in repository.files.items():
             if isinstance(content, bytes) or name in CODE:  # the others have been looked at in their folder

@@ -1,6 +1,7 @@
 """The Spaces beside a model: its task's metric, as evaluate.load reads it, and a page that asks the model."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
@@ -8,6 +9,20 @@ from huggingface_hub import SpaceCard, SpaceCardData
 from .. import metrics
 from ..tasks import HubMetric, Task
 from .cards import CITATION, LICENSE, dataset_repo, run_snippet, sibling_repo, template
+
+
+# The version of gradio that the pages were tested with.
+GRADIO_VERSION = "6.31.0"
+# What of the package the page of a model is made of, besides the files at its top.
+_PARTS = ("analysis", "demo", "metrics", "model", "runs", "tasks")
+_REQUIREMENTS = """\
+--extra-index-url https://download.pytorch.org/whl/cpu
+numpy>=1.26
+scikit-learn>=1.5
+torch>=2.11
+tqdm>=4.66
+transformers>=5.17,<6
+"""
 
 
 def metric_repo(task: Task, repo_id: str) -> str:
@@ -36,7 +51,12 @@ def metric_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
         "inputs": metric.inputs,
         "citation": CITATION,
     }
-    data = _card_data(metric.name, tags=["evaluate", "metric", "hyla"])
+    data = _card_data(
+        metric.name,
+        "📏",
+        f"The metric of {task.name}, with a page to try it",
+        tags=["evaluate", "metric", "hyla"],
+    )
     text = template("metric_card.md")
     unrun = str(SpaceCard.from_template(data, template_str=text, printed="", **values))
     name = metric.class_name
@@ -72,31 +92,57 @@ def demo_repo(repo_id: str) -> str:
     return f"{repo_id}-demo"
 
 
-def demo_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
+def demo_files(task: Task, repo_id: str, beside: Sequence[str] = ()) -> dict[str, str | bytes]:
     """
-    What the Space that asks the model holds, by name.
+    What the Space that asks the model holds, by name: the page of `hyla demo`, and the code that it needs.
+
+    Args:
+        beside: repositories of other models of the same task, which the page shows too.
 
     Raises:
-        ValueError: if the task has no puzzles.
+        ValueError: if there is no page for the task.
     """
     page = task.words(task).page()
     if page is None:
-        raise ValueError(f"The Space asks SRAVEN puzzles, and this run is of the task {task.name}: leave out --space.")
+        raise ValueError(f"There is no page that asks models of the task {task.name}: leave out --space.")
     title = f"Ask {repo_id.partition('/')[2]}"
-    card = SpaceCard.from_template(
-        _card_data(title, tags=["hyla", task.name], models=[repo_id], datasets=[dataset_repo(task, repo_id)]),
-        template_str=template("space_card.md"),
-        title=title,
-        model_id=repo_id,
-        **page,
+    models = [repo_id, *beside]
+    data = _card_data(
+        title,
+        page["emoji"],
+        page["short_description"],
+        tags=["hyla", task.name],
+        models=models,
+        datasets=[dataset_repo(task, repo_id)],
     )
-    app = template("space_app.py").replace("{{ model_id }}", repo_id).replace("{{ example }}", page["example"])
+    text = template("space_card.md")
+    card = SpaceCard.from_template(data, template_str=text, title=title, models=models, about=page["about"])
+    app = template("space_app.py").replace("{{ models }}", ", ".join(models))
+    package = Path(metrics.__file__).parents[1]
+    code = [*package.glob("*.py"), *(path for part in _PARTS for path in (package / part).rglob("*"))]
     return {
         "README.md": str(card),
         "app.py": app,
-        "requirements.txt": "torch>=2.11\ntransformers>=5.17,<6\n",
+        "requirements.txt": _REQUIREMENTS,
+        **{
+            f"hf_hyla/{path.relative_to(package).as_posix()}": path.read_bytes()
+            for path in sorted(code)
+            if path.suffix in (".py", ".css")
+        },
     }
 
 
-def _card_data(title: str, **fields) -> SpaceCardData:
-    return SpaceCardData(title=title, sdk="gradio", app_file="app.py", license=LICENSE, **fields)
+def _card_data(title: str, emoji: str, short_description: str, **fields) -> SpaceCardData:
+    return SpaceCardData(
+        title=title,
+        emoji=emoji,
+        colorFrom="indigo",
+        colorTo="purple",
+        sdk="gradio",
+        sdk_version=GRADIO_VERSION,
+        python_version="3.11",
+        app_file="app.py",
+        short_description=short_description,
+        license=LICENSE,
+        **fields,
+    )

@@ -15,6 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from ..reading import read_json
 from ..utils import one_line, write_whole
 from .base import Task, TaskDataset
+from .sraven import SravenTask
+from .sraven.text import text_columns, text_features
 
 
 MANIFEST_NAME = "task.json"
@@ -34,11 +36,13 @@ class Manifest:
         data_fingerprint: the task's `fingerprint`.
         splits: for each split, `num_examples`, `num_bytes` (in memory), `file_bytes`, and `means`, with the mean of every
             column that holds one number or truth value per example.
+        text: whether there are columns with text for language models too, see `text_columns`.
     """
 
     task: dict[str, Any]
     data_fingerprint: str
     splits: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    text: bool = False
 
     @classmethod
     def of(cls, task: Task) -> "Manifest":
@@ -104,7 +108,19 @@ class Manifest:
             raise ValueError(f"{folder} holds {min(files)}, which {MANIFEST_NAME} does not name: remove it.")
 
 
-def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path) -> Manifest:
+def features_of(task: Task, text: bool) -> datasets.Features:
+    """
+    The columns of a folder of the task, with or without those of `text_columns`.
+
+    Raises:
+        ValueError: if the task cannot be written as text.
+    """
+    if text and not isinstance(task, SravenTask):
+        raise ValueError(f"The task {task.name} cannot be written as text, only sraven can: leave out --format text.")
+    return datasets.Features({**task.features(), **(text_features() if text else {})})
+
+
+def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path, text: bool = False) -> Manifest:
     """
     Writes the first samples of splits as Parquet files, beside a task.json. Complete splits of the same task stay in the
     folder, so the same call resumes after an interruption.
@@ -114,20 +130,27 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
         splits: names of the splits.
         num_examples: examples per split; `None` for the paper's number.
         folder: the folder to write into, which is created if it does not exist.
+        text: whether to add columns with text for language models.
 
     Raises:
-        ValueError: for an unknown split, a number below 1, or a folder of another task.
+        ValueError: for a task that cannot be written as text, an unknown split, a number below 1, or a folder of another task.
         FileExistsError: if the folder holds something else, or one of the splits with another number of examples.
     """
-    # `task.dataset` refuses unknown splits and lengths below 1.
+    # `task.dataset` refuses unknown splits and lengths below 1, and `features_of` tasks without text.
     lengths = {split: len(task.dataset(split, num_examples)) for split in splits}
+    features_of(task, text)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         manifest.check(task, folder)
+        if manifest.text != text:
+            raise FileExistsError(
+                f"{folder} was written {'with' if manifest.text else 'without'} --format text: choose another folder, or the same "
+                "format."
+            )
     elif folder.exists() and any(path.name not in ("data", f"{MANIFEST_NAME}.tmp") for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no data of a task: choose another folder.")
     else:
-        manifest = Manifest.of(task)
+        manifest = dataclasses.replace(Manifest.of(task), text=text)
     for split, length in lengths.items():
         held = manifest.splits.get(split, {}).get("num_examples", length)
         if held != length:
@@ -138,18 +161,18 @@ def write_data(task: Task, splits: list[str], num_examples: int | None, folder: 
     for split, length in lengths.items():
         if manifest.splits.get(split, {}).get("file_bytes") == _file_bytes(folder / "data", split):
             continue
-        manifest.splits[split] = _write_split(task, split, length, folder / "data")
+        manifest.splits[split] = _write_split(task, split, length, folder / "data", text)
         manifest.splits = {name: manifest.splits[name] for name in task.splits if name in manifest.splits}
         # task.json is written last, so that every file that it names is complete.
         write_whole(folder / MANIFEST_NAME, json.dumps(dataclasses.asdict(manifest), indent=2, allow_nan=False) + "\n")
     return manifest
 
 
-def _write_split(task: Task, split: str, num_examples: int, folder: Path) -> dict[str, Any]:
+def _write_split(task: Task, split: str, num_examples: int, folder: Path, text: bool) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(f"{split}-*.parquet"):
         unfinished.unlink()
-    features = task.features()
+    features = features_of(task, text)
     num_files = -(-num_examples // _EXAMPLES_PER_FILE)
     num_bytes = 0
     # Sums of the columns that hold one number or truth value per example.
@@ -160,7 +183,10 @@ def _write_split(task: Task, split: str, num_examples: int, folder: Path) -> dic
         with pq.ParquetWriter(path, features.arrow_schema) as writer:
             for start in range(number * _EXAMPLES_PER_FILE, stop, _EXAMPLES_AT_ONCE):
                 indices = np.arange(start, min(start + _EXAMPLES_AT_ONCE, stop))
-                columns = task.to_table(task.samples(split, indices))
+                samples = task.samples(split, indices)
+                columns = task.to_table(samples) | (
+                    text_columns(task, split, indices, samples) if text and isinstance(task, SravenTask) else {}
+                )
                 arrays = [
                     _arrow(columns[name], field.type)
                     for name, field in zip(features, features.arrow_schema, strict=True)
@@ -218,10 +244,12 @@ class FolderDataset(TaskDataset):
             )
         files = sorted(str(path) for path in (folder / "data").glob(f"{split}-*.parquet"))
         try:
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", features=task.features())
+            rows = datasets.load_dataset(
+                "parquet", data_files=files, split="train", features=features_of(task, manifest.text)
+            )
         except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, pa.ArrowException) as error:
             raise ValueError(f"The data of {folder} cannot be read: {error}; write the folder again.") from None
-        self.rows = rows.with_format("arrow")
+        self.rows = rows.select_columns(list(task.features())).with_format("arrow")
         ends = np.r_[0 : min(_COMPARED, held), max(held - _COMPARED, 0) : held]
         expected = task.samples(split, ends)
         if len(rows) != held or any(

@@ -117,6 +117,14 @@ the points are the same in all splits. Here every split has a stream of its own.
 | `terms` | {task.num_terms} class labels | the function's terms |
 | `base_mse` | number | variance of all {task.num_examples} values: R² of an example is 1 − squared error / `base_mse` |"""
 
+    def page(self) -> dict[str, str]:
+        return {
+            "emoji": "📈",
+            "short_description": "Fuzzy logic learnt in context: answers against truth",
+            "about": "Choose the terms of a fuzzy logic function and the variable that moves, and see the answers as a curve "
+            "against the truth.",
+        }
+
 
 @strict
 @dataclasses.dataclass

@@ -101,10 +101,21 @@ def to_inputs(rows):
         """The rows of a table: name, type and meaning of each column of the dataset."""
         return "\n".join(f"| `{name}` | {feature} | |" for name, feature in self.task.features().items())
 
+    def text_fields(self) -> str:
+        """The rows of the same table for the columns of a task as text."""
+        return ""
+
+    def text_notes(self) -> str:
+        """A section, with its heading, on how a language model is asked and scored, in a folder that has these columns."""
+        return ""
+
     def dataset_notes(self) -> str:
         """A section, with its heading, on anything else that a reader of the dataset's card must know."""
         return ""
 
-    def page(self) -> dict[str, Any] | None:
-        """What fills the templates of the Space that asks a model puzzles; `None` where the task has none."""
+    def page(self) -> dict[str, str] | None:
+        """
+        `emoji`, `short_description` (at most 60 characters) and `about`, sentences for the card, of the Space that asks a
+        model; `None` where there is no page for the task.
+        """
         return None

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError, StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..model import HylaConfig, HylaForSequenceClassification
+from ..runs.weights import load_model
 from ..tasks import Task
 from ..utils import one_line
 
@@ -18,31 +18,6 @@ from ..utils import one_line
 CHECKPOINT_KEYS = {"model_name_or_path": str, "revision": str}
 # Fields that affect neither the shape nor the meaning of weights, so that a run may change them.
 _OF_THE_RUN = ("attention_dropout", "num_answers", "problem_type", "output_router_logits", "router_aux_loss_coef")
-
-
-def load_model(name: str | Path, **kwargs: Any):
-    """
-    The classification model of a folder or repository; `kwargs` are those of `from_pretrained`.
-
-    Raises:
-        ValueError, OSError: if there is none, or it is damaged or not whole; pickles and remote code are not loaded.
-    """
-    folder = Path(name)
-    if folder.exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{name} holds no model: expected a folder with config.json and model.safetensors.")
-    if folder.exists() and not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{name} holds no weights: expected model.safetensors beside config.json.")
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
-        )
-    except (SafetensorError, StrictDataclassError, RuntimeError, HTTPError) as error:
-        raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{name} lacks weights, {missing[0]} among them: its scores would be those of random weights."
-        )
-    return model
 
 
 def initial_model(settings: dict[str, Any], config: HylaConfig) -> HylaForSequenceClassification:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hf_hyla.analysis import code_similarity, probe
+from hf_hyla.analysis.probes import fit_probe
 
 
 RNG = np.random.default_rng(0)
@@ -177,3 +178,16 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ValueError, match=r"pip install hf-hyla\[analysis\]"):
         probed("number")
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("classes", "accuracy"), ("number", "r2")])
+def test_a_fitted_probe_is_the_one_that_is_scored(kind, metric):
+    features, values = planted(kind, 1500, 0.3, 2)
+    fitted = fit_probe(*planted(kind, 1500, 0.3, 1))
+    assert fitted.score(features, values) == pytest.approx(probed(kind)["scores"][metric]["value"], abs=1e-6)
+
+
+def test_a_fitted_probe_names_several_labels_at_once():
+    features, values = planted("labels", 1500, 0.1, 2)
+    told = fit_probe(*planted("labels", 1500, 0.1, 1)).predict(features)
+    assert (told.astype(bool) == values).mean() > 0.9

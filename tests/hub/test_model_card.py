@@ -13,7 +13,7 @@ import jinja2
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, SpaceCard, parse_eval_result_entries
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from jinja2 import meta
 
 from hf_hyla import HylaForSequenceClassification, metrics
@@ -399,30 +399,6 @@ def test_the_page_of_a_metric_scores_its_example_and_answers_bad_lists_with_a_se
     for bad in ("[1", "[1]", '{"a": 1}', '["x"]', "1"):
         with pytest.raises(gradio.Error, match="Expected lists like those of the example"):
             app["compute"](bad, *others)
-
-
-def test_the_space_asks_the_model_and_answers_a_bad_puzzle_with_a_sentence(sraven_run, gradio):
-    task = get_task("sraven", num_features=2)
-    files = spaces.demo_files(task, "org/x")
-    assert SpaceCard(files["README.md"]).data.models == ["org/x"]
-    app = {"__name__": "app"}
-    exec(compile(files["app.py"].replace("org/x", str(sraven_run)), "app.py", "exec"), app)
-    right = app["solve"].model(input_ids=torch.tensor(task.dataset("ood")[0]["input_ids"])[None]).logits
-    assert app["answer"](app["EXAMPLE"]) == " ".join(map(str, right[0].argmax(-1).tolist()))
-    for puzzle, message in [
-        ("", "Expected eight panels of whole numbers"),
-        ("1 2\n" * 9, "Expected eight panels of whole numbers"),
-        ("a b\n" * 8, "Expected eight panels of whole numbers"),
-        ("1 9\n" * 8, "integers in 0 to 7"),
-        ("1 2 3\n" * 8, "must hold 2 features"),
-    ]:
-        with pytest.raises(gradio.Error, match=message):
-            app["answer"](puzzle)
-
-
-def test_a_space_for_another_task_is_refused():
-    with pytest.raises(ValueError, match="asks SRAVEN puzzles, and this run is of the task logic"):
-        spaces.demo_files(get_task("logic"), "org/x")
 
 
 def test_all_citations_of_the_paper_are_the_same():

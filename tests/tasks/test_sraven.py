@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from hf_hyla import HylaConfig
 from hf_hyla.tasks import get_task
-from hf_hyla.tasks.sraven import RULES
+from hf_hyla.tasks.sraven import RULES, cells
 
 
 NUM_RULES = len(RULES)
@@ -252,3 +252,22 @@ def test_answers_are_called_by_their_values():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         get_task("sraven", **settings)
+
+
+def test_samples_with_other_rules_keep_all_that_does_not_depend_on_them():
+    task = get_task("sraven")
+    indices = np.arange(50)
+    drawn = task.samples("ood", indices)
+    same = task.with_rules("ood", indices, drawn["rules"])
+    assert all(np.array_equal(same[name], drawn[name]) for name in drawn)
+    rules = drawn["rules"].copy()
+    rules[:, 0] = (rules[:, 0] + 1) % len(RULES)
+    other = task.with_rules("ood", indices, rules)
+    assert np.array_equal(other["permutations"], drawn["permutations"]) and np.array_equal(other["rules"], rules)
+    before, after = (cells(one["input_ids"], one["labels"]) for one in (drawn, other))
+    # The feature of every cell before the columns were permuted.
+    feature = np.broadcast_to(drawn["permutations"][:, None], before.shape)
+    assert np.array_equal(before[feature > 0], after[feature > 0])
+    assert ((before != after) & (feature == 0)).any(axis=(1, 2, 3)).mean() > 0.9
+    with pytest.raises(ValueError, match="no split 'odd'"):
+        task.with_rules("odd", indices, rules)

@@ -117,11 +117,11 @@ def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:
         puzzles = cells(samples["input_ids"], samples["labels"])
         for explained, label in zip(explain(puzzles, task), samples["labels"].tolist(), strict=True):
             panels = posterior(explained, combinations, task.permute)
-            answer = _most_probable(panels)
+            answer = most_probable(panels)
             columns["right"].append([value == true for value, true in zip(answer, label, strict=True)])
             columns["probability"].append(panels[answer])
             columns["undecided"].append(len(panels) > 1)
-            columns["right_all"].append(_most_probable(posterior(explained, everything, task.permute)) == tuple(label))
+            columns["right_all"].append(most_probable(posterior(explained, everything, task.permute)) == tuple(label))
     results = {name: np.array(column) for name, column in columns.items()}
     solved = np.asarray(results["right"].all(axis=1))
     strict = results["strict"]
@@ -139,7 +139,8 @@ def observe(task: SravenTask, split: str, num_samples: int) -> dict[str, Any]:
     }
 
 
-def _most_probable(panels: dict[Panel, float]) -> Panel:
+def most_probable(panels: dict[Panel, float]) -> Panel:
+    """The observer's answer: the most probable panel of `posterior`, and the smallest of equally probable ones."""
     return min(panels, key=lambda panel: (-panels[panel], panel))
 
 

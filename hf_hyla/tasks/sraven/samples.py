@@ -173,12 +173,26 @@ class SravenTask(Task):
                     "choose a larger num_values or fewer features."
                 )
 
-    def _draw_attempt(self, split: str, indices: np.ndarray, attempt: int = 0) -> dict[str, np.ndarray]:
+    def with_rules(self, split: str, indices: np.ndarray, rules: np.ndarray) -> dict[str, np.ndarray]:
+        """
+        The samples with these indices as they would be with other rules: a feature that keeps its rule keeps its values, and
+        columns are permuted as they were. Whether the answer is unique is not looked at.
+
+        Args:
+            rules: (samples, features) ids into `RULES`, in the order of the features before they are permuted.
+        """
+        self._check_split(split)
+        return self._draw_attempt(split, np.asarray(indices), rules=np.asarray(rules))
+
+    def _draw_attempt(
+        self, split: str, indices: np.ndarray, attempt: int = 0, rules: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         count, features = len(indices), self.num_features
         # The first attempt reads the stream that the ambiguous task reads.
         words = self.random_words(f"{split}/{attempt}" if attempt else split, indices, 1 + GRID + features * 4 * GRID)
-        combinations = self.split_combinations[split]
-        rules = combinations[below(words[:, 0], len(combinations))]
+        if rules is None:
+            combinations = self.split_combinations[split]
+            rules = combinations[below(words[:, 0], len(combinations))]
         rows = self._rows(rules, words[:, 1 + GRID :].reshape(count, features, 4, GRID))
         panels = rows.transpose(0, 2, 3, 1)  # (sample, row, column, feature)
         if self.permute:

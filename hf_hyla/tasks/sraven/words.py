@@ -112,6 +112,27 @@ batch i of the test data is batch i of the training data, bit for bit. Here ever
 | `ambiguous_official` | bool | some explanation predicts another value for every feature of the answer |
 | `ambiguous_strict` | bool | some explanation predicts another value for at least one: the answer is not unique |"""
 
+    def text_fields(self) -> str:
+        return """\
+| `prompt` | text | instruction and puzzle, which end with `Answer:` |
+| `prompt_with_examples` | text | the same, with three solved puzzles of the split train in between |
+| `answer_text` | text | the ninth panel, as it should follow |
+| `observer_right` | bool | whether the ideal observer, who knows the combinations of rules of the split, is right |"""
+
+    def text_notes(self) -> str:
+        return """\
+## For language models
+
+`prompt` or `prompt_with_examples` asks any causal model, and `answer_text` is what should follow. lm-evaluation-harness scores one
+by the task files of hf_hyla, which `hyla recipes lm_eval --output .` copies; their `dataset_path` names this folder:
+
+```bash
+lm_eval --model hf --model_args pretrained=ORG/MODEL --include_path lm_eval --tasks sraven,sraven_examples
+```
+
+`accuracy_unique` leaves out puzzles with more than one answer, and `ideal_observer` is the highest accuracy to expect on the same
+puzzles."""
+
     def dataset_notes(self) -> str:
         return f"""\
 ## Ambiguity, and the ceiling
@@ -158,7 +179,10 @@ the most probable panel. No model can expect to be right more often:
 
 Among these puzzles, {ambiguous}."""
 
-    def page(self) -> dict[str, Any]:
-        panels = self.task.dataset("ood")[0]["input_ids"].reshape(GRID * GRID, -1)[:-1]
-        example = "\n".join(" ".join(map(str, panel)) for panel in panels.tolist())
-        return {"example": example, "features": self.task.num_features, "values": self.task.num_values}
+    def page(self) -> dict[str, str]:
+        return {
+            "emoji": "🧩",
+            "short_description": "Raven's puzzles: answers and latent codes of attention",
+            "about": "A board of Raven's progressive matrices: draw a puzzle, choose its rules or change a panel, and see the "
+            "answers, how probable each digit is, and the latent codes, beside the verdict of an ideal observer.",
+        }

@@ -1,0 +1,93 @@
+"""The models that the demo shows: each with the record of its run, which names its task and says how good it is."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
+
+from ..model import HylaForSequenceClassification
+from ..runs import RunRecord
+from ..runs.record import RECORD_NAME
+from ..runs.weights import load_model
+from ..tasks import TASKS, Task, get_task
+from ..utils import ATTENTION_NAMES
+
+
+@dataclasses.dataclass
+class Shown:
+    """
+    Attributes:
+        name: of its folder or repository.
+        title: the name of its attention, and the model's own where several have that attention.
+        model: in evaluation mode.
+        record: of the run that made it.
+    """
+
+    name: str
+    title: str
+    model: HylaForSequenceClassification
+    record: RunRecord
+
+    def accuracy(self) -> str:
+        """How good the model is, from the record of its run."""
+        task, scores = get_task(**self.record.recipe["task"]), self.record.metrics
+        metric = task.metric_names[0]
+        unseen, trained = scores["ood"], scores["test"]
+        if metric == "accuracy":
+            known = f"Right on {unseen[metric]:.1%} of unseen and {trained[metric]:.1%} of trained combinations"
+        else:
+            known = f"R² {unseen[metric]:.3f} on unseen and {trained[metric]:.3f} on trained combinations"
+        return f"{known} ({unseen['num_samples']:,} samples each, by the record of its run of {self.record.steps:,} steps)."
+
+
+def load(names: Sequence[str]) -> list[tuple[Task, list[Shown]]]:
+    """
+    Models, by task.
+
+    Args:
+        names: folders of runs, or repositories on the Hub to which runs were published.
+
+    Raises:
+        ValueError: if one is no finished run of the paper's tasks, or two of one task were trained with other settings.
+        OSError: if one cannot be read.
+    """
+    found: dict[str, tuple[Task, list[Shown]]] = {}
+    for name in dict.fromkeys(names):
+        record = _record(name)
+        kind = record.recipe["task"]["name"]
+        if kind not in TASKS:
+            raise ValueError(f"{name} was trained on the task {kind}, and the demo shows {' and '.join(TASKS)}.")
+        settings = {key: value for key, value in record.recipe["task"].items() if key != "data"}
+        task, models = found.setdefault(kind, (get_task(**settings), []))
+        if get_task(**settings).spec != task.spec:
+            raise ValueError(
+                f"{name} was trained on other settings of the task {kind} than {models[0].name}: show one of them at a time."
+            )
+        # The eager implementation gives the codes, and needs no compilation.
+        model = load_model(name, attn_implementation="eager").eval()
+        task.check_model(model.config)
+        title = ATTENTION_NAMES[model.config.attention_type]
+        models.append(Shown(name, title[0].upper() + title[1:], model, record))
+    for _, models in found.values():
+        titles = [one.title for one in models]
+        for one in models:
+            if titles.count(one.title) > 1:
+                one.title = f"{one.title} ({one.name})"
+    return [found[kind] for kind in ("sraven", "logic") if kind in found]
+
+
+def _record(name: str) -> RunRecord:
+    if Path(name).exists():
+        path: str | Path = Path(name) / RECORD_NAME
+    else:
+        try:
+            path = hf_hub_download(name, RECORD_NAME)
+        except (HTTPError, ValueError) as error:
+            raise ValueError(
+                f"{name} has no {RECORD_NAME} that can be fetched ({type(error).__name__}): expected a published run."
+            ) from None
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{name} has no {RECORD_NAME}, which names its task: expected the folder of a run.")
+    return RunRecord.load(path)

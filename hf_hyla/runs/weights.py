@@ -1,0 +1,35 @@
+"""A model's weights, from the folder of a run or from a repository on the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HTTPError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification
+
+from ..utils import one_line
+
+
+def load_model(name: str | Path, **kwargs: Any):
+    """
+    The classification model of a folder or repository; `kwargs` are those of `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: if there is none, or it is damaged or not whole; pickles and remote code are not loaded.
+    """
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{name} holds no model: expected a folder with config.json and model.safetensors.")
+    if folder.exists() and not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{name} holds no weights: expected model.safetensors beside config.json.")
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+    except (SafetensorError, StrictDataclassError, RuntimeError, HTTPError) as error:
+        raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks weights, {missing[0]} among them: its scores would be those of random weights."
+        )
+    return model
