@@ -241,7 +241,7 @@ def test_answers_are_called_by_their_values():
     ("settings", "message"),
     [
         ({"num_features": 9}, "num_features must be 2 to 8"),
-        ({"num_values": 2}, "at least 3"),
+        ({"num_values": 2}, "num_values must be 3 to 1000"),
         ({"held_out": 1}, "held_out must lie between 0 and 1, got 1"),
         ({"held_out": 1.5}, "held_out must lie between 0 and 1, got 1.5"),
         ({"held_out": 0.001}, "holds out 0 and leaves 330"),
