@@ -5,8 +5,9 @@ from typing import Any
 
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from ..reading import read_json
 from ..utils import one_line
 
 
@@ -22,6 +23,11 @@ def load_model(name: str | Path, **kwargs: Any):
         raise ValueError(f"{name} holds no model: expected a folder with config.json and model.safetensors.")
     if folder.exists() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{name} holds no weights: expected model.safetensors beside config.json.")
+    if folder.exists():
+        for path in (folder / "config.json", *folder.glob("*.safetensors")):
+            if not path.is_file():  # a pipe would be waited for
+                raise ValueError(f"{path} is not a regular file: copy the model again.")
+        _check_config(folder)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
@@ -33,3 +39,18 @@ def load_model(name: str | Path, **kwargs: Any):
             f"{name} lacks weights, {missing[0]} among them: its scores would be those of random weights."
         )
     return model
+
+
+def _check_config(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: if config.json is not the config of a model.
+    """
+    try:
+        if not isinstance(read_json(folder / "config.json"), dict):
+            raise ValueError("it holds no keys and values")
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError, TypeError, AttributeError, LookupError) as error:
+        # Values of wrong types fail in transformers wherever they are used first.
+        reason = one_line(error).rstrip(".")
+        raise ValueError(f"{folder / 'config.json'} is not the config of a model ({reason}): copy the model again.") from None

@@ -1,6 +1,7 @@
 """Tests of runs that start from a checkpoint: its weights, its shape, and refused combinations."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -169,3 +170,25 @@ def test_code_beside_weights_is_not_run(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"custom code|trust_remote_code"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(checkpoint, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 20_000, "{", '{"model_type": "hyla", "num_labels": "' + "x" * 10 + '"}', "null", "[1]"]
+)
+def test_a_config_that_is_none_ends_in_one_sentence(checkpoint, tmp_path, content):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        load_model(folder)
