@@ -53,4 +53,6 @@ def _check_config(folder: Path) -> None:
     except (OSError, ValueError, StrictDataclassError, TypeError, AttributeError, LookupError) as error:
         # Values of wrong types fail in transformers wherever they are used first.
         reason = one_line(error).rstrip(".")
-        raise ValueError(f"{folder / 'config.json'} is not the config of a model ({reason}): copy the model again.") from None
+        raise ValueError(
+            f"{folder / 'config.json'} is not the config of a model ({reason}): copy the model again."
+        ) from None

@@ -327,10 +327,14 @@ def test_baselines_stand_beside_the_model_with_what_differs_besides_the_attentio
     text = card_files(logic_run, others=[*softmax, linear])["README.md"]
     assert table_row(text, "linear attention")[1] == "1"
     assert "`trainer.learning_rate` (0.5 for linear attention, 0.01 here)." in text
+    again = RunRecord.load(softmax[0])
+    again.metrics["ood"]["r2"] += 0.25
+    (tmp_path / "again").mkdir()
+    again.save(tmp_path / "again")
     for others, message in [
         ([linear, with_attention("linear", logic_run)], "Two recipes of one attention"),
         ([with_attention("hyla", logic_run, learning_rate=0.5)], "is a run of another recipe"),
-        ([softmax[0], softmax[0]], "have the same seeds"),
+        ([softmax[0], tmp_path / "again"], "have the same seeds, but other results"),
     ]:
         with pytest.raises(ValueError, match=message):
             card_files(logic_run, others=others)

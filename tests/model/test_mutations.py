@@ -105,7 +105,7 @@ MUTATIONS = {
     "causality ignored": (
         pair_mask,
         "if not config.is_causal",
-        "if True",
+        "return torch.ones(1, 1, hidden_states.shape[1], hidden_states.shape[1], dtype=torch.bool)\n        if not config.is_causal",
         [official("var_causal_hypatt"), official("lm_linear_hypatt")],
     ),
     "read-out without the code": (

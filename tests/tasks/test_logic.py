@@ -122,7 +122,7 @@ def test_the_metric_is_a_mean_of_ratios_and_includes_the_last_value():
     ("settings", "message"),
     [
         ({"num_variables": 1}, "num_variables must be 2 to 8"),
-        ({"num_examples": 1}, "at least 2"),
+        ({"num_examples": 1}, "num_examples must be 2 to 10000"),
         ({"num_terms": 5}, "num_terms must be 1 to 4"),
         ({"held_out": 0.99}, "must occur in training"),
         *(
