@@ -229,12 +229,14 @@ class HylaAttention(nn.Module):
                     f"{tuple(attention_mask.shape)}."
                 )
             attention_mask = attention_mask.bool()[:, None, None]
-        if not self.is_causal:
+        window = self.config.sliding_window or num_keys
+        if not self.is_causal or (
+            length == 1 and num_keys <= window
+        ):  # a single query is the last token, and sees all
             return attention_mask
         past = num_keys - length
-        causal = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=hidden_states.device).tril(past)
-        if self.config.sliding_window is not None:
-            causal = causal.triu(past - self.config.sliding_window + 1)
+        causal = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=hidden_states.device)
+        causal = causal.tril(past).triu(past - window + 1)
         return causal if attention_mask is None else attention_mask & causal
 
 

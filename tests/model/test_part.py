@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import hf_hyla
 from hf_hyla import HylaAttention, HylaConfig, HylaModel, eager_attention_forward
@@ -87,6 +88,33 @@ def test_a_layer_by_itself_gives_the_numbers_that_it_gives_within_a_model(is_cau
     last, codes = alone(seen["inputs"], attention_mask=padding, num_last=2, output_attentions=True)
     torch.testing.assert_close(last, output[:, -2:], rtol=1e-12, atol=1e-12)
     assert codes.shape == (3, 16, 2, LENGTH)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("position_type", ["relative", "none"])
+def test_a_causal_layer_by_itself_continues_from_a_cache(position_type, window):
+    attention = layer(is_causal=True, position_type=position_type, sliding_window=window)
+    x, padding = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
+    padding[1, :2] = 0
+    for mask in (None, padding):
+        whole, _ = attention(x, attention_mask=mask)
+        parts, cache = [], DynamicCache()
+        for start, end in ((0, 4), (4, 5), (5, 8), (8, 9)):
+            seen = None if mask is None else mask[:, :end]
+            parts.append(attention(x[:, start:end], attention_mask=seen, past_key_values=cache)[0])
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
+        # With the mask written out, so that a window or a future that both of them forget is seen.
+        places = torch.arange(LENGTH)
+        visible = places[None] <= places[:, None]
+        if window is not None:
+            visible &= places[None] > places[:, None] - window
+        visible = visible[None, None] & (torch.ones(2, 1, 1, LENGTH) if mask is None else mask[:, None, None]).bool()
+        torch.testing.assert_close(whole, attention(x, attention_mask=visible)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_rotary_positions_must_be_given_to_a_layer_by_itself():
+    with pytest.raises(ValueError, match="position_type='rotary' needs position_embeddings"):
+        layer(position_type="rotary", head_dim=4)(tokens())
 
 
 def test_the_chunked_implementation_takes_the_masks_of_a_layer_by_itself():
