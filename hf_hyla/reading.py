@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 
-# Of JSON, a learning curve of half a million entries; of YAML, which is read by Python, a hundred times a recipe.
+# The most bytes that are read: in JSON, a curve of half a million entries; in YAML, whose parser is slow, a hundred recipes.
 _MOST_JSON, _MOST_YAML = 50_000_000, 100_000
 _MOST_LEVELS = 50
 

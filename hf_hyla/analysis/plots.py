@@ -15,7 +15,7 @@ from .latents import Codes
 # has a marker of its own besides.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
 _MARKERS = "osD^vP*X"
-# Of every figure, in inches at 120 dots: what a card shows without making letters small.
+# The width of every figure, in inches at 120 dots, which a card shows without shrinking letters.
 _WIDTH = 8
 _SHADES = "cividis"
 _METRICS = {"accuracy": "accuracy", "f1": "F1", "r2": "R²"}

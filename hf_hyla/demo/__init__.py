@@ -1,1 +1,1 @@
-"""The demo: a page on which models are asked. Needs the extra `demo`."""
+"""The demo, a page on which people ask models. It needs the extra `demo`."""

@@ -11,7 +11,7 @@ SHAPES = ("circle", "triangle", "square", "diamond", "star", "plus", "ring", "bo
 COLOURS = ("red", "orange", "gold", "green", "teal", "blue", "purple", "pink")
 _FILLS = ("#d7263d", "#f2842f", "#dcb000", "#2e9e4f", "#12a5a5", "#2f6fde", "#8142b8", "#ea6fb1")
 NUM_DRAWN = len(SHAPES)
-# Where the items of a panel lie, by their number: columns and rows of a 3 × 3 grid.
+# The columns and rows of a 3 × 3 grid in which the items of a panel lie, by the number of items.
 _PLACES = ("e", "ai", "aei", "acgi", "acegi", "acdfgi", "acdefgi", "abcdfghi")
 _PANEL = 100
 _GAP = 8

@@ -1,4 +1,4 @@
-"""The models that the demo shows: each with the record of its run, which names its task and says how good it is."""
+"""The models that the demo shows, each with the record of its run, which names its task and its scores."""
 
 import dataclasses
 from collections.abc import Sequence

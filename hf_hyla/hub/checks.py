@@ -42,7 +42,7 @@ _PARSERS: dict[str, Callable[[Path], Any]] = {
 # The model's code, which is published beside the weights, by the names that it has in the repository.
 CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 _WEIGHTS = "model.safetensors"
-# Samples of each split by which weights are scored again, and in how many parts, whose spread says how far scores may differ.
+# Weights are scored again on this many samples of each split, in parts, whose spread says how far scores may differ.
 _SCORED_AGAIN, _PARTS = 1024, 16
 # How far a score may differ by rounding, of half precision too.
 _ROUNDING = 0.01

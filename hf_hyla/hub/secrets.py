@@ -38,7 +38,7 @@ _PASSWORD = (
     rb"|[ \t]*:[ \t]*" + _NONE + rb"(?=[!-~]*[0-9])[!#-&*-:<-~]{6,})"
 )
 _KEY = _IS + rb"(?=[a-z_-]*[0-9])(?=[0-9_-]*[a-z])[a-z0-9_-]{20,}"
-# Of these only the name tells, since they look like other digests; in lower case, as the text is made for them.
+# Secrets that look like other digests, and are found by the name before them. The text is put in lower case first.
 _BY_NAME = {
     "an AWS secret": tuple(
         name + _IS + rb"[a-z0-9/+]{40}(?![a-z0-9/+])" for name in (rb"secret_?access_?key", rb"aws_?secret(?:_?key)?")
@@ -60,7 +60,7 @@ _BY_NAME = {
         rb"://[\w.-]+:" + _NONE + rb"[!#-&*-.0-9;-?A-~]{6,}@[a-z0-9]",
     ),
 }
-# Text in either order of bytes.
+# Characters in UTF-16, in either order of bytes.
 _UTF16 = rb"(?:[\t\n\r -~]\0){8,}[\t\n\r -~]?"
 # Files are read in parts, which overlap by more than a secret's length.
 _PART, _OVERLAP = 1 << 24, 1 << 12
@@ -86,7 +86,7 @@ def check_secrets(name: str, content: Path | bytes) -> None:
 
 
 def _first_secret(patterns: dict[str, tuple[bytes, ...]], text: bytes) -> tuple[str, int] | None:
-    """What is found, and where."""
+    """The kind of the first secret and its place in the text, or `None`."""
     for what, several in patterns.items():
         for pattern in several:
             if match := re.search(pattern, text):
@@ -95,7 +95,7 @@ def _first_secret(patterns: dict[str, tuple[bytes, ...]], text: bytes) -> tuple[
 
 
 def _parts(content: Path | bytes) -> Iterator[tuple[int, bytes]]:
-    """Where each part begins, and its bytes."""
+    """The parts of the content, each with the place at which it begins."""
     if isinstance(content, bytes):
         yield 0, content
         return

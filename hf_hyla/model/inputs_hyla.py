@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What models read, checked before work starts: ids, numbers or embeddings, positions, and the mask of pairs."""
+"""Inputs of models, checked before work starts: ids, values or embeddings, positions, and the mask of pairs."""
 
 from typing import cast
 
@@ -29,7 +29,7 @@ from .attention_hyla import attended
 from .configuration_hyla import HylaConfig
 
 
-# What transformers' functions return but for flex attention, which this family does not have.
+# transformers' functions return another type for flex attention only, which this family does not have.
 _Mask = torch.Tensor | None
 
 
@@ -161,10 +161,10 @@ def pair_mask(
 
 
 def _sees_all(config: HylaConfig, hidden_states, attention_mask, past_key_values: Cache | None) -> bool:
-    """Whether there is a single query, which the cache holds nothing but visible keys for."""
+    """Whether there is a single query that sees every key in the cache."""
     if not config.is_causal or past_key_values is None or hidden_states.shape[1] != 1 or is_torchdynamo_compiling():
         return False
-    if isinstance(past_key_values.get_seq_length(), torch.Tensor):  # of a static cache, which has empty places
+    if isinstance(past_key_values.get_seq_length(), torch.Tensor):  # a static cache, which has empty places
         return False
     _, num_keys = first_query(hidden_states, past_key_values)
     if config.sliding_window is not None and num_keys > config.sliding_window:  # a cache may keep more
@@ -177,7 +177,7 @@ def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, pa
     batch, length = hidden_states.shape[:2]
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     if isinstance(seen, torch.Tensor):
-        # Of a static cache, whose mask may be as long as the cache; on a GPU the look would stall the queue of kernels.
+        # The cache is static, and its mask may be as long as the cache. On a GPU, reading `seen` would stall the queue of kernels.
         if is_torchdynamo_compiling() or seen.device.type != "cpu":
             return
         fits = attention_mask.shape[1] >= int(seen) + length

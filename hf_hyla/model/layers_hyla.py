@@ -192,7 +192,7 @@ class HylaAttention(nn.Module):
             if position_buckets is None:
                 num_buckets = self.relative_attention_bias.shape[1]
                 position_buckets = relative_position_buckets(length, key.shape[2], num_buckets, hidden_states.device)
-            # By diagonal, of which fewer queries have fewer: those that count from the last key.
+            # Biases are stored by diagonal. The last queries need the first of them, which count from the last key.
             position_bias = self.relative_attention_bias[:, position_buckets[: queries.shape[1] + key.shape[2] - 1]]
         if attention_mask is None or attention_mask.ndim != 4:
             attention_mask = self._pair_mask(hidden_states, attention_mask, key.shape[2])
@@ -345,7 +345,7 @@ def init_weights(module: nn.Module, config: HylaConfig) -> None:
         _lecun_normal(module.down_proj, fan_in=module.down_proj.shape[-1])
     elif isinstance(module, HylaAttention):
         if module.relative_attention_bias is not None:
-            # Of a table (heads, buckets) the reference takes the last axis for the fan-in.
+            # The reference takes the last axis of the table (heads, buckets) for the fan-in.
             init.normal_(module.relative_attention_bias, std=module.relative_attention_bias.shape[1] ** -0.5)
         if module.value_mixing is not None:
             _lecun_normal(module.value_mixing, fan_in=module.value_head_dim)

@@ -239,7 +239,7 @@ class HylaModel(HylaPreTrainedModel):
         check_given(self.main_input_name, input_ids=input_ids, input_values=input_values, inputs_embeds=inputs_embeds)
         if input_values is not None:
             check_width("input_values", input_values, self.config.input_size, "input_size")
-            # Of a norm, which no quantisation touches: weights of the projection may be integers, or no tensor at all.
+            # The dtype is that of a norm, since quantisation leaves norms alone. Weights of the projection may be integers.
             return self.input_proj(input_values.to(self.norm.weight.dtype))
         if input_ids is not None:
             check_ids(input_ids, self.embed_tokens, self.config.vocab_size)

@@ -12,7 +12,7 @@ from .paper import paper_result
 from .record import RunRecord, mean_and_error, without_seeds
 
 
-# Of each attention, from Okabe and Ito's, which colour-blind readers can tell apart.
+# The colour of each attention, from Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = {"hyla": "#0072B2", "softmax": "#D55E00", "linear": "#009E73", None: "#000000"}
 _STYLES = ("-", "--", ":", "-.")
 

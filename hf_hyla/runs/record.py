@@ -29,7 +29,7 @@ HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 _OF_ONE_RUN = {"task.seed", "trainer.seed", "task.data", *(f"trainer.{key}" for key in HUB_KEYS)}
 # What a record holds the digests of.
 _DIGESTED = ("config.json", "*.safetensors", "*_hyla.py")
-# Of the package, if it is one.
+# The folder of the checkout, if the package lies in one.
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _LONGEST_NAME = 1000
 _LARGEST_NUMBER = 10**30
@@ -175,7 +175,7 @@ def _check_numbers(numbers: dict[str, int | float], at_least: int | None = None)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of each file of a model in a folder, its weights, config and code: `"sha256:"` and the digest in hexadecimal."""
+    """The digest of each file of a model in a folder, by name: its weights, config and code."""
     files = sorted({path for pattern in _DIGESTED for path in folder.glob(pattern) if path.is_file()})
     return {path.name: file_digest([path]) for path in files}
 
@@ -235,8 +235,8 @@ def environment() -> dict[str, Any]:
 
 def code_is_of(commit: str | None) -> bool | None:
     """
-    Whether the model's code that runs is that of a commit of the checkout that this package lies in; `None` where nobody can say,
-    since the package is not a checkout or does not hold the commit.
+    Whether this package's model code equals that of a commit; `None` if the package does not lie in a checkout that holds the
+    commit.
     """
     if not re.fullmatch("[0-9a-f]{40}", commit or "") or not (_CHECKOUT / ".git").exists():
         return None
