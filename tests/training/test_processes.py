@@ -69,6 +69,8 @@ for kind, head in HEADS.items():
         trainer.model.save_pretrained(f"{folder}/{kind}")
         log = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
         open(f"{folder}/{kind}/log.json", "w").write(json.dumps(log))
+# Together, since a process that ends first can make torch abort the other one at its exit.
+PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
 """
 KINDS = ["several answers", "one class", "one number", "several numbers", "several labels"]
