@@ -160,7 +160,7 @@ def compare(
     """
     Runs both, position bias and value_mixing in the dtype `parameters` where one is given, and compares by name, relative to
     the largest element of each. Without tolerances errors may be 1.5 times those of the definition in this dtype, and a
-    rounding.
+    rounding. These are measured over all elements, since the largest one is that of a value near the kink of relu.
     """
     scaling, seed = 0.3, torch.tensor([123456789, 2**31 - 1]) if dropout else None
     dtypes = dict.fromkeys(inputs, dtype)
@@ -178,7 +178,7 @@ def compare(
     else:
         usual, usual_gradients = defined(rounded, rounded_gradient, mask, network, score_norm, scaling, dropout, seed)
         usual = {"output": usual.detach(), **usual_gradients}
-        allowed = {name: 1.5 * error(usual[name], expected[name]) + torch.finfo(dtype).eps for name in expected}
+        allowed = {name: 1.5 * error_of_all(usual[name], x) + torch.finfo(dtype).eps for name, x in expected.items()}
 
     leaves = {name: tensor.to(device, dtypes[name]).requires_grad_() for name, tensor in inputs.items()}
     mask, seed = (None if tensor is None else tensor.to(device) for tensor in (mask, seed))
@@ -188,12 +188,16 @@ def compare(
     assert {name: got.dtype for name, got in zip(leaves, gradients, strict=True)} == dtypes
     found = {"output": result.detach(), **dict(zip(leaves, gradients, strict=True))}
     for name, tolerance in allowed.items():
-        off = error(found[name], expected[name])
+        off = (error if tolerances else error_of_all)(found[name], expected[name])
         assert off <= tolerance, f"{name}: {off:.1e}, where {tolerance:.1e} is allowed"
 
 
 def error(found, expected):
     return (found.cpu().double() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+
+
+def error_of_all(found, expected):
+    return (found.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-6)
 
 
 # batch, heads, queries, keys, head_dim, value_head_dim
@@ -494,8 +498,10 @@ def test_kernels_compile_within_the_shared_memory_of_the_gpu(
     monkeypatch.setattr(kernels, "_launch", compile_only)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, Triton 3.9 warns
     target = GPUTarget("cuda", capability, 32)
+    # Triton keeps kernels by the number of the device. No GPU of this machine has this one, so nothing that was compiled here runs.
+    number = 1000 + capability
     gpu = SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+        get_current_device=lambda: number, get_current_stream=lambda device: 0, get_current_target=lambda: target
     )
     generated, activation, mixing = NETWORKS[network]
     tensors = [torch.zeros(2, 100, heads, width, dtype=dtype).transpose(1, 2) for _ in range(3)]
