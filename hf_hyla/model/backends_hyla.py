@@ -378,7 +378,9 @@ def _cast_for_products(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The tensors in the dtype in which autocast, if it is on, would multiply them. float64 stays float64."""
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # What is compiled runs on a device that has autocast, and torch 2.11 cannot compile the question.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))

@@ -66,6 +66,15 @@ def test_forward_is_one_graph_for_all_batch_sizes(fresh_dynamo, attention_type, 
     compiled_equals_eager(model, inputs, masked, backend="eager")  # the graph alone: what may break it is found here
 
 
+def test_the_graph_is_whole_where_torch_cannot_ask_in_it_for_autocast(fresh_dynamo, monkeypatch):
+    # As in torch 2.11.
+    cannot_be_compiled = torch.compiler.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", cannot_be_compiled)
+    model, batch = make(num_hidden_layers=1), batch_of(3, "input_ids", masked=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize(("attention_type", "ffn_type", "inputs", "masked"), [row for row in SHORT_TABLE if row[3]])
 def test_compiled_code_equals_eager(fresh_dynamo, attention_type, ffn_type, inputs, masked):
     if shutil.which("gcc") is None and shutil.which("cc") is None:
