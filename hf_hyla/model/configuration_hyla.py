@@ -14,6 +14,7 @@
 """HylaConfig: every choice that makes a HYLA, linear or softmax attention model."""
 
 import difflib
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -110,6 +111,10 @@ class HylaConfig(PreTrainedConfig):
             Number of keys, its own included, that a query of a causal model sees; a cache then keeps no more. `None`: all.
         attention_dropout (`float`, *optional*, defaults to 0.1):
             Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
+        attention_out_multiplier (`float`, *optional*, defaults to 1.0):
+            What the output of attention is multiplied by before it is added to the hidden states. Not in the paper. Scores that
+            are not normalised over keys make outputs that grow with the number of keys and heads, to 31 to 41 in the paper's
+            model when training starts, where softmax attention begins below 1.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
         intermediate_size (`int`, *optional*, defaults to 256):
@@ -186,6 +191,7 @@ class HylaConfig(PreTrainedConfig):
     is_causal: bool = False
     sliding_window: int | None = None
     attention_dropout: float | int = 0.1
+    attention_out_multiplier: float | int = 1.0
 
     ffn_type: Literal["mlp", "swiglu", "moe"] = "mlp"
     intermediate_size: int = 256
@@ -335,6 +341,10 @@ class HylaConfig(PreTrainedConfig):
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}.")
+        if not 0 < self.attention_out_multiplier < math.inf:
+            raise ValueError(
+                f"attention_out_multiplier must be positive and finite, got {self.attention_out_multiplier}."
+            )
         for name in ("answer_token_id", "pad_token_id"):
             token = getattr(self, name)
             if token is not None and self.vocab_size is not None and not 0 <= token < self.vocab_size:

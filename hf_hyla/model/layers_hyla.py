@@ -299,6 +299,7 @@ class HylaLayer(GradientCheckpointingLayer):
         self.self_attn = HylaAttention(config, layer_idx)
         self.post_attention_layernorm = norm(config.hidden_size, eps=config.norm_eps)
         self.mlp = HylaMoE(config) if config.ffn_type == "moe" else HylaMLP(config)
+        self.attention_out_multiplier = config.attention_out_multiplier
 
     def forward(
         self,
@@ -313,7 +314,7 @@ class HylaLayer(GradientCheckpointingLayer):
         )
         if num_last is not None:
             hidden_states = hidden_states[:, -num_last:]
-        hidden_states = hidden_states + attention_output
+        hidden_states = torch.add(hidden_states, attention_output, alpha=self.attention_out_multiplier)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 

@@ -140,6 +140,8 @@ def test_probable_mistakes_are_reported(caplog, settings, message):
         ({"relative_attention_num_buckets": 1}, "must be at least 2"),
         ({"hidden_size": 10, "head_dim": None}, "not a multiple of 16"),
         ({"attention_dropout": 1.0}, r"must lie in \[0, 1\)"),
+        ({"attention_out_multiplier": 0}, "attention_out_multiplier must be positive and finite, got 0"),
+        ({"attention_out_multiplier": float("nan")}, "attention_out_multiplier must be positive and finite"),
         ({"answer_token_id": 9}, "one of the ids 0 to 8"),
         ({"pad_token_id": 8}, "both 8"),
         ({"value_activation": "rellu"}, "did you mean 'relu'"),

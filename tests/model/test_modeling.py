@@ -89,6 +89,22 @@ def test_weights_are_initialised_as_in_the_reference():
     check(text.embed_tokens.weight, fan_in=100, truncated=False)
 
 
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_the_output_of_attention_is_multiplied_before_it_is_added(attention_type):
+    plain = make(attention_type=attention_type, scale=2.0).double().eval()
+    multiplied = make(attention_type=attention_type, attention_out_multiplier=0.3).double().eval()
+    multiplied.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for layer in plain.model.layers:
+            layer.self_attn.o_proj.weight *= 0.3
+            layer.self_attn.o_proj.bias *= 0.3
+    logits = [model(input_ids=ids(3)).logits for model in (plain, multiplied)]
+    torch.testing.assert_close(*logits)
+    torch.autograd.backward([x.square().sum() for x in logits])
+    gradients = [model.model.layers[0].self_attn.o_proj.weight.grad for model in (plain, multiplied)]
+    torch.testing.assert_close(0.3 * gradients[0], gradients[1])
+
+
 def test_inputs_embeds_equal_input_ids():
     model = make()
     embeds = model.get_input_embeddings()(ids())
