@@ -19,6 +19,8 @@ SOFTMAX = ("softmax", "softmax", "none", 1)
 # Triton's interpreter is a process of its own, see test_triton.py, which runs this file's tests there.
 if ops_triton_hyla.INTERPRETED:
     FUSED = ["hyla_triton"]
+# The interpreter takes its time for every tile. The CPU kernel is compiled for sizes of test_backends.py.
+KEYS = 9 if ops_triton_hyla.INTERPRETED else 19
 
 
 def serves(backend, row):
@@ -33,7 +35,7 @@ PAIRS = [
 ]
 
 
-def tensors(row, keys=9, size=1.0) -> dict[str, torch.Tensor]:
+def tensors(row, keys=KEYS, size=1.0) -> dict[str, torch.Tensor]:
     """Random numbers in float64, of which scores are about `size`."""
     draw = torch.Generator().manual_seed(0)
 
@@ -49,7 +51,7 @@ def tensors(row, keys=9, size=1.0) -> dict[str, torch.Tensor]:
     return found | ({"value_mixing": normal(3, 5, 5)} if row[3] == 2 else {})
 
 
-def causal_with_left_padding(keys=9) -> torch.Tensor:
+def causal_with_left_padding(keys=KEYS) -> torch.Tensor:
     """The first rows of the second sequence see nothing, and neither does one row of the first."""
     mask = torch.ones(2, 1, keys, keys, dtype=torch.bool).tril()
     mask[1, :, :, :3] = False
@@ -57,7 +59,7 @@ def causal_with_left_padding(keys=9) -> torch.Tensor:
     return mask
 
 
-def differentiate(attention, row, inputs, dtype, needed, keys=9) -> dict[str, torch.Tensor]:
+def differentiate(attention, row, inputs, dtype, needed, keys=KEYS) -> dict[str, torch.Tensor]:
     """Output and the gradients that are needed, of a loss that all rows are part of."""
     leaves = {name: x.to(dtype).requires_grad_(name in needed) for name, x in inputs.items()}
     layer = Layer(*row[:3], leaves.get("value_mixing"))
@@ -101,7 +103,7 @@ def test_scores_of_every_magnitude_in_float32_can_be_normalised(backend, row, si
         assert error < 1e-4, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("keys", [9, 75])  # one tile of the kernels, and several
+@pytest.mark.parametrize("keys", [KEYS, 75])  # one tile of the kernels, and several
 @pytest.mark.parametrize("broken", [("key",), ("value",), ("key", "value")], ids="+".join)
 @pytest.mark.parametrize(("backend", "row"), PAIRS)
 def test_a_nan_under_the_mask_reaches_the_same_rows_in_every_implementation(backend, row, broken, keys):
@@ -117,7 +119,7 @@ def test_a_nan_under_the_mask_reaches_the_same_rows_in_every_implementation(back
         assert all(torch.equal(found[name].isnan(), expected[name].isnan()) for name in expected)
 
 
-@pytest.mark.parametrize("keys", [37, 75, 83])  # the last tile is never full
+@pytest.mark.parametrize("keys", [KEYS, 75, 83])  # the last tile is never full
 @pytest.mark.parametrize(("backend", "row"), PAIRS)
 def test_the_last_tile_counts_in_every_gradient(backend, row, keys):
     inputs = tensors(row, keys)

@@ -106,8 +106,8 @@ CASES = {
     # In a row that sees nothing all probabilities are equal, and values of half precision may add up to exactly 0, where the
     # derivative of ReLU is left to rounding. With these numbers of queries none do.
     "random": [Case(mask="random", dropout=0.3), Case(queries=7, mask="random")],
-    # One row of the batch, which both workers share; several tiles of keys; widths of no vector.
-    "long": [Case(batch=1, queries=20, keys=150, width=4, value_width=3), Case(batch=2, queries=150, keys=17)],
+    # One row of the batch, which both workers share; several tiles of keys.
+    "long": [Case(batch=1, queries=20, keys=150), Case(batch=2, queries=150, keys=17)],
 }
 
 
@@ -303,6 +303,8 @@ def taken(monkeypatch):
     return names_and_asked
 
 
+# Two layers whose heads are those of `Case`, so that the kernel is compiled once for all tests of a dtype.
+HEADS_OF_CASE = {"num_hidden_layers": 2, "num_attention_heads": 3, "head_dim": 5, "value_head_dim": 7}
 MODELS = {
     "-".join(map(str, row)): {
         "attention_type": row[0],
@@ -324,10 +326,11 @@ MODELS |= {
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_a_layer_is_computed_by_the_same_implementation_in_every_precision(settings, dtype, taken):
     torch.manual_seed(0)
-    config = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
-    model = HylaForSequenceClassification(HylaConfig(**config | settings))
-    ids = torch.randint(0, 8, (3, 36))
-    padding = (torch.arange(36)[None, :] >= torch.tensor([0, 5, 20])[:, None]).long()
+    model = HylaForSequenceClassification(
+        HylaConfig(**HEADS_OF_CASE, hidden_size=32, intermediate_size=32, **settings)
+    )
+    ids = torch.randint(0, 8, (3, 24))
+    padding = (torch.arange(24)[None, :] >= torch.tensor([0, 5, 20])[:, None]).long()
 
     def implementations(model, autocast):
         names = []
@@ -355,7 +358,7 @@ def test_a_layer_is_computed_by_the_same_implementation_in_every_precision(setti
 
 @pytest.mark.parametrize("backend", ["hyla", "hyla_cpu", "hyla_chunked"])
 def test_an_implementation_is_checked_once_per_call(backend, taken):
-    tensors = torch.randn(3, 1, 2, 9, 4).unbind()
+    tensors = torch.randn(3, 1, 3, 19, 5).unbind()
     BACKENDS[backend](Layer(*HYLA[:3], None), *tensors, None, 0.5)
     name = "hyla_cpu" if backend == "hyla" else backend
     assert (taken.names, taken.asked[name]) == ([name], 1)
@@ -390,9 +393,9 @@ def test_a_model_under_autocast_learns_as_in_single_precision(dtype, monkeypatch
 def test_the_kernel_under_autocast_is_the_same_in_a_compiled_model(dtype, monkeypatch):
     monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
     torch.manual_seed(0)
-    config = HylaConfig(num_hidden_layers=2, qk_norm=True, value_depth=2, attn_implementation="hyla_cpu")
+    config = HylaConfig(**HEADS_OF_CASE, qk_norm=True, value_depth=2, attn_implementation="hyla_cpu")
     model = HylaForSequenceClassification(config).train()
-    ids = torch.randint(0, 8, (3, 36))
+    ids = torch.randint(0, 8, (3, 24))
     found = []
     for run in (torch.compile(model, backend="aot_eager"), model):
         torch.manual_seed(1)  # of dropout
@@ -408,7 +411,7 @@ def test_the_kernel_under_autocast_is_the_same_in_a_compiled_model(dtype, monkey
 
 @half
 def test_the_operators_pass_torchs_opcheck_in_half_precision(dtype):
-    case = Case(batch=2, heads=5, queries=9, keys=9, width=4, value_width=3)
+    case = Case(batch=2)
     tensors = {name: x.detach().requires_grad_() for name, x in given(HYLA_PLUS, case, dtype).items()}
     query, key, value, bias, mixing = tensors.values()
     arguments = (query, key, value, None, bias, mixing, None, 0.5, "softmax", "relu", True, 0.0)

@@ -1,28 +1,21 @@
 """Loss scaling: accumulation and number of processes change neither loss nor gradient, for every kind of head."""
 
 import json
-import os
 import platform
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from forks import on_ranks
 from safetensors.torch import load_file
 
-
-# Trains four updates of 16 samples, however they are cut up, and writes weights and log.
-WORKER = """
-import json, sys
-import torch
-from accelerate import PartialState
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, HylaTrainingArguments
 
-batch, accumulation, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
 HEADS = {
     "several answers": {"num_answers": 2, "num_labels": 8},
     "one class": {"num_answers": 1, "num_labels": 3},
@@ -54,47 +47,39 @@ class Samples(torch.utils.data.Dataset):
         return {"input_ids": torch.randint(0, 9, (10,), generator=draw), "labels": labels}
 
 
-for kind, head in HEADS.items():
-    torch.manual_seed(0)
-    config = HylaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=16,
-                        attention_dropout=0.0, **head)
-    args = HylaTrainingArguments(
-        output_dir=folder, max_steps=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1, logging_steps=1,
-        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, eval_strategy="no",
-        save_strategy="no", disable_tqdm=True, use_cpu=True, optim="sgd",
-    )
-    trainer = HylaTrainer(model=HylaForSequenceClassification(config), args=args, train_dataset=Samples(head))
-    trainer.train()
-    if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(f"{folder}/{kind}")
-        log = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
-        open(f"{folder}/{kind}/log.json", "w").write(json.dumps(log))
-# Together, since a process that ends first can make torch abort the other one at its exit.
-PartialState().wait_for_everyone()
-PartialState().destroy_process_group()
-"""
-KINDS = ["several answers", "one class", "one number", "several numbers", "several labels"]
+def train_every_head(folder, batch, accumulation) -> int:
+    """Four updates of 16 samples, however they are cut up; writes weights and log."""
+    for kind, head in HEADS.items():
+        torch.manual_seed(0)
+        config = HylaConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=16,
+            attention_dropout=0.0,
+            **head,
+        )
+        args = HylaTrainingArguments(
+            output_dir=str(folder), max_steps=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1, logging_steps=1,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, eval_strategy="no",
+            save_strategy="no", disable_tqdm=True, use_cpu=True, optim="sgd",
+        )  # fmt: skip
+        trainer = HylaTrainer(model=HylaForSequenceClassification(config), args=args, train_dataset=Samples(head))
+        trainer.train()
+        if trainer.is_world_process_zero():
+            trainer.model.save_pretrained(folder / kind)
+            log = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
+            (folder / kind / "log.json").write_text(json.dumps(log))
+    # Together, since a process that ends first can make torch abort the other one.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+    return 0
 
 
 def train(folder, batch, accumulation, processes):
     folder.mkdir()
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = []
-    for rank in range(processes):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(script), str(batch), str(accumulation), str(folder)]
-        workers.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        )
-    errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    assert not any(worker.returncode for worker in workers), "\n".join(error[-3000:] for error in errors)
+    for code, errors in on_ranks(folder, lambda rank: train_every_head(folder, batch, accumulation), processes):
+        assert code == 0, errors
     return folder
 
 
@@ -109,7 +94,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["accumulated", "two processes"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEADS)
 def test_accumulation_and_processes_change_neither_loss_nor_gradient(runs, kind, way):
     expected_log, log = (json.loads((runs[run] / kind / "log.json").read_text()) for run in ("whole", way))
     torch.testing.assert_close(torch.tensor(log), torch.tensor(expected_log), rtol=1e-4, atol=1e-5)
@@ -118,10 +103,10 @@ def test_accumulation_and_processes_change_neither_loss_nor_gradient(runs, kind,
         torch.testing.assert_close(weights[key], expected[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_the_next_step_reuses_the_memory_that_a_step_frees():
-    code = """
-import resource, torch
+# Prints how many pages a step takes anew, as a share of those before, and the MiB in huge pages while it holds 128.
+MEMORY = """
+import re, resource, torch
+from pathlib import Path
 from hf_hyla.training.processes import keep_freed_memory
 
 def pages_of_steps():
@@ -136,9 +121,21 @@ without = pages_of_steps()
 keep_freed_memory()
 pages_of_steps()
 print(pages_of_steps() / max(without, 1))  # now and then glibc keeps the memory by itself
+tensors = [torch.ones(2**21) for _ in range(16)]
+rollup = Path("/proc/self/smaps_rollup")
+print(int(re.findall(r"AnonHugePages: *(\\d+) kB", rollup.read_text())[0]) / 1024 if rollup.exists() else 0)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 0.1
+
+
+@pytest.fixture(scope="module")
+def memory() -> list[float]:
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    return [float(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_the_next_step_reuses_the_memory_that_a_step_frees(memory):
+    assert memory[0] < 0.1
 
 
 def huge_pages() -> str:
@@ -147,15 +144,5 @@ def huge_pages() -> str:
 
 
 @pytest.mark.skipif("[never]" in huge_pages(), reason="this system has no transparent huge pages")
-def test_the_memory_of_a_step_is_in_huge_pages():
-    code = """
-import re, torch
-from pathlib import Path
-from hf_hyla.training.processes import keep_freed_memory
-
-keep_freed_memory()
-tensors = [torch.ones(2**21) for _ in range(16)]  # 128 MiB
-print(*re.findall(r"AnonHugePages: *(\\d+) kB", Path("/proc/self/smaps_rollup").read_text()))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(result.stdout) > 64 * 1024
+def test_the_memory_of_a_step_is_in_huge_pages(memory):
+    assert memory[1] > 64
