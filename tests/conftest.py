@@ -35,6 +35,7 @@ SLOW = [
     "model/test_text.py",
     "training/test_arguments.py",
     "test_metrics.py",
+    "test_notebooks.py",
     "test_package.py",
     "test_bench_against.py",
     "test_bench_products.py",
