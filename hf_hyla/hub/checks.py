@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from .. import model
 from ..model import HylaForSequenceClassification
@@ -42,10 +43,12 @@ _PARSERS: dict[str, Callable[[Path], Any]] = {
 # The model's code, which is published beside the weights, by the names that it has in the repository.
 CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 _WEIGHTS = "model.safetensors"
-# Weights are scored again on this many samples of each split, in parts, whose spread says how far scores may differ.
-_SCORED_AGAIN, _PARTS = 1024, 16
-# How far a score may differ by rounding, of half precision too.
-_ROUNDING = 0.01
+# Weights are scored again on all samples that a record names, up to this many of each split, in parts.
+_SCORED_AGAIN, _PARTS = 1 << 16, 128
+# How far a score on the same samples may differ by rounding on other hardware, where some answers flip; and for a run in lower
+# precision, since weights are scored again in float32.
+_ROUNDING, _LOW_PRECISION_ROUNDING = 1e-3, 1e-2
+_LOW_PRECISION = ("bf16", "fp16", "tf32")
 
 
 def check_base_model(base_model: str | None, run: str) -> None:
@@ -225,28 +228,34 @@ def differing_code(record: RunRecord) -> str | None:
 
 def check_scores(run: Run) -> None:
     """
-    Scores the weights again, on the first samples of each split.
+    Scores the weights again, on the samples that the record's scores are of.
 
     Raises:
-        ValueError: if the record's scores are further away than by chance and rounding.
+        ValueError: if the record's scores are further away than by rounding; or, of a split with more samples than are scored
+            again, than by chance.
     """
     with contextlib.redirect_stderr(io.StringIO()):  # a bar for each tensor
         trained = HylaForSequenceClassification.from_pretrained(run.folder).eval()
+    is_low_precision = any(run.record.recipe["trainer"].get(key) for key in _LOW_PRECISION)
+    rounding = _LOW_PRECISION_ROUNDING if is_low_precision else _ROUNDING
     for split, recorded in run.record.metrics.items():
         count = min(int(recorded["num_samples"]), _SCORED_AGAIN)
         dataset = run.task.dataset(split, count)
-        parts = [_answers(trained, run.task, dataset, part) for part in torch.arange(count).chunk(_PARTS)]
+        bar = tqdm(torch.arange(count).chunk(_PARTS), f"Scores {split} again", leave=False, disable=None)
+        parts = [_answers(trained, run.task, dataset, part) for part in bar]
         scores = run.task.metrics(*(torch.cat(columns).numpy() for columns in zip(*parts, strict=True)))
-        of_parts = [run.task.metrics(*(column.numpy() for column in part)) for part in parts]
+        is_sample = count < recorded["num_samples"]
+        of_parts = [run.task.metrics(*(column.numpy() for column in part)) for part in parts] if is_sample else []
         for name in (name for name in run.task.metric_names if name in recorded and name in scores):
-            # The first samples differ from all of them by chance.
-            _, error = mean_and_error([part[name] for part in of_parts if name in part])
-            chance = 6 * (error or 0.0) if count < recorded["num_samples"] else 0.0
-            if not abs(scores[name] - recorded[name]) <= chance + _ROUNDING * max(1.0, abs(recorded[name])):
+            # A part of the samples differs from all of them by chance; six standard errors, since an error that is estimated
+            # from a metric with long tails, such as r2, is often too small.
+            error = mean_and_error([part[name] for part in of_parts if name in part])[1] if of_parts else None
+            chance = 6 * (error or 0.0)
+            if not abs(scores[name] - recorded[name]) <= chance + rounding * max(1.0, abs(recorded[name])):
                 raise ValueError(
                     f"{run.folder}: {RECORD_NAME} says that {split}/{name} is {recorded[name]:.4f}, but these weights reach "
-                    f"{scores[name]:.4f} on the first {count:,} samples: weights and scores do not belong together; copy the "
-                    "run again, or train it again."
+                    f"{scores[name]:.4f} on {'the first ' if is_sample else ''}{count:,} samples: weights and scores do not "
+                    "belong together; copy the run again, or train it again."
                 )
 
 

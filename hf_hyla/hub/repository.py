@@ -42,12 +42,12 @@ _RUN_FILES = (
 )
 _DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
 _NO_DIGESTS = (
-    f"{RECORD_NAME} is older than digests of weights and code, so that only a part of each split, scored again, says that its "
-    "scores are those of these weights."
+    f"{RECORD_NAME} is older than digests of weights and code, so that only its samples, scored again, say that its scores "
+    "are those of these weights."
 )
 _OTHER_CODE = (
-    "{} was another when the model was trained; this package's is published, and scores a part of each split within chance of "
-    "the record."
+    "{} was another when the model was trained; this package's is published, and reaches the record's scores "
+    "on the same samples."
 )
 # How the card of a dataset names its own folder, before it is on the Hub.
 _DATASET_PLACE = "path/to/this/folder"

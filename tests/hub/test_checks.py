@@ -14,16 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_hyla import HylaForSequenceClassification
 from hf_hyla.cli import main
 from hf_hyla.hub import secrets
 from hf_hyla.hub.cards import dataset_repo
-from hf_hyla.hub.checks import CODE, check_unaltered
+from hf_hyla.hub.checks import CODE, check_scores, check_unaltered
 from hf_hyla.hub.model_card import card_files
 from hf_hyla.hub.repository import plan
 from hf_hyla.hub.secrets import check_secrets
 from hf_hyla.runs import Run, RunRecord
 from hf_hyla.runs.record import code_is_of
 from hf_hyla.tasks import get_task
+from hf_hyla.training import evaluate
 
 
 REPO = "org/hyla-logic"
@@ -260,6 +262,36 @@ def test_a_run_of_another_version_of_the_code_is_scored_again_and_published_with
     (run / "layers_hyla.py").unlink()
     spoil_record(lambda record: record["digests"].update({name: f"sha256:{'0' * 64}"}))(run)
     assert plan(run, REPO)[0].note.startswith(f"{name} was another when the model was trained")
+
+
+def test_a_score_that_is_off_by_more_than_rounding_is_refused(logic_run, copied, monkeypatch):
+    scored = json.loads((logic_run / "run.json").read_text())
+    for split in scored["metrics"]:  # on more than one part, which a smaller check would stop in
+        found = evaluate(HylaForSequenceClassification.from_pretrained(logic_run), Run.load(logic_run).task, split, 1500)
+        scored["metrics"][split] = found
+    true = scored["metrics"]["ood"]["r2"]
+    run = copied(logic_run, metrics=scored["metrics"])
+    check_scores(Run.load(run))
+
+    def says(difference, **trainer):
+        score = true + difference * max(1.0, abs(true))
+        recipe = scored["recipe"] | {"trainer": scored["recipe"]["trainer"] | trainer}
+        spoil_record(lambda record: record["metrics"]["ood"].update(r2=score))(run)
+        spoil_record(lambda record: record.update(recipe=recipe))(run)
+        return Run.load(run)
+
+    for difference in (-0.005, 0.002, 0.005):
+        with pytest.raises(ValueError, match="weights and scores do not belong together"):
+            check_scores(says(difference))
+    check_scores(says(0.0005))  # as other hardware may round
+    check_scores(says(0.005, bf16=True))
+    with pytest.raises(ValueError, match=r"on 1,500 samples: weights and scores do not"):
+        check_scores(says(0.02, bf16=True))
+    # Where a split is larger than what is scored again, chance is added.
+    monkeypatch.setattr("hf_hyla.hub.checks._SCORED_AGAIN", 1000)
+    check_scores(says(0.0))
+    with pytest.raises(ValueError, match=r"on the first 1,000 samples"):
+        check_scores(says(1e6))
 
 
 def test_a_commit_whose_code_is_another_is_found_where_the_checkout_knows_it(logic_run, copied, monkeypatch):
