@@ -123,10 +123,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Local labels such as +cpu are cut off, so that the lock names what every index has.
+# Local labels such as +cpu are cut off, so that the lock names what every index has. gradio, which is no part of the lock, takes
+# no later Pillow, and an installation of all extras with the lock for its constraints must be possible.
 lock: setup
 	$(BIN)/pip-compile --quiet --extra dev --extra docs --strip-extras --no-emit-find-links --no-emit-index-url --no-header \
-		--constraint <(echo torch==2.13.0) --output-file requirements.lock pyproject.toml
+		--constraint <(printf 'torch==2.13.0\npillow<13\n') --output-file requirements.lock pyproject.toml
 	sed -i 's/+cpu//; s|-c /dev/fd/[0-9]*|the Makefile|; s/^triton==[0-9.]*$$/& ; sys_platform == "linux"/' requirements.lock
 
 clean:

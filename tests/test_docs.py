@@ -27,7 +27,9 @@ MODULES = [path.removeprefix("reference/").removesuffix(".md") for path in PAGES
 def test_every_document_is_a_page_of_the_site_once():
     found = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"}
     found |= {
-        str(path.relative_to(PROJECT)) for top in ("recipes", "hub_cards") for path in (PROJECT / top).rglob("*.md")
+        str(path.relative_to(PROJECT))
+        for pattern in ("recipes/**/*.md", "recipes/notebooks/*.ipynb", "hub_cards/**/*.md")
+        for path in PROJECT.glob(pattern)
     }
     assert sorted(DOCUMENTS) == sorted(found)
 
@@ -49,4 +51,4 @@ def test_the_site_asks_nothing_of_other_machines():
     assert CONFIG["theme"]["font"] is False
     assert not {"extra", "extra_css", "extra_javascript"} & CONFIG.keys()
     for plugin in CONFIG["plugins"]:
-        assert plugin in ("search",) or plugin.keys() == {"mkdocstrings"}
+        assert plugin in ("search",) or plugin.keys() <= {"mkdocstrings", "mkdocs-jupyter"}

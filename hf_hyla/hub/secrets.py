@@ -14,18 +14,42 @@ _BY_LOOK = {
         rb"api_org_[A-Za-z0-9]{20,}",
     ),
     "a GitHub token": (rb"gh[pousr]_[A-Za-z0-9]{36}", rb"github_pat_[A-Za-z0-9_]{40,}"),
-    "a GitLab token": (rb"glpat-[A-Za-z0-9_-]{20,}",),
+    "a GitLab token": (rb"gl(?:pat|rt|dt|ptt|cbt)-[A-Za-z0-9_-]{20,}",),
     "an AWS key": (rb"A(?:KIA|SIA|BIA|CCA)[0-9A-Z]{16}(?![0-9A-Za-z])",),
     "a Weights & Biases key": (rb"wandb_v1_[A-Za-z0-9_]{20,}",),
-    "a Google key": (rb"AIza[A-Za-z0-9_-]{35}",),
+    "a Google key": (rb"AIza[A-Za-z0-9_-]{35}", rb"GOCSPX-[A-Za-z0-9_-]{24,}", rb"ya29\.[A-Za-z0-9_-]{30,}"),
+    "an Azure key": (rb"AccountKey=[A-Za-z0-9+/]{80,}",),
+    "a key of a package registry": (
+        rb"npm_[A-Za-z0-9]{36}",
+        rb"pypi-AgE[A-Za-z0-9_-]{40,}",
+        rb"dckr_pat_[A-Za-z0-9_-]{20,}",
+    ),
     "an API key": (
         rb"sk-(?:proj|ant|svcacct|admin)-[A-Za-z0-9_-]{20,}",
+        # Groq, xAI, NVIDIA, Perplexity, Replicate, Databricks, DigitalOcean, HashiCorp, SendGrid, Stripe.
+        *(rb"gsk_[A-Za-z0-9]{40,}", rb"xai-[A-Za-z0-9]{60,}", rb"nvapi-[A-Za-z0-9_-]{40,}", rb"pplx-[A-Za-z0-9]{40,}"),
+        *(
+            rb"r8_[A-Za-z0-9]{37}",
+            rb"dapi[0-9a-f]{32}(?![0-9a-f])",
+            rb"do[opr]_v1_[0-9a-f]{60,}",
+            rb"hvs\.[A-Za-z0-9_-]{24,}",
+        ),
+        *(rb"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}", rb"[sr]k_(?:live|test)_[A-Za-z0-9]{20,}"),
         # Behind a letter only one without hyphens: task- and risk- end alike.
         rb"sk-(?:(?<![A-Za-z0-9]sk-)[A-Za-z0-9_-]{24,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{32,})",
     ),
-    "a Slack token": (rb"xox[abeprs]-[A-Za-z0-9-]{10,}",),
+    "a Slack token": (rb"xox[abeprs]-[A-Za-z0-9-]{10,}", rb"xapp-[0-9]-[A-Za-z0-9-]{20,}"),
+    "a webhook's address": (
+        rb"hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/]{20,}",
+        rb"discord(?:app)?\.com/api/webhooks/[0-9]+/[A-Za-z0-9_-]{20,}",
+    ),
     "a JSON web token": (rb"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",),
-    "a private key": (rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----", rb"PuTTY-User-Key-File-[0-9]"),
+    "a private key": (
+        rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----",
+        rb"PuTTY-User-Key-File-[0-9]",
+        rb"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----",
+        rb"AGE-SECRET-KEY-1[0-9A-Z]{50,}",
+    ),
 }
 # Between the name of a setting and its value.
 _IS = rb"[\"']?[ \t]*(?:=>|:=|[:=])[ \t]*[\"']?"
@@ -51,6 +75,8 @@ _BY_NAME = {
             name + _KEY
             for name in (rb"api_?key", rb"secret_?key", rb"client_?secret", rb"access_?token", rb"auth_?token")
         ),
+        rb"authorization" + _IS + rb"(?:bearer|basic|token)[ \t]+(?=[a-z+/._-]*[0-9])[a-z0-9+/._=-]{20,}",
+        rb"\"username\"\s*:\s*\"[^\"]+\"\s*,\s*\"key\"\s*:\s*\"[0-9a-f]{32}\"",  # Kaggle's file
         # As long as a secret of AWS or an old key of Weights & Biases.
         *(name + _IS + rb"(?=[a-z/+]*[0-9])[a-z0-9/+]{40}(?![a-z0-9/+])" for name in (rb"token", rb"secret", rb"key")),
     ),

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The card of a model that is uploaded by `push_to_hub`, which knows its config but not its training."""
+"""The card of a model or config that is uploaded by `push_to_hub`, which knows nothing of training."""
 
 from pathlib import Path
 
@@ -25,27 +25,7 @@ _ATTENTION = {
     "linear": "linear attention",
     "softmax": "softmax attention",
 }
-
-
-def fill_in_card(folder: str | Path, repo_id: str, model) -> None:
-    """Replaces transformers' empty card in a folder by one that says what the config says; any other card stays."""
-    path = Path(folder) / "README.md"
-    if not path.is_file() or _EMPTY not in (text := path.read_text(encoding="utf-8")):
-        return
-    card, config = ModelCard(text), model.config
-    tags = [*(card.data.get("tags") or []), "hyla", f"{config.attention_type}-attention"]
-    card.data["tags"] = list(dict.fromkeys(tags))
-    auto_class = getattr(model, "_auto_class", None) or "AutoModel"
-    reads = (
-        f"token ids below {config.vocab_size}" if config.vocab_size else f"tokens of {config.input_size} numbers each"
-    )
-    card.text = f"""
-# {repo_id.rpartition("/")[2]}
-
-A transformer with {_ATTENTION[config.attention_type]}, of the family of
-[Attention as a Hypernetwork](https://arxiv.org/abs/2406.05816). It has {model.num_parameters():,} parameters:
-{config.num_hidden_layers} layers with {config.num_attention_heads} heads, {config.hidden_size} wide. It reads {reads}.
-
+_MODEL = """\
 ```python
 from transformers import {auto_class}
 
@@ -53,7 +33,36 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
 The model's code lies beside its weights. Its training data and its scores are not known here, and should be added by whoever
-uploaded it. A run of the package hf_hyla holds both: `hyla publish RUN --repo-id {repo_id}` publishes it with a card that
-shows them.
+uploaded it."""
+_CONFIG = "This is its config only. There were no weights when this card was written."
+
+
+def fill_in_card(folder: str | Path, repo_id: str, config, model=None) -> None:
+    """
+    Replaces transformers' empty card in a folder, or that of a config without weights, by one that says what the config says, and
+    what the model says where it is uploaded too; any other card stays.
+    """
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if _EMPTY not in text and _CONFIG not in text:
+        return
+    card = ModelCard(text)
+    tags = [*(card.data.get("tags") or []), "hyla", f"{config.attention_type}-attention"]
+    card.data["tags"] = list(dict.fromkeys(tags))
+    auto_class = getattr(model, "_auto_class", None) or "AutoModel"
+    size = "" if model is None else f"It has {model.num_parameters():,} parameters. "
+    reads = (
+        f"token ids below {config.vocab_size}" if config.vocab_size else f"tokens of {config.input_size} numbers each"
+    )
+    rest = (_CONFIG if model is None else _MODEL).format(auto_class=auto_class, repo_id=repo_id)
+    card.text = f"""
+# {repo_id.rpartition("/")[2]}
+
+A transformer with {_ATTENTION[config.attention_type]}, of the family of
+[Attention as a Hypernetwork](https://arxiv.org/abs/2406.05816). It has {config.num_hidden_layers} layers with
+{config.num_attention_heads} heads, {config.hidden_size} wide. {size}It reads {reads}.
+
+{rest} A run of the package hf_hyla holds weights, training data and scores: `hyla publish RUN --repo-id {repo_id}` publishes it
+with a card that shows them.
 """
     card.save(path)

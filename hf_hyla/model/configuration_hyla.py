@@ -23,6 +23,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
+from .card_hyla import fill_in_card
+
 
 logger = logging.get_logger(__name__)
 
@@ -283,6 +285,10 @@ class HylaConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict:
         # transformers does not write its default of two labels, and reading would then give our default of eight.
         return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
+        fill_in_card(working_dir, repo_id, self)  # as for a model
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @property
     def effective_score_norm(self) -> str:

@@ -93,7 +93,7 @@ class HylaPreTrainedModel(PreTrainedModel):
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
         # Private, but the one step between transformers' empty card and the Hub, in push_to_hub and in save_pretrained.
-        fill_in_card(working_dir, repo_id, self)
+        fill_in_card(working_dir, repo_id, self.config, self)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     # Every kind of module is initialised by `init_weights`, none by the base class.

@@ -175,7 +175,11 @@ SECRETS = [
     b"my" + TOKEN, b"keyAKIA" + b"ABCD" * 4, b"xghp_" + KEY[:36], b"xsk-proj-" + KEY,
     TOKEN.decode().encode("utf-16"), ("password = " + "hunter22").encode("utf-16-be"), KEY.decode().join(["key=", ""]).encode("utf-16"),
     b"hf_" + b"oauth_eyJhbGciOiJFZERTQSJ9.eyJz_cope", b"hf_" + b"jwt_eyJhbGciOiJFZERTQSJ9.eyJz-cope", b"MY_" + TOKEN,
-    b"glpat-" + b"Ab1_-" * 4, b"AIza" + b"Ab1_-" * 7,
+    b"glpat-" + b"Ab1_-" * 4, b"AIza" + b"Ab1_-" * 7, b"GOCSPX-" + KEY, b"ya29." + KEY, b"AccountKey=" + KEY * 2, b"npm_" + KEY[:36],
+    b"github_" + b"pat_11ABCDEFG0_" + KEY, b"pypi-" + b"AgEIcHlwaS5vcmc" + KEY, b"dckr_pat_" + KEY, b"gsk_" + KEY, b"hvs." + KEY,
+    b"xapp-" + b"1-A0123456789-" + KEY, b"hooks.slack.com/" + b"services/T0/B0/" + KEY, b"discord.com/" + b"api/webhooks/1/" + KEY,
+    b"SG." + KEY[:20] + b"." + KEY, b"sk_live_" + KEY, b"nvapi-" + KEY, b"xai-" + KEY * 2, b"AGE-SECRET-" + b"KEY-1" + b"Q8" * 29,
+    b"Authorization: " + b"Bearer " + KEY, b'{"username": "bob", "key": "' + HEX[:32] + b'"}', b"dapi" + HEX[:32], b"r8_" + KEY[:37],
 ]  # fmt: skip
 
 
@@ -249,6 +253,7 @@ def test_a_secret_is_found_where_two_parts_of_a_large_file_meet(tmp_path, monkey
         b"password = getpass.getpass()", b"password=None", b"password: the one that you chose", b"PASSWORD=$SECRET",
         b"password = os.environ['X']", b"password: str | None", b"task-embedding-of-the-last-layer-mean-9",
         b"https://huggingface.co/org/x@main", b"hf_transfer_a_long_name_of_a_thing",
+        b"Authorization: Bearer <your token>", b'{"Authorization": f"Bearer {token}"}', b'"key": "' + HEX[:32] + b'"',
     ],
 )  # fmt: skip
 def test_digests_commits_and_code_are_no_secrets(text):
@@ -267,7 +272,9 @@ def test_a_run_of_another_version_of_the_code_is_scored_again_and_published_with
 def test_a_score_that_is_off_by_more_than_rounding_is_refused(logic_run, copied, monkeypatch):
     scored = json.loads((logic_run / "run.json").read_text())
     for split in scored["metrics"]:  # on more than one part, which a smaller check would stop in
-        found = evaluate(HylaForSequenceClassification.from_pretrained(logic_run), Run.load(logic_run).task, split, 1500)
+        found = evaluate(
+            HylaForSequenceClassification.from_pretrained(logic_run), Run.load(logic_run).task, split, 1500
+        )
         scored["metrics"][split] = found
     true = scored["metrics"]["ood"]["r2"]
     run = copied(logic_run, metrics=scored["metrics"])

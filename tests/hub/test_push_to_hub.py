@@ -41,6 +41,25 @@ def test_saving_with_push_to_hub_writes_the_same_card(hub_here, tmp_path):
     assert str(pushed_card(hub_here)) == first == (tmp_path / "mine" / "README.md").read_text()
 
 
+def test_the_card_of_a_pushed_config_says_that_there_are_no_weights(hub_here):
+    config = HylaConfig(attention_type="linear", vocab_size=None, input_size=5, **SMALL)
+    config.push_to_hub(REPO)
+    card = pushed_card(hub_here)
+    assert "More Information Needed" not in str(card) and "automatically generated" not in str(card)
+    assert "This is its config only" in card.text and "tokens of 5 numbers each" in card.text
+    assert "parameters" not in card.text and "from_pretrained" not in card.text
+    assert f"hyla publish RUN --repo-id {REPO}" in card.text
+    assert card.data.tags == ["hyla", "linear-attention"] and card.data.library_name == "transformers"
+    assert {"config.json", "configuration_hyla.py", "card_hyla.py"} <= set(hub_here.repo(REPO).files())
+
+
+def test_a_model_that_is_pushed_after_its_config_gets_the_card_of_a_model(hub_here):
+    config = HylaConfig(**SMALL)
+    config.push_to_hub(REPO)
+    HylaForSequenceClassification(config).push_to_hub(REPO)
+    assert "config only" not in pushed_card(hub_here).text and "trust_remote_code=True" in pushed_card(hub_here).text
+
+
 def test_a_card_that_somebody_has_written_stays(hub_here):
     HfApi().create_repo(REPO)
     HfApi().upload_file(repo_id=REPO, path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\nMine.\n")
