@@ -399,6 +399,10 @@ class HylaConfig(PreTrainedConfig):
                 f"rope_parameters has rope_type={rope_type!r}, which transformers does not know{_nearest(rope_type, known)}: "
                 f"expected one of {', '.join(known)}."
             )
+        for name in ("rope_theta", "partial_rotary_factor"):
+            value = parameters.get(name, 1.0)
+            if type(value) not in (int, float) or not value > 0:
+                raise ValueError(f"rope_parameters has {name}={value!r:.40}, expected a number above 0.")
         rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
         if rotated % 2 or not 0 < rotated <= width:
             raise ValueError(

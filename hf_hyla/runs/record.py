@@ -132,12 +132,14 @@ class RunRecord:
         for split, scores in self.metrics.items():
             if type(scores.get("num_samples")) is not int:
                 raise ValueError(f"its metrics of {split!r} lack num_samples")
+            _check_numbers({"num_samples": scores["num_samples"]}, at_least=1)
             # A score may be NaN in a record of one's own making, which is not a finished run.
             _check_numbers({name: value for name, value in scores.items() if value == value})
         for number, point in enumerate(self.curve):
             if type(point.get("step")) is not int or "seconds" not in point:
                 raise ValueError(f"entry {number} of its curve lacks step or seconds")
             _check_numbers(point)
+            _check_numbers({"step": point["step"]}, at_least=0)
         for name, value in {**self.environment, **self.hardware}.items():
             if not isinstance(value, (str, int, float, bool, type(None))):
                 raise ValueError(f"its {name} is no text or number")

@@ -113,6 +113,8 @@ def test_whatever_is_missing_ends_in_one_sentence_or_is_harmless(folder, path):
     ("path", "value", "message"),
     [
         (("metrics", "ood"), {"r2": 0.5}, "its metrics of 'ood' lack num_samples"),
+        (("metrics", "ood"), {"r2": 0.5, "num_samples": 0}, "its num_samples must be at least 1, got 0"),
+        (("curve", 0), {"loss": 1.0, "seconds": 1.0, "step": -5}, "its step must be at least 0, got -5"),
         (("curve", 0), {"loss": 1.0, "seconds": 1.0}, "entry 0 of its curve lacks step or seconds"),
         (("hardware", "num_processes"), "2", "its num_processes is '2'"),
         (("metrics",), [], "'metrics'"),

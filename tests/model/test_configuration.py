@@ -154,3 +154,10 @@ def test_probable_mistakes_are_reported(caplog, settings, message):
 def test_impossible_settings_are_refused_with_a_reason(settings, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         HylaConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "partial_rotary_factor"])
+@pytest.mark.parametrize("value", ["x", 0, None, float("nan")])
+def test_a_rotary_parameter_that_is_no_positive_number_is_refused(name, value):
+    with pytest.raises(StrictDataclassError, match=f"rope_parameters has {name}={value!r}, expected a number above 0"):
+        HylaConfig(position_type="rotary", rope_parameters={name: value})
