@@ -33,6 +33,15 @@ FORMAT_VERSION = 1
 # Other ways to say what `rope_parameters` says, which transformers puts there.
 ROPE_KEYWORDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
+# Entries of a stored config that transformers reads without a look at their type.
+_CONTAINERS = {
+    "id2label": (dict, "an object of ids and names"),
+    "label2id": (dict, "an object of names and ids"),
+    "auto_map": (dict, "an object of Auto classes and the classes they stand for"),
+    "quantization_config": (dict, "an object of settings"),
+    "architectures": (list, "a list of names of classes"),
+}
+
 # Keywords that transformers itself puts into a config without declaring them as fields.
 _UNDECLARED_KEYWORDS = frozenset((
     "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
@@ -261,8 +270,10 @@ class HylaConfig(PreTrainedConfig):
         """As transformers', for what it stores: attributes of any name that were set on a config, too."""
         if not isinstance(config_dict, dict):
             raise ValueError(f"A config must be an object of names and values, got {type(config_dict).__name__}.")
-        if not isinstance(config_dict.get("id2label") or {}, dict):
-            raise ValueError(f"id2label must be an object of ids and names, got {config_dict['id2label']!r:.60}.")
+        for name, (kind, words) in _CONTAINERS.items():
+            value = config_dict.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} must be {words}, got {value!r:.60}.")
         for name in config_dict:
             if callable(getattr(cls, name, None)):
                 raise ValueError(f"A config cannot set {name!r}, which is a method of HylaConfig: remove it.")

@@ -79,6 +79,10 @@ def test_sizes_beyond_any_memory_are_refused_at_once(tmp_path, name):
     ("entries", "message"),
     [
         ({"id2label": ["a", "b"]}, "id2label must be an object"),
+        ({"label2id": [1]}, "label2id must be an object"),
+        ({"auto_map": [1]}, "auto_map must be an object"),
+        ({"architectures": {}}, "architectures must be a list"),
+        ({"quantization_config": "int8"}, "quantization_config must be an object"),
         ({"to_dict": 1}, "cannot set 'to_dict'"),
         ({"validate_architecture": None}, "cannot set 'validate_architecture'"),
         ({"hidden_size": None}, "hidden_size"),
