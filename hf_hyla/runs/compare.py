@@ -117,7 +117,7 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     expect: dict[str, Any] = first.recipe.get("expect") or {}
     paper = paper_result(first.recipe)
     task = get_task(**first.recipe["task"])
-    metric = expect.get("metric") or (paper.metric if paper else f"ood/{task.metric_names[0]}")
+    metric = expect.get("metric") or (paper.metric if paper else f"{task.headline_split}/{task.metric_names[0]}")
     split, _, score = metric.partition("/")
     for run in runs:
         if score not in run.metrics.get(split, {}):
