@@ -75,6 +75,8 @@ class Task(ABC):
     parts_column: ClassVar[str] = "parts"
     # The names of the scores that `metrics` returns. The first is the headline metric.
     metric_names: ClassVar[tuple[str, ...]]
+    # Whether a larger headline metric is better.
+    greater_is_better: ClassVar[bool] = True
     # Samples of a batch that is scored, where nobody says otherwise.
     eval_batch_size: ClassVar[int] = 1024
     # The task's texts for cards.

@@ -263,7 +263,8 @@ def _remove_run(output: Path) -> None:
     for folder in (CHECKPOINTS, Path(PROBE_NAME).parent):
         shutil.rmtree(output / folder, ignore_errors=True)
     code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
-    for name in (RECORD_NAME, CURVE_NAME, "config.json", "model.safetensors", "README.md", *code, RECIPE_NAME):
+    saved = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    for name in (RECORD_NAME, CURVE_NAME, *saved, "README.md", *code, RECIPE_NAME):
         (output / name).unlink(missing_ok=True)
 
 

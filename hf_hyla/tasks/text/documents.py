@@ -131,5 +131,7 @@ def _texts(dataset: str, config: str | None, column: str, split: str) -> list[st
         )
     texts = rows[column][:]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"The column {column} of the dataset {dataset} does not hold text in every row: set text_column.")
+        raise ValueError(
+            f"The column {column} of the dataset {dataset} does not hold text in every row: set text_column."
+        )
     return texts

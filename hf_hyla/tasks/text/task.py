@@ -74,6 +74,7 @@ class TextTask(Task):
     model_columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "num_bytes")
     label_columns: ClassVar[tuple[str, ...]] = ("labels", "num_bytes")
     metric_names: ClassVar[tuple[str, ...]] = ("bits_per_byte", "perplexity")
+    greater_is_better: ClassVar[bool] = False
     eval_batch_size: ClassVar[int] = 32
     words: ClassVar[type[Words]] = TextWords
 
@@ -94,7 +95,12 @@ class TextTask(Task):
             raise ValueError(
                 f"files={self.files!r} and dataset_name={self.dataset_name!r} both say where documents come from: leave one out."
             )
-        of_dataset = {"dataset_config_name": None, "dataset_split": "train", "dataset_test_split": None, "text_column": "text"}
+        of_dataset = {
+            "dataset_config_name": None,
+            "dataset_split": "train",
+            "dataset_test_split": None,
+            "text_column": "text",
+        }
         for setting, default in of_dataset.items():
             if self.dataset_name is None and getattr(self, setting) != default:
                 raise ValueError(f"{setting} is of a dataset_name, which is missing: add it, or leave {setting} out.")
@@ -103,7 +109,9 @@ class TextTask(Task):
         if not 2 <= self.sequence_length <= _LONGEST:
             raise ValueError(f"sequence_length must be 2 to {_LONGEST}, got {self.sequence_length}.")
         if self.reference_split:
-            raise ValueError("reference_split is of tasks with combinations of parts, and text has none: leave it out.")
+            raise ValueError(
+                "reference_split is of tasks with combinations of parts, and text has none: leave it out."
+            )
 
     @functools.cached_property
     def processing_class(self) -> "PreTrainedTokenizerBase":
@@ -177,7 +185,9 @@ class TextTask(Task):
         """As for other tasks, but no row is scored twice: other splits than `train` have at most as many samples as rows."""
         self._check_split(split)
         rows = self.num_samples[split]
-        return super().dataset(split, num_samples if split == "train" or num_samples is None else min(num_samples, rows))
+        return super().dataset(
+            split, num_samples if split == "train" or num_samples is None else min(num_samples, rows)
+        )
 
     def draw(self, split: str, indices: np.ndarray) -> dict[str, np.ndarray]:
         tokens, num_rows = self.tokens[split], self.num_samples[split]
@@ -211,7 +221,9 @@ class TextTask(Task):
     def predictions(self, logits: torch.Tensor, labels: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The log-likelihood (samples, tokens - 1) of every token but the first; 0 where there is none to predict."""
         labels = labels[0] if isinstance(labels, tuple) else labels
-        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none"
+        )
         return -losses.view(len(labels), -1)
 
     def metrics(self, logits: np.ndarray, labels: Any, inputs: np.ndarray) -> dict[str, float]:
