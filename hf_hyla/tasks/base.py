@@ -69,7 +69,7 @@ class Task(ABC):
     headline_split: ClassVar[str] = "ood"
     # Columns of `samples` that a model reads, including the labels. The others describe a sample.
     model_columns: ClassVar[tuple[str, ...]]
-    # Those of them that `metrics` takes as labels. The model reads only the first.
+    # Those of them that `metrics` takes as labels. The model's loss is of the first, and its forward ignores the others.
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)
     # The column of `samples` with the ids (samples, parts) of each sample's parts.
     parts_column: ClassVar[str] = "parts"

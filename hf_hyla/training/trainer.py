@@ -98,12 +98,6 @@ class HylaTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        # Further labels are for metrics only.
-        for_metrics = self.label_names[1:]
-        read = {name: column for name, column in inputs.items() if name not in for_metrics}
-        return super().compute_loss(model, read, *args, **kwargs)
-
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         filtered = self.args.logging_nan_inf_filter  # set by users who want training to continue

@@ -233,12 +233,15 @@ class TextTask(Task):
             labels: the columns `labels` and `num_bytes`.
 
         Returns:
-            `bits_per_byte`, `perplexity` and `loss`, see `hf_hyla.metrics.perplexity`.
+            `bits_per_byte`, if the tokens stand for any bytes, `perplexity` and `loss`, see `hf_hyla.metrics.perplexity`.
         """
         tokens, num_bytes = (column[:, 1:] for column in labels)
         predicted = tokens != -100
-        scores = perplexity(logits[predicted], num_bytes[predicted])
-        return {"loss": float(np.log(scores["perplexity"])), **scores}
+        log_likelihoods = logits[predicted].astype(np.float64)
+        loss = -float(log_likelihoods.mean())
+        if not num_bytes[predicted].any():
+            return {"loss": loss, "perplexity": float(np.exp(loss))}
+        return {"loss": loss, **perplexity(log_likelihoods, num_bytes[predicted])}
 
     def show(self, sample: dict[str, np.ndarray]) -> str:
         is_token = (sample["labels"] != -100) | (np.arange(len(sample["labels"])) == 0)
