@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
 
 from .. import model
+from ..model import HylaPreTrainedModel
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
 from ..runs.record import RECORD_NAME, RunRecord, code_is_of, digests, file_digest, mean_and_error
-from ..runs.weights import load_model
+from ..runs.weights import load_model, new_model
 from ..tasks import Task, TaskDataset
 from ..utils import check_repo_id, one_line
 
@@ -159,7 +158,7 @@ def check_weights(run: Run, files: dict[str, Path]) -> None:
             f"{run.folder} holds {others[0]} beside {_WEIGHTS}, and only one of them can be what was scored: remove the other."
         )
     with torch.device("meta"):
-        untrained = getattr(transformers, run.task.auto_class).from_config(run.config)
+        untrained = new_model(run.config, run.task.auto_class)
     # Tied weights are saved once.
     expected = {name: p for name, p in untrained.state_dict().items() if name not in untrained.all_tied_weights_keys}
     path = files[_WEIGHTS]
@@ -255,7 +254,7 @@ def check_scores(run: Run) -> None:
 
 
 @torch.no_grad()
-def _answers(trained: PreTrainedModel, task: Task, dataset: TaskDataset, indices: torch.Tensor):
+def _answers(trained: HylaPreTrainedModel, task: Task, dataset: TaskDataset, indices: torch.Tensor):
     """What `Task.metrics` reads of some samples, by name."""
     batch = task.collate(dataset.__getitems__(indices.tolist()))
     labels = {name: batch.pop(name) for name in task.label_columns}

@@ -8,8 +8,14 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from ..model import HylaConfig, HylaPreTrainedModel
 from ..reading import read_json
 from ..utils import one_line
+
+
+def new_model(config: HylaConfig, auto_class: str) -> HylaPreTrainedModel:
+    """A model with fresh weights, of the class that `auto_class` of transformers makes of the config."""
+    return getattr(transformers, auto_class).from_config(config)
 
 
 def load_model(name: str | Path, auto_class: str = "AutoModelForSequenceClassification", **kwargs: Any):

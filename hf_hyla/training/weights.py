@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from ..model import HylaConfig
-from ..runs.weights import load_model
+from ..model import HylaConfig, HylaPreTrainedModel
+from ..runs.weights import load_model, new_model
 from ..tasks import Task
 from ..utils import one_line
 
@@ -21,13 +20,13 @@ CHECKPOINT_KEYS = {"model_name_or_path": str, "revision": str}
 _OF_THE_RUN = ("attention_dropout", "num_answers", "problem_type", "output_router_logits", "router_aux_loss_coef")
 
 
-def initial_model(settings: dict[str, Any], config: HylaConfig, auto_class: str) -> PreTrainedModel:
+def initial_model(settings: dict[str, Any], config: HylaConfig, auto_class: str) -> HylaPreTrainedModel:
     """
     The model that a run starts with, from the checkpoint that its `model` settings name or with fresh weights, of the class that
     `auto_class` of transformers makes.
     """
     if "model_name_or_path" not in settings:
-        return getattr(transformers, auto_class).from_config(config)
+        return new_model(config, auto_class)
     # Training is in single precision, whatever the dtype of the checkpoint.
     return load_model(
         settings["model_name_or_path"],
