@@ -48,6 +48,7 @@ SLOW = [
     "training/test_resume.py",
     "training/test_run.py",
     "training/test_sharding.py",
+    "training/test_text_runs.py",
     "training/test_trainer.py",
     "training/test_weights.py",
 ]

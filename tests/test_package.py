@@ -49,7 +49,10 @@ ALLOWED = {
     "reading": (set(), {"yaml"}),
     "paths": ({"utils"}, {"huggingface_hub"}),
     "metrics": (set(), {"numpy", "evaluate", "datasets"}),
-    "tasks": ({"metrics", "reading", "utils"}, {"numpy", "torch", "datasets", "pyarrow", "huggingface_hub"}),
+    "tasks": (
+        {"metrics", "reading", "utils"},
+        {"numpy", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "huggingface_hub"},
+    ),
     "runs": (
         {"tasks", "metrics", "model", "reading", "utils"},
         {"torch", "transformers", "huggingface_hub", "safetensors", "matplotlib"},

@@ -35,6 +35,7 @@ def score_by_combination(
         FloatingPointError: if an answer of the model is not finite.
     """
     task.check_model(model.config)
+    trained = Counter(part for combination in task.combinations("train") for part in set(combination))
     num_samples = len(task.dataset(split, num_samples))
     read = next(name for name in task.model_columns if name != "labels")
     parts_column = task.parts_column
@@ -46,7 +47,6 @@ def score_by_combination(
     columns = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
     if not np.isfinite(columns["logits"]).all():
         raise no_score(split)
-    trained = Counter(part for combination in task.combinations("train") for part in set(combination))
     groups = combinations_of(task, columns)
     found = []
     for group in range(groups.max() + 1):

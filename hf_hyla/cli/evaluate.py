@@ -17,9 +17,9 @@ def add(commands) -> None:
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
     parser.add_argument("--task", type=task_name, help="name of the task (default: the run's)")
-    parser.add_argument("--split", default="ood", help="split to score (default: ood)")
+    parser.add_argument("--split", help="split to score (default: ood, or test if the task has no ood)")
     parser.add_argument("--num-samples", type=whole(at_least=1), help="samples to score (default: the paper's number)")
-    parser.add_argument("--batch-size", type=whole(at_least=1), default=1024, help="samples per batch (default: 1024)")
+    parser.add_argument("--batch-size", type=whole(at_least=1), help="samples per batch (default: the task's)")
     parser.add_argument(
         "--by-combination", action="store_true", help="score every combination of rules or terms separately"
     )
@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..training import evaluate
 
     task = task_of_model(arguments)
-    model = load_model(arguments.model)
+    arguments.split = arguments.split or task.headline_split
+    model = load_model(arguments.model, task.auto_class)
     if arguments.by_combination:
         return _evaluate_by_combination(arguments, model, task)
     scores = evaluate(model, task, arguments.split, arguments.num_samples, arguments.batch_size)
@@ -58,7 +59,8 @@ def _evaluate_by_combination(arguments: argparse.Namespace, model, task) -> None
     from ..analysis.combinations import score_by_combination, table
     from ..runs.record import environment
 
-    found = score_by_combination(model, task, arguments.split, arguments.num_samples, arguments.batch_size)
+    batch_size = arguments.batch_size or task.eval_batch_size
+    found = score_by_combination(model, task, arguments.split, arguments.num_samples, batch_size)
     if arguments.json:
         about = {"model": arguments.model, "task": task.settings, "split": arguments.split}
         print(json.dumps(about | {"combinations": found, "environment": environment()}, indent=1))

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     own = arguments.model == named and (folder / RECORD_NAME).exists()
     of_a_run = folder / PROBE_NAME if own else None
     output = arguments.output or (of_a_run.parent if of_a_run else Path("runs") / f"probe-{folder.name}")
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, task.auto_class)
     about = {
         "model": arguments.model,
         "revision": getattr(model.config, "_commit_hash", None),

@@ -12,6 +12,10 @@ from collections.abc import Collection
 _NAMES = {
     "logic": "num_variables num_terms num_examples held_out reference_split seed",
     "sraven": "num_features num_values held_out permute unambiguous reference_split seed",
+    "text": """
+        files dataset_name dataset_config_name dataset_split dataset_test_split text_column held_out tokenizer
+        sequence_length reference_split seed
+    """,
     "model": """
         attention_type score_norm value_activation value_depth vocab_size input_size answer_token_id embedding_bias
         pad_token_id hidden_size num_hidden_layers num_attention_heads head_dim value_head_dim qk_norm position_type
@@ -33,7 +37,7 @@ _NAMES = {
     """,
     "expect": "metric value tolerance source budget",
 }
-TASKS = {name: _NAMES[name].split() for name in ("logic", "sraven")}
+TASKS = {name: _NAMES[name].split() for name in ("logic", "sraven", "text")}
 SETTINGS = {
     "task": ["name", "data", *dict.fromkeys(name for names in TASKS.values() for name in names)],
     **{section: _NAMES[section].split() for section in ("model", "trainer", "expect")},

@@ -37,7 +37,9 @@ def task_of_model(arguments: argparse.Namespace):
     if arguments.task and arguments.task != settings.get("name"):
         settings = {"name": arguments.task}
     if not settings:
-        raise ValueError(f"{arguments.model} has no run.json that names a task: pass --task logic or --task sraven.")
+        raise ValueError(
+            f"{arguments.model} has no run.json that names a task: pass --task with one of {', '.join(TASKS)}."
+        )
     # A record may have been downloaded, so only a task that the user has named is imported.
     return checked_task("--task", settings, _by_key(arguments.overrides), may_import=bool(arguments.task))
 

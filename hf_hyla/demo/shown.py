@@ -57,8 +57,9 @@ def load(names: Sequence[str]) -> list[tuple[Task, list[Shown]]]:
     for name in dict.fromkeys(names):
         record = _record(name)
         kind = record.recipe["task"]["name"]
-        if kind not in TASKS:
-            raise ValueError(f"{name} was trained on the task {kind}, and the demo shows {' and '.join(TASKS)}.")
+        papers = [own for own, task in TASKS.items() if task.paper]
+        if kind not in papers:
+            raise ValueError(f"{name} was trained on the task {kind}, and the demo shows {' and '.join(papers)}.")
         settings = {key: value for key, value in record.recipe["task"].items() if key != "data"}
         task, models = found.setdefault(kind, (get_task(**settings), []))
         if get_task(**settings).spec != task.spec:

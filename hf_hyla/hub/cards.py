@@ -83,11 +83,14 @@ def sibling_repo(repo_id: str | None, name: str) -> str:
     return f"{repo_id.partition('/')[0]}/{name}" if repo_id else name
 
 
-def dataset_repo(task: Task, repo_id: str | None) -> str:
+def dataset_repo(task: Task, repo_id: str | None) -> str | None:
     """
-    The repository of a task's samples. Settings other than the paper's are in its name, since the samples depend on them, or
+    The repository of a task's samples, `None` if there is none. Settings other than the paper's are in its name, since the samples depend on them, or
     their digest if the name would not be valid.
     """
+    elsewhere = task.words(task).dataset_id
+    if elsewhere is not None:
+        return elsewhere or None
     settings = "".join(f"-{name}-{value}".lower() for name, value in differing_settings(task).items())
     try:
         validate_repo_id(task.name + settings)

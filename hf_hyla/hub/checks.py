@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .. import model
-from ..model import HylaForSequenceClassification
+from ..model import HylaPreTrainedModel
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
 from ..runs.record import RECORD_NAME, RunRecord, code_is_of, digests, file_digest, mean_and_error
+from ..runs.weights import load_model, new_model
 from ..tasks import Task, TaskDataset
 from ..utils import check_repo_id, one_line
 
@@ -160,7 +161,9 @@ def check_weights(run: Run, files: dict[str, Path]) -> None:
             f"{run.folder} holds {others[0]} beside {_WEIGHTS}, and only one of them can be what was scored: remove the other."
         )
     with torch.device("meta"):
-        expected = HylaForSequenceClassification(run.config).state_dict()
+        untrained = new_model(run.config, run.task.auto_class)
+    # Tied weights are saved once.
+    expected = {name: p for name, p in untrained.state_dict().items() if name not in untrained.all_tied_weights_keys}
     path = files[_WEIGHTS]
     try:
         with safe_open(path, framework="pt") as tensors:
@@ -206,7 +209,7 @@ def check_unaltered(run: Run) -> None:
         return
     found = digests(folder)
     # Code may lie in the package alone.
-    for name in ("config.json", _WEIGHTS, *(name for name in CODE if name in found)):
+    for name in ("config.json", "tokenizer.json", _WEIGHTS, *(name for name in CODE if name in found)):
         if found.get(name) != record.digests.get(name):
             raise ValueError(
                 f"{folder / name} is not what the run has written, whose digest is in {RECORD_NAME}: its scores are not those "
@@ -235,7 +238,7 @@ def check_scores(run: Run) -> None:
             again, than by chance.
     """
     with contextlib.redirect_stderr(io.StringIO()):  # a bar for each tensor
-        trained = HylaForSequenceClassification.from_pretrained(run.folder).eval()
+        trained = load_model(run.folder, run.task.auto_class).eval()
     is_low_precision = any(run.record.recipe["trainer"].get(key) for key in _LOW_PRECISION)
     rounding = _LOW_PRECISION_ROUNDING if is_low_precision else _ROUNDING
     for split, recorded in run.record.metrics.items():
@@ -243,9 +246,9 @@ def check_scores(run: Run) -> None:
         dataset = run.task.dataset(split, count)
         bar = tqdm(torch.arange(count).chunk(_PARTS), f"Scores {split} again", leave=False, disable=None)
         parts = [_answers(trained, run.task, dataset, part) for part in bar]
-        scores = run.task.metrics(*(torch.cat(columns).numpy() for columns in zip(*parts, strict=True)))
+        scores = _scores(run.task, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         is_sample = count < recorded["num_samples"]
-        of_parts = [run.task.metrics(*(column.numpy() for column in part)) for part in parts] if is_sample else []
+        of_parts = [_scores(run.task, part) for part in parts] if is_sample else []
         for name in (name for name in run.task.metric_names if name in recorded and name in scores):
             # A part of the samples differs from all of them by chance; six standard errors, since an error that is estimated
             # from a metric with long tails, such as r2, is often too small.
@@ -260,8 +263,17 @@ def check_scores(run: Run) -> None:
 
 
 @torch.no_grad()
-def _answers(trained: HylaForSequenceClassification, task: Task, dataset: TaskDataset, indices: torch.Tensor):
-    """Logits, labels and inputs of some samples."""
+def _answers(trained: HylaPreTrainedModel, task: Task, dataset: TaskDataset, indices: torch.Tensor):
+    """What `Task.metrics` reads of some samples, by name."""
     batch = task.collate(dataset.__getitems__(indices.tolist()))
-    labels = batch.pop("labels")
-    return trained(**batch).logits.float(), labels, batch[trained.main_input_name]
+    labels = {name: batch.pop(name) for name in task.label_columns}
+    of_labels = tuple(labels.values())
+    predicted = task.predictions(trained(**batch).logits.float(), of_labels if len(labels) > 1 else of_labels[0])
+    return {"predictions": predicted, **labels, "inputs": batch[trained.main_input_name]}
+
+
+def _scores(task: Task, columns: dict[str, torch.Tensor]) -> dict[str, float]:
+    arrays = {name: column.numpy() for name, column in columns.items()}
+    of_labels = tuple(arrays[name] for name in task.label_columns)
+    labels = of_labels if len(of_labels) > 1 else of_labels[0]
+    return task.metrics(arrays["predictions"], labels, arrays["inputs"])

@@ -56,8 +56,9 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
         "README.md": text,
         "comparison.png": plots.over_samples([seeds, *baselines]),
         CURVE_NAME: plots.learning_curve(run.record),
-        f".eval_results/{run.task.name}.yaml": _eval_results(run, repo_id),
     }
+    if dataset := dataset_repo(run.task, repo_id):
+        files[f".eval_results/{run.task.name}.yaml"] = _eval_results(run, dataset)
     if probe:
         folder = Path(PROBE_NAME).parent
         found = [PROBE_NAME, *(str(folder / name) for name in probe["figures"])]
@@ -214,10 +215,10 @@ def check_card(text: str) -> None:
         ValueError: if the card's metadata cannot be read back as what the Hub expects.
     """
     data = ModelCard(text).data
-    for field in ("license", "library_name", "tags", "datasets", "metrics", "eval_results"):
+    for field in ("license", "library_name", "tags", "metrics", "eval_results"):
         if not data.get(field):
             raise ValueError(f"The card's metadata lack {field}: it needs the task's name and its metrics.")
-    for dataset in data["datasets"]:
+    for dataset in data.get("datasets") or []:
         validate_repo_id(dataset)
 
 
@@ -231,11 +232,14 @@ def _render(
 ) -> str:
     record, task, config, base_model = run.record, run.task, run.config, run.base_model
     title = " ".join((repo_id.partition("/")[2] if repo_id else record.name).split())
+    words = task.words(task)
+    dataset = dataset_repo(task, repo_id)
     data = ModelCardData(
         license=LICENSE,
         library_name="transformers",
-        tags=["hyla", f"{config.attention_type}-attention", "compositional-generalization", task.name],
-        datasets=[dataset_repo(task, repo_id)],
+        pipeline_tag=words.pipeline_tag,
+        tags=["hyla", f"{config.attention_type}-attention", *words.tags, task.name],
+        datasets=[dataset] if dataset else None,
         metrics=list(task.metric_names),
         # The Hub would take a folder for a repository.
         base_model=None if base_model and Path(base_model).exists() else base_model,
@@ -250,7 +254,8 @@ def _render(
             model_id=repo_id or str(run.folder),
             record=record,
             task=task,
-            words=task.words(task),
+            words=words,
+            compositional="ood" in task.splits,
             config=config,
             paper=run.paper,
             base_model=base_model,
@@ -288,7 +293,7 @@ def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
         EvalResult(
             task_type="other",
             task_name=title,
-            dataset_type=dataset_repo(task, repo_id),
+            dataset_type=dataset_repo(task, repo_id) or task.name,
             dataset_name=title,
             dataset_split=split,
             metric_type=name,
@@ -300,7 +305,7 @@ def _model_index(run: Run, repo_id: str | None) -> list[EvalResult]:
     ]
 
 
-def _eval_results(run: Run, repo_id: str | None) -> str:
+def _eval_results(run: Run, dataset: str) -> str:
     """The headline metric of every split, as .eval_results/ holds it: each split is a task of the dataset."""
     if run.base_model:
         budget = f"trained further on {run.record.samples_seen:,} samples"
@@ -311,7 +316,7 @@ def _eval_results(run: Run, repo_id: str | None) -> str:
     metric = run.task.metric_names[0]
     entries = [
         EvalResultEntry(
-            dataset_id=dataset_repo(run.task, repo_id),
+            dataset_id=dataset,
             task_id=split,
             value=round(scores[metric], 4),
             notes=f"{metric}, one seed, {budget}",

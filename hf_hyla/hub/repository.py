@@ -36,6 +36,8 @@ from .spaces import demo_files, demo_repo, metric_files, metric_repo
 _RUN_FILES = (
     "config.json",
     "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "model.safetensors",
     RECORD_NAME,
     RECIPE_NAME,

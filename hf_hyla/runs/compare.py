@@ -27,7 +27,7 @@ class Comparison:
         expected, tolerance: of the recipe.
         paper, paper_standard_error: what the paper's Table A1 says of this model, if anything.
         samples, budget: training samples of a run, and those that the expected or else the paper's value is about.
-        verdict: `reached` within the tolerance, `exceeded` above it, `missed` below it, `too few samples` where a run was
+        verdict: `reached` within the tolerance, `exceeded` if better, `missed` if worse, `too few samples` where a run was
             shorter than the budget, `nothing expected`.
     """
 
@@ -117,7 +117,7 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
     expect: dict[str, Any] = first.recipe.get("expect") or {}
     paper = paper_result(first.recipe)
     task = get_task(**first.recipe["task"])
-    metric = expect.get("metric") or (paper.metric if paper else f"ood/{task.metric_names[0]}")
+    metric = expect.get("metric") or (paper.metric if paper else f"{task.headline_split}/{task.metric_names[0]}")
     split, _, score = metric.partition("/")
     for run in runs:
         if score not in run.metrics.get(split, {}):
@@ -141,11 +141,11 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
         paper_standard_error=paper.standard_error if paper else None,
         samples=samples,
         budget=budget,
-        verdict=_verdict(mean, expect, samples, budget),
+        verdict=_verdict(mean, expect, samples, budget, task.greater_is_better),
     )
 
 
-def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | None) -> str:
+def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | None, greater_is_better: bool) -> str:
     if not expect:
         return NOT_JUDGED
     if budget and samples < budget:
@@ -154,7 +154,7 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
     if abs(distance) <= expect["tolerance"]:
         return REACHED
     # A mean of NaN is missed too: a failed run has reached nothing.
-    return EXCEEDED if distance > 0 else MISSED
+    return EXCEEDED if (distance > 0 if greater_is_better else distance < 0) else MISSED
 
 
 def told_apart(record: RunRecord, all_recipes: list[RunRecord]) -> str:

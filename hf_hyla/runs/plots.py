@@ -87,7 +87,7 @@ def learning_curve(record: RunRecord) -> bytes:
 
 def over_samples(groups: list[list[RunRecord]]) -> bytes:
     """
-    The headline score on `ood` over training samples: a line for each recipe, which is the mean of its runs, a dot for their
+    The headline score on the headline split, such as `ood`, over training samples: a line for each recipe, which is the mean of its runs, a dot for their
     results with its standard error, the paper's values at the paper's budget, and what an ideal observer reaches.
 
     Args:
@@ -103,17 +103,20 @@ def over_samples(groups: list[list[RunRecord]]) -> bytes:
                 f"One picture shows one task, but {other.name} is trained on another than {records[0].name}: leave one out."
             )
     task = get_task(**records[0].recipe["task"])
-    metric = task.metric_names[0]
+    metric, split = task.metric_names[0], task.headline_split
     figure = _figure(width=8, height=4.6)
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     axes = figure.subplots()
     axes.set(
-        xscale="log", xlabel="training samples (log scale)", ylabel=f"{metric} on ood", title=task.words(task).title
+        xscale="log",
+        xlabel="training samples (log scale)",
+        ylabel=f"{metric} on {split}",
+        title=task.words(task).title,
     )
     for group, (label, style, colour) in _named_lines(groups):
-        samples, values = _mean_curve(group, f"ood/{metric}")
-        mean, error = mean_and_error([record.metrics["ood"][metric] for record in group])
+        samples, values = _mean_curve(group, f"{split}/{metric}")
+        mean, error = mean_and_error([record.metrics[split][metric] for record in group])
         axes.plot(samples, values, style, color=colour, label=label)
         axes.errorbar(group[0].samples_seen, mean, yerr=error, fmt="o", color=colour, capsize=4)
     axes.plot([], [], "o", color="grey", label="result of the finished run")
@@ -121,12 +124,12 @@ def over_samples(groups: list[list[RunRecord]]) -> bytes:
     budget = _draw_papers(axes, records)
     # The limits of the axis count nothing that is drawn aside of its place.
     axes.set_xlim(left / 1.2, max(right, budget) * 1.4)
-    if ceiling := task.words(task).ceiling("ood"):
+    if ceiling := task.words(task).ceiling(split):
         axes.axhline(ceiling, color="grey", linestyle="--", label="ideal observer")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if all(record.metrics["ood"][metric] >= 0 for record in records):
+    if all(record.metrics[split][metric] >= 0 for record in records):
         axes.set_ylim(bottom=0)  # early scores may lie far below
     axes.grid(alpha=0.3)
     for columns in (3, 2, 1):

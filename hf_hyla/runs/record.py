@@ -28,7 +28,7 @@ HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 # The settings in which runs of one recipe may differ: seeds, where their samples are read from, and where they are published.
 _OF_ONE_RUN = {"task.seed", "trainer.seed", "task.data", *(f"trainer.{key}" for key in HUB_KEYS)}
 # What a record holds the digests of.
-_DIGESTED = ("config.json", "*.safetensors", "*_hyla.py")
+_DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")
 # The folder of the checkout, if the package lies in one.
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _LONGEST_NAME = 1000
@@ -177,7 +177,7 @@ def _check_numbers(numbers: dict[str, int | float], at_least: int | None = None)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The digest of each file of a model in a folder, by name: its weights, config and code."""
+    """The digest of each file of a model in a folder, by name: its weights, config, tokenizer and code."""
     files = sorted({path for pattern in _DIGESTED for path in folder.glob(pattern) if path.is_file()})
     return {path.name: file_digest([path]) for path in files}
 

@@ -3,17 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
+from ..model import HylaConfig, HylaPreTrainedModel
 from ..reading import read_json
 from ..utils import one_line
 
 
-def load_model(name: str | Path, **kwargs: Any):
+def new_model(config: HylaConfig, auto_class: str) -> HylaPreTrainedModel:
+    """A model with fresh weights, of the class that `auto_class` of transformers makes of the config."""
+    return getattr(transformers, auto_class).from_config(config)
+
+
+def load_model(name: str | Path, auto_class: str = "AutoModelForSequenceClassification", **kwargs: Any):
     """
-    The classification model of a folder or repository; `kwargs` are those of `from_pretrained`.
+    The model of a folder or repository, loaded by a class of transformers; `kwargs` are those of its `from_pretrained`.
 
     Raises:
         ValueError, OSError: if there is none, or it is damaged or not whole; pickles and remote code are not loaded.
@@ -29,7 +36,7 @@ def load_model(name: str | Path, **kwargs: Any):
                 raise ValueError(f"{path} is not a regular file: copy the model again.")
         _check_config(folder)
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = getattr(transformers, auto_class).from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )
     except (SafetensorError, StrictDataclassError, RuntimeError, HTTPError) as error:

@@ -1,4 +1,4 @@
-"""The paper's compositional tasks, and users' own tasks."""
+"""The paper's compositional tasks, language, and users' own tasks."""
 
 import dataclasses
 import importlib
@@ -13,10 +13,11 @@ from .base import PaperRuns, Task, TaskDataset
 from .logic import LogicTask
 from .sraven import SravenTask
 from .subject import Subject
+from .text import TextTask
 from .words import HubMetric, Words
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (LogicTask, SravenTask)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (LogicTask, SravenTask, TextTask)}
 
 
 def get_task(name: str, **settings: Any) -> Task:
@@ -24,8 +25,8 @@ def get_task(name: str, **settings: Any) -> Task:
     The task with this name and these settings.
 
     Args:
-        name: `"logic"`, `"sraven"`, or `"module:Class"` for a user's own task, whose module must have been imported.
-        settings: see `LogicTask` and `SravenTask`.
+        name: `"logic"`, `"sraven"`, `"text"`, or `"module:Class"` for a user's own task, whose module must have been imported.
+        settings: see `LogicTask`, `SravenTask` and `TextTask`.
 
     Raises:
         ValueError: for an unknown task or setting, with the nearest name, and for a setting of the wrong type or with an
@@ -108,6 +109,7 @@ __all__ = [
     "Subject",
     "Task",
     "TaskDataset",
+    "TextTask",
     "Words",
     "find_task",
     "get_task",

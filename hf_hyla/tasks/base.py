@@ -57,18 +57,28 @@ class Task(ABC):
 
     # In lower case, since it is part of the names of repositories.
     name: ClassVar[str]
+    # The class of transformers that makes and loads a model for this task.
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     # What each split holds. A split of the same kind has the same name in every task.
     splits: ClassVar[dict[str, str]] = {
         "train": "training samples",
         "test": "fresh samples of the trained combinations",
         "ood": "combinations that were held out",
     }
+    # The split whose headline metric is compared.
+    headline_split: ClassVar[str] = "ood"
     # Columns of `samples` that a model reads, including the labels. The others describe a sample.
     model_columns: ClassVar[tuple[str, ...]]
+    # Those of them that `metrics` takes as labels. The model's loss is of the first, and its forward ignores the others.
+    label_columns: ClassVar[tuple[str, ...]] = ("labels",)
     # The column of `samples` with the ids (samples, parts) of each sample's parts.
     parts_column: ClassVar[str] = "parts"
     # The names of the scores that `metrics` returns. The first is the headline metric.
     metric_names: ClassVar[tuple[str, ...]]
+    # Whether a larger headline metric is better.
+    greater_is_better: ClassVar[bool] = True
+    # Samples of a batch that is scored, where nobody says otherwise.
+    eval_batch_size: ClassVar[int] = 1024
     # The task's texts for cards.
     words: ClassVar[type[Words]] = Words
     # The paper's results, if the task is one of the paper's.
@@ -102,11 +112,28 @@ class Task(ABC):
         """The samples with these indices as columns, which are arrays (samples, ...); see `random_words`."""
 
     @abstractmethod
-    def metrics(self, logits: np.ndarray, labels: np.ndarray, inputs: np.ndarray) -> dict[str, float]:
+    def metrics(self, logits: np.ndarray, labels: Any, inputs: np.ndarray) -> dict[str, float]:
         """
         Scores by `metric_names` for a model's logits on samples with these labels and inputs. A score that cannot be computed
         on these samples is left out.
+
+        Args:
+            logits: what `predictions` returns for all samples.
+            labels: the column of `label_columns`, or a tuple if there are several.
+            inputs: what the model has read.
         """
+
+    def predictions(self, logits: torch.Tensor, labels: Any) -> torch.Tensor:
+        """
+        What `metrics` takes of a batch's logits; by default all of them. A task whose logits for a whole split are too large
+        for the memory returns less, and its `metrics` includes the `loss`.
+        """
+        return logits
+
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer that is saved beside a trained model; `None` for a task without text."""
+        return None
 
     def features(self) -> "datasets.Features":
         """The types of the columns that `to_table` returns; by default those of `samples`."""

@@ -34,12 +34,18 @@ class Words:
         dataset_title: of its dataset.
         dataset_categories: of its dataset, by the Hub's names of tasks.
         metric: its metric on the Hub, if it is published there.
+        tags: of a model's card, besides the attention and the task's name.
+        pipeline_tag: of a model's card, the Hub's name of what the model does.
+        dataset_id: the repository with the samples, where they are not those of `hyla data`; empty if there is none.
     """
 
     title: str = ""
     dataset_title: str = ""
     dataset_categories: tuple[str, ...] = ("other",)
     metric: HubMetric | None = None
+    tags: tuple[str, ...] = ("compositional-generalization",)
+    pipeline_tag: str | None = None
+    dataset_id: str | None = None
 
     def __init__(self, task: Any):
         self.task = task
@@ -61,6 +67,10 @@ class Words:
     def probed(self, fixed_query: bool, attention_type: str) -> str:
         """Which codes the probes read, and what they ask for. See `Task.query_point` for a fixed query."""
         return "The probes read the code of each answer token for itself."
+
+    def asked(self) -> str:
+        """A sentence on what the snippet asks."""
+        return "The question is the first sample of `ood`."
 
     def limits(self) -> list[str]:
         """Sentences on what the model cannot do."""

@@ -34,7 +34,7 @@ def dry_run(recipe: Recipe) -> str:
         quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
         args = recipe.training_arguments(folder, PartialState().num_processes, **quiet)
         set_seed(args.seed)
-        model = initial_model(recipe.settings["model"], recipe.config)
+        model = initial_model(recipe.settings["model"], recipe.config, recipe.task.auto_class)
         watch = _StopWatch()
         trainer = HylaTrainer(
             model=model,

@@ -176,7 +176,11 @@ class Recipe:
         Raises:
             ValueError: if the processes cannot share the batch evenly, or one of them would drive several devices.
         """
-        args = _arguments(self.trainer, output, num_processes, **changes)
+        of_task = {
+            "label_names": list(self.task.label_columns),
+            "per_device_eval_batch_size": self.trainer.get("per_device_eval_batch_size", self.task.eval_batch_size),
+        }
+        args = _arguments(self.trainer, output, num_processes, **{**of_task, **changes})
         check_devices(args.n_gpu)
         return args
 

@@ -7,13 +7,14 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import EvalPrediction, set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 
@@ -71,7 +72,7 @@ def train(
     with contextlib.ExitStack() as until_the_end:
         resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, until_the_end))
         set_seed(args.seed)
-        model = initial_model(recipe.settings["model"], recipe.config)
+        model = initial_model(recipe.settings["model"], recipe.config, task.auto_class)
         evaluated = [split for split in task.splits if split != "train"]
         trainer = HylaTrainer(
             model=model,
@@ -80,6 +81,7 @@ def train(
             eval_dataset={split: task.dataset(split, args.eval_samples) for split in evaluated},
             data_collator=task.collate,
             compute_metrics=_metrics_of(task, model),
+            preprocess_logits_for_metrics=_predictions_of(task),
             callbacks=[stop],
         )
         if not args.disable_tqdm:
@@ -106,7 +108,7 @@ def train(
             hardware=hardware(),
             data_fingerprint=task.fingerprint(),
         )
-        _write_results(trainer, record, output)
+        _write_results(trainer, record, task.processing_class, output)
     return record
 
 
@@ -128,23 +130,33 @@ def check_before_start(recipe: Recipe) -> None:
 
 
 def evaluate(
-    model: HylaForSequenceClassification,
+    model: PreTrainedModel,
     task: Task,
     split: str,
     num_samples: int | None = None,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """
-    Scores of a model on a split, of the paper's length where `num_samples` is `None`.
+    Scores of a model on a split, of the paper's length where `num_samples` is `None`, in batches of the task's size where
+    `batch_size` is.
 
     Raises:
         ValueError: if model and task do not fit.
     """
     task.check_model(model.config)
     with tempfile.TemporaryDirectory() as folder:
-        args = HylaTrainingArguments(output_dir=folder, per_device_eval_batch_size=batch_size, eval_strategy="no")
+        args = HylaTrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size or task.eval_batch_size,
+            label_names=list(task.label_columns),
+            eval_strategy="no",
+        )
         trainer = HylaTrainer(
-            model=model, args=args, data_collator=task.collate, compute_metrics=_metrics_of(task, model)
+            model=model,
+            args=args,
+            data_collator=task.collate,
+            compute_metrics=_metrics_of(task, model),
+            preprocess_logits_for_metrics=_predictions_of(task),
         )
         return _evaluate_split(trainer, task, split, num_samples)
 
@@ -202,13 +214,15 @@ def _written_recipe(path: Path) -> dict:
         ) from None
 
 
-def _write_results(trainer: HylaTrainer, record: RunRecord, output: Path) -> None:
+def _write_results(trainer: HylaTrainer, record: RunRecord, tokenizer: Any, output: Path) -> None:
     """Writes weights, code, curve and record; on every process, since each may hold a part of the weights."""
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return
     try:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
         record.digests = digests(output)
         if can_draw():
             (output / CURVE_NAME).write_bytes(learning_curve(record))
@@ -249,7 +263,8 @@ def _remove_run(output: Path) -> None:
     for folder in (CHECKPOINTS, Path(PROBE_NAME).parent):
         shutil.rmtree(output / folder, ignore_errors=True)
     code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
-    for name in (RECORD_NAME, CURVE_NAME, "config.json", "model.safetensors", "README.md", *code, RECIPE_NAME):
+    saved = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    for name in (RECORD_NAME, CURVE_NAME, *saved, "README.md", *code, RECIPE_NAME):
         (output / name).unlink(missing_ok=True)
 
 
@@ -268,20 +283,25 @@ def training_data(recipe: Recipe) -> TaskDataset:
     return FolderDataset(recipe.data, recipe.task, "train", recipe.num_training_samples)
 
 
-def _metrics_of(task: Task, model: HylaForSequenceClassification):
+def _metrics_of(task: Task, model: PreTrainedModel):
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels, inputs = map(
-            np.asarray, (_logits(prediction.predictions), prediction.label_ids, prediction.inputs)
-        )
+        logits, labels, inputs = _logits(prediction.predictions), prediction.label_ids, prediction.inputs
+        scores = task.metrics(logits, labels, inputs)
+        if "loss" in scores:
+            return scores
         # The Trainer's own loss is a mean over batches. The last batch may be shorter or, with several processes, repeat
         # samples.
         loss = model.loss_function(torch.from_numpy(logits), torch.from_numpy(labels)).item()
-        return {"loss": loss, **task.metrics(logits, labels, inputs)}
+        return {"loss": loss, **scores}
 
     return compute_metrics
 
 
-def _logits(predictions) -> np.ndarray:
+def _predictions_of(task: Task):
+    return lambda logits, labels: task.predictions(_logits(logits), labels)
+
+
+def _logits(predictions) -> Any:
     """The logits among a model's outputs, which hidden states follow if the config asks for them."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 

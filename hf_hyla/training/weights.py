@@ -8,8 +8,8 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from ..model import HylaConfig, HylaForSequenceClassification
-from ..runs.weights import load_model
+from ..model import HylaConfig, HylaPreTrainedModel
+from ..runs.weights import load_model, new_model
 from ..tasks import Task
 from ..utils import one_line
 
@@ -20,13 +20,17 @@ CHECKPOINT_KEYS = {"model_name_or_path": str, "revision": str}
 _OF_THE_RUN = ("attention_dropout", "num_answers", "problem_type", "output_router_logits", "router_aux_loss_coef")
 
 
-def initial_model(settings: dict[str, Any], config: HylaConfig) -> HylaForSequenceClassification:
-    """The model that a run starts with, from the checkpoint that its `model` settings name or with fresh weights."""
+def initial_model(settings: dict[str, Any], config: HylaConfig, auto_class: str) -> HylaPreTrainedModel:
+    """
+    The model that a run starts with, from the checkpoint that its `model` settings name or with fresh weights, of the class that
+    `auto_class` of transformers makes.
+    """
     if "model_name_or_path" not in settings:
-        return HylaForSequenceClassification(config)
+        return new_model(config, auto_class)
     # Training is in single precision, whatever the dtype of the checkpoint.
     return load_model(
         settings["model_name_or_path"],
+        auto_class,
         revision=settings.get("revision"),
         config=config,
         dtype=torch.float32,
@@ -78,7 +82,8 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
                 f"{where}.{field} is {asked[field]!r}, but the weights of {name} were trained with "
                 f"{_effective(config, field)!r}: remove the key, or model_name_or_path to start from fresh weights."
             )
-    of_the_task = {name: task.model_defaults[name] for name in ("num_answers", "problem_type") if name not in asked}
+    defaults = task.model_defaults
+    of_the_task = {name: defaults[name] for name in ("num_answers", "problem_type") if name in defaults.keys() - asked}
     config = HylaConfig.from_dict(wanted.to_dict() | of_the_task)
     task.check_model(config)
     return config

@@ -184,7 +184,7 @@ def test_a_users_task_runs_where_the_user_names_it(run, new_process, monkeypatch
         ("my_sums:below", "is not a task"),
         ("my_sums:Task", "is incomplete: it lacks draw, metrics, model_defaults"),
         ("os:system", "is not a task"),
-        ("my_sums", "There is no task 'my_sums': expected one of logic, sraven, or module:Class"),
+        ("my_sums", "There is no task 'my_sums': expected one of logic, sraven, text, or module:Class"),
         ("half:Taken", "needs a name in lower case and without spaces"),
     ],
 )
