@@ -85,8 +85,8 @@ def sibling_repo(repo_id: str | None, name: str) -> str:
 
 def dataset_repo(task: Task, repo_id: str | None) -> str | None:
     """
-    The repository of a task's samples, `None` if there is none. Settings other than the paper's are in its name, since the samples depend on them, or
-    their digest if the name would not be valid.
+    The repository of a task's samples, `None` if there is none. Settings other than the paper's are in its name, since the
+    samples depend on them, or their digest if the name would not be valid.
     """
     elsewhere = task.words(task).dataset_id
     if elsewhere is not None:

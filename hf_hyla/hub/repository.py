@@ -145,7 +145,12 @@ def plan(
     check_scores(run)
     repositories = []
     if dataset is not None:
-        repositories.append(_dataset_repository(Path(dataset), task, dataset_repo(task, repo_id)))
+        samples_repo = dataset_repo(task, repo_id)
+        if samples_repo is None:
+            raise ValueError(
+                f"Samples of the task {task.name} have no repository of their own: leave out the dataset."
+            )
+        repositories.append(_dataset_repository(Path(dataset), task, samples_repo))
     if metric:
         repositories.append(Repository(metric_repo(task, repo_id), "space", encoded(metric_files(task, repo_id))))
     # A card in the folder is rendered again, and its code is taken from the package.

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -285,8 +285,8 @@ def training_data(recipe: Recipe) -> TaskDataset:
 
 def _metrics_of(task: Task, model: PreTrainedModel):
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels, inputs = _logits(prediction.predictions), prediction.label_ids, prediction.inputs
-        scores = task.metrics(logits, labels, inputs)
+        logits, labels = _logits(prediction.predictions), prediction.label_ids
+        scores = task.metrics(logits, labels, cast(np.ndarray, prediction.inputs))
         if "loss" in scores:
             return scores
         # The Trainer's own loss is a mean over batches. The last batch may be shorter or, with several processes, repeat

@@ -169,7 +169,7 @@ class TextTask(Task):
         }
 
     @property
-    def split_combinations(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+    def split_combinations(self) -> dict[str, np.ndarray]:
         raise ValueError(
             "The task text has no combinations of parts, so that its codes are not probed and its scores not split by "
             "combination: choose another task."
@@ -245,4 +245,4 @@ class TextTask(Task):
 
     def show(self, sample: dict[str, np.ndarray]) -> str:
         is_token = (sample["labels"] != -100) | (np.arange(len(sample["labels"])) == 0)
-        return self.processing_class.decode(sample["input_ids"][is_token])
+        return str(self.processing_class.decode(sample["input_ids"][is_token]))
