@@ -20,7 +20,9 @@ CHECKPOINT_KEYS = {"model_name_or_path": str, "revision": str}
 _OF_THE_RUN = ("attention_dropout", "num_answers", "problem_type", "output_router_logits", "router_aux_loss_coef")
 
 
-def initial_model(settings: dict[str, Any], config: HylaConfig, auto_class: str) -> HylaPreTrainedModel:
+def initial_model(
+    settings: dict[str, Any], config: HylaConfig, auto_class: str = "AutoModelForSequenceClassification"
+) -> HylaPreTrainedModel:
     """
     The model that a run starts with, from the checkpoint that its `model` settings name or with fresh weights, of the class that
     `auto_class` of transformers makes.

@@ -33,7 +33,7 @@ def finetune(model: str, output: Path, repo_id: str | None, changes: dict[str, s
     record = train(recipe, output)
 
     # The weights have the same shape for any number of features, so the model could be asked before it was trained on five.
-    start = initial_model(recipe.settings["model"], recipe.config)
+    start = initial_model(recipe.settings["model"], recipe.config, recipe.task.auto_class)
     before = {split: evaluate(start, recipe.task, split) for split in ("test", "ood")}
     print(f"\n{'split':<8}{'metric':<20}{'before':>10}{'after':>10}")
     for split, scores in before.items():
