@@ -189,8 +189,10 @@ def test_every_recipe_of_text_runs_dry(name, texts, tmp_path, capsys):
 
 def test_the_three_recipes_differ_in_the_attention_alone_and_have_equal_parameters():
     recipes = [load_recipe(RECIPES / "text" / f"{name}.yaml") for name in ("hyla", "softmax", "linear")]
+    multiplied = {"attention_out_multiplier": 0.03125}
     assert [recipe.settings["model"] for recipe in recipes] == [
-        {"attention_type": name, "scale_logits": False} for name in ("hyla", "softmax", "linear")
+        {"attention_type": name, **more, "scale_logits": False}
+        for name, more in (("hyla", multiplied), ("softmax", {}), ("linear", multiplied))
     ]
     assert all(recipe.settings["task"] == recipes[0].settings["task"] for recipe in recipes)
     assert all(recipe.trainer == recipes[0].trainer for recipe in recipes)
