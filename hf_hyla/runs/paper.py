@@ -13,6 +13,8 @@ from ..utils import one_line
 _ROW_FIELDS = ("attention_type", "score_norm", "value_activation", "value_depth", "ffn_type")
 # The paper does not say how its mixtures of experts are made.
 _UNKNOWN_FIELDS = ("num_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+# How a model is trained, as the optimiser is. The weights of `o_proj` can make up for any multiplier of the output of attention.
+_TRAINING_FIELDS = ("attention_dropout", "attention_out_multiplier")
 # The rows of Table A1: the values of the fields above, and the name of the row in the tasks' results.
 _ROWS = {
     ("softmax", "softmax", "none", 1, "mlp"): "softmax",
@@ -54,7 +56,7 @@ def paper_result(settings: dict[str, Any]) -> PaperResult | None:
     """
     What Table A1 says of the model of a run with these settings, the sections `task` and `model` of a recipe. `None` if the
     paper has no such row, if task or model differ from the paper's in anything else, and if training started from a
-    checkpoint, since the paper trains no model further.
+    checkpoint, since the paper trains no model further. Optimiser and dropout may differ.
 
     Raises:
         ValueError: if the settings make no task or no model.
@@ -69,7 +71,7 @@ def paper_result(settings: dict[str, Any]) -> PaperResult | None:
         config = HylaConfig.from_dict({**task.model_defaults, **settings["model"]})
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"The recipe's section model is not that of a model: {one_line(error)}") from None
-    others = set(HylaConfig.__annotations__) - {*_ROW_FIELDS, *_UNKNOWN_FIELDS}
+    others = set(HylaConfig.__annotations__) - {*_ROW_FIELDS, *_UNKNOWN_FIELDS, *_TRAINING_FIELDS}
     if any(getattr(config, name) != getattr(papers, name) for name in others):
         return None
     row = _ROWS.get(tuple(getattr(config, f"effective_{name}", getattr(config, name)) for name in _ROW_FIELDS))

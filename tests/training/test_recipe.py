@@ -55,13 +55,15 @@ def test_the_papers_numbers_are_only_quoted_for_the_papers_models(tmp_path):
         ("model.num_attention_heads", "4"),
         ("model.hidden_size", "16"),
         ("model.norm_type", "rms_norm"),
-        ("model.attention_dropout", "0.0"),
         ("model.is_causal", "true"),
         ("task.num_examples", "16"),
         ("task.held_out", "0.3"),
     ):
         other = load_recipe(RECIPES / "logic/hyla.yaml", {key: value})
         assert paper_result(other.settings) is None, key
+    how_it_is_trained = {"model.attention_dropout": "0.0", "model.attention_out_multiplier": "0.5", "trainer.optim": "muon"}
+    other = load_recipe(RECIPES / "logic/hyla.yaml", how_it_is_trained | {"trainer.muon_learning_rate": "0.004"})
+    assert paper_result(other.settings).mean == 0.8113
 
 
 def test_values_have_the_types_of_their_fields(tmp_path):

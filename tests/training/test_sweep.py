@@ -70,7 +70,7 @@ def test_the_trials_of_muon_are_the_same_for_every_attention():
     for recipe in points:
         settings = {**recipe.settings["trainer"], **recipe.settings["model"]}
         by_type.setdefault(settings.pop("attention_type"), []).append(settings)
-    assert list(map(len, by_type.values())) == [10, 10, 10]
+    assert list(map(len, by_type.values())) == [11, 11, 11]
     assert by_type["hyla"] == by_type["softmax"] == by_type["linear"]
 
 
