@@ -117,12 +117,20 @@ def test_the_table_of_trials_comes_from_their_records():
         path.stem: json.loads(path.read_text()) for path in (PROJECT / "recipes/results/sraven-muon-trials").glob("*")
     }
     found = [
-        tuple(f"{record['metrics'][split]['accuracy']:.4f}" for split in ("ood", "test"))
+        (f"{record['steps']:,}", *(f"{record['metrics'][split]['accuracy']:.4f}" for split in ("ood", "test")))
         for record in records.values()
     ]
     section = RECIPES.partition("### Trials with Muon on SRAVEN")[2].partition("###")[0]
-    shown = re.findall(r"^\| [^|]* \| [^|]* \| (0\.\d+) \| (0\.\d+) \|$", section, flags=re.MULTILINE)
-    assert sorted(shown) == sorted(found) != []
+    row = r"^\| [^|]* \| [^|]* \| ([\d,]+) \| (0\.\d+) \| (0\.\d+) \|$"
+    assert sorted(re.findall(row, section, flags=re.MULTILINE)) == sorted(found) != []
+
+
+def test_the_means_in_bfloat16_come_from_their_records():
+    for bf16 in (True, False):
+        paths = sorted((PROJECT / "recipes/results/logic-demo-bf16").glob(f"bf16={bf16}-*.json"))
+        scores = [json.loads(path.read_text())["metrics"]["ood"]["r2"] for path in paths]
+        mean, error = statistics.fmean(scores), statistics.stdev(scores) / len(scores) ** 0.5
+        assert len(scores) == 3 and f"{mean:.4f} ± {error:.4f}" in " ".join(RECIPES.split())
 
 
 def test_the_effect_of_held_out_draws_comes_from_the_committed_scores_by_combination():

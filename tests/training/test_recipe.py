@@ -61,7 +61,11 @@ def test_the_papers_numbers_are_only_quoted_for_the_papers_models(tmp_path):
     ):
         other = load_recipe(RECIPES / "logic/hyla.yaml", {key: value})
         assert paper_result(other.settings) is None, key
-    how_it_is_trained = {"model.attention_dropout": "0.0", "model.attention_out_multiplier": "0.5", "trainer.optim": "muon"}
+    how_it_is_trained = {
+        "model.attention_dropout": "0.0",
+        "model.attention_out_multiplier": "0.5",
+        "trainer.optim": "muon",
+    }
     other = load_recipe(RECIPES / "logic/hyla.yaml", how_it_is_trained | {"trainer.muon_learning_rate": "0.004"})
     assert paper_result(other.settings).mean == 0.8113
 
