@@ -67,7 +67,7 @@ ALLOWED = {
     ),
     "hub": (
         {"runs", "tasks", "metrics", "model", "reading", "utils"},
-        {"huggingface_hub", "safetensors", "torch", "yaml", "datasets"},
+        {"huggingface_hub", "safetensors", "torch", "yaml", "datasets", "tqdm"},
     ),
     "demo": (
         {"runs", "analysis", "tasks", "metrics", "model", "reading", "utils"},

@@ -37,7 +37,7 @@ def test_a_local_file_takes_precedence_over_one_of_the_package(here):
     ("word", "message"),
     [
         ("demo", r"There is no recipe demo \(did you mean logic/demo.yaml\?\)"),
-        ("hyla.yaml", r"did you mean logic/hyla.yaml or sraven/hyla.yaml\?"),
+        ("hyla.yaml", r"did you mean logic/hyla.yaml or sraven/hyla.yaml or text/hyla.yaml\?"),
         ("logic/hylla", r"did you mean logic/hyla.yaml\?"),
         ("sofmax", r"did you mean logic/softmax.yaml\?"),
         ("mine/fine", r"did you mean mine/fines.yaml\?"),

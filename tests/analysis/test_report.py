@@ -240,7 +240,7 @@ def test_the_number_of_samples_that_an_error_names_is_enough(logic):
         (["sraven", *SRAVEN, "--seed", "-1"], "--seed must be an integer of at least 0"),
         (["sraven", *SRAVEN, "--seed", "5000000000"], "below 2**32, got 5000000000"),
         (["sraven", *SRAVEN, "--fixed-query"], "have no query point to fix"),
-        (["sraven"], "pass --task logic"),
+        (["sraven"], "pass --task with one of logic"),
         (["logic", *LOGIC, "--output", "{saved}/logic/config.json"], "config.json"),
     ],
 )

@@ -79,7 +79,7 @@ def test_evaluate_takes_the_task_from_the_run_or_from_the_command_line(run, caps
         assert main([*arguments, "--num-samples", "64"]) == 0
         assert json.loads(capsys.readouterr().out)["metrics"] == from_run["metrics"]
         assert main(["evaluate", str(run)]) == 2
-        assert "pass --task logic" in capsys.readouterr().err
+        assert "pass --task with one of logic" in capsys.readouterr().err
     finally:
         (run / "away.json").rename(run / "run.json")
 
