@@ -19,7 +19,7 @@ from ..model import HylaPreTrainedModel
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
-from ..runs.record import RECORD_NAME, RunRecord, code_is_of, digests, file_digest, mean_and_error
+from ..runs.record import RECORD_NAME, RunRecord, code_of, digests, file_digest, mean_and_error
 from ..runs.weights import load_model, new_model
 from ..tasks import Task, TaskDataset
 from ..utils import check_repo_id, one_line
@@ -215,7 +215,8 @@ def check_unaltered(run: Run) -> None:
                 f"{folder / name} is not what the run has written, whose digest is in {RECORD_NAME}: its scores are not those "
                 "of this file; copy the run again, or train it again."
             )
-    if code_is_of(record.environment.get("git_commit")) is False:
+    of_commit = code_of(record.environment.get("git_commit"))
+    if of_commit is not None and any(of_commit.get(name) != digest for name, digest in _code_of_run(record).items()):
         raise ValueError(
             f"{folder} is said to be made by the commit {record.environment['git_commit']}, whose model code is not what the run's "
             f"digests are of: {RECORD_NAME} was changed; train it again."
@@ -224,9 +225,14 @@ def check_unaltered(run: Run) -> None:
 
 def differing_code(record: RunRecord) -> str | None:
     """A file of the model's code that was another at the end of the run than it is in this package, or `None`."""
-    of_run = {name: digest for name, digest in (record.digests or {}).items() if name.endswith("_hyla.py")}
+    of_run = _code_of_run(record)
     of_package = {name: file_digest([path]) for name, path in CODE.items()}
     return next((name for name in sorted({*of_run, *of_package}) if of_run.get(name) != of_package.get(name)), None)
+
+
+def _code_of_run(record: RunRecord) -> dict[str, str]:
+    """The digests of the model's code at the end of the run, by file name."""
+    return {name: digest for name, digest in (record.digests or {}).items() if name.endswith("_hyla.py")}
 
 
 def check_scores(run: Run) -> None:

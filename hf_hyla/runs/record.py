@@ -31,6 +31,7 @@ _OF_ONE_RUN = {"task.seed", "trainer.seed", "task.data", *(f"trainer.{key}" for 
 _DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")
 # The folder of the checkout, if the package lies in one.
 _CHECKOUT = Path(__file__).resolve().parents[2]
+_CODE_FOLDER = "hf_hyla/model/"
 _LONGEST_NAME = 1000
 _LARGEST_NUMBER = 10**30
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
@@ -235,18 +236,23 @@ def environment() -> dict[str, Any]:
     return versions | {"torch": str(torch.__version__), "git_commit": _git_commit()}
 
 
-def code_is_of(commit: str | None) -> bool | None:
+def code_of(commit: str | None) -> dict[str, str] | None:
     """
-    Whether this package's model code equals that of a commit; `None` if the package does not lie in a checkout that holds the
-    commit.
+    The digest of each file of the model's code at a commit, by name; `None` if the package does not lie in a checkout that holds
+    the commit.
     """
     if not re.fullmatch("[0-9a-f]{40}", commit or "") or not (_CHECKOUT / ".git").exists():
         return None
     try:
-        compared = _git("diff", "--quiet", str(commit), "--", "hf_hyla/model")
+        names = _git("ls-tree", "--name-only", str(commit), _CODE_FOLDER, text=True)
+        if names.returncode:
+            return None
+        files = {
+            path: _git("show", f"{commit}:{path}").stdout for path in names.stdout.split() if path.endswith(".py")
+        }
     except (OSError, subprocess.SubprocessError):
         return None
-    return {0: True, 1: False}.get(compared.returncode)
+    return {path.rpartition("/")[2]: f"sha256:{hashlib.sha256(code).hexdigest()}" for path, code in files.items()}
 
 
 def hardware() -> dict[str, Any]:
@@ -265,7 +271,7 @@ def _git_commit() -> str | None:
     if not (_CHECKOUT / ".git").exists():
         return None
     try:
-        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+        commit, changes = (_git(*words, text=True) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     except (OSError, subprocess.SubprocessError):
         return None
     if commit.returncode or changes.returncode:
@@ -273,5 +279,5 @@ def _git_commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def _git(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=True, timeout=30)
+def _git(*arguments: str, text: bool = False) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=text, timeout=30)

@@ -23,7 +23,7 @@ from hf_hyla.hub.model_card import card_files
 from hf_hyla.hub.repository import plan
 from hf_hyla.hub.secrets import check_secrets
 from hf_hyla.runs import Run, RunRecord
-from hf_hyla.runs.record import code_is_of
+from hf_hyla.runs.record import code_of, file_digest
 from hf_hyla.tasks import get_task
 from hf_hyla.training import evaluate
 
@@ -301,33 +301,32 @@ def test_a_score_that_is_off_by_more_than_rounding_is_refused(logic_run, copied,
         check_scores(says(1e6))
 
 
-def test_a_commit_whose_code_is_another_is_found_where_the_checkout_knows_it(logic_run, copied, monkeypatch):
-    for known, message in (
-        (True, None),
-        (None, None),
-        (False, "whose model code is not what the run's digests are of"),
-    ):
-        monkeypatch.setattr("hf_hyla.hub.checks.code_is_of", lambda commit, known=known: known)
-        if message is None:
-            check_unaltered(Run.load(logic_run))
-            continue
-        with pytest.raises(ValueError, match=message):
+def test_a_commit_whose_code_is_another_is_found_where_the_checkout_knows_it(logic_run, monkeypatch):
+    of_run = RunRecord.load(logic_run).digests
+    # A later commit may have other code.
+    for of_commit in (None, of_run, {**of_run, "new_hyla.py": "sha256:0"}):
+        monkeypatch.setattr("hf_hyla.hub.checks.code_of", lambda commit, found=of_commit: found)
+        check_unaltered(Run.load(logic_run))
+    for of_commit in ({}, {**of_run, "modeling_hyla.py": "sha256:0"}):
+        monkeypatch.setattr("hf_hyla.hub.checks.code_of", lambda commit, found=of_commit: found)
+        with pytest.raises(ValueError, match="whose model code is not what the run's digests are of"):
             check_unaltered(Run.load(logic_run))
 
 
-def test_the_code_of_a_commit_is_compared_with_the_checkouts(tmp_path, monkeypatch):
-    code = tmp_path / "hf_hyla" / "model" / "x.py"
+def test_the_code_of_a_commit_is_what_it_was_then(tmp_path, monkeypatch):
+    code = tmp_path / "hf_hyla" / "model" / "x_hyla.py"
     code.parent.mkdir(parents=True)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(tmp_path)]
-    commits = []
+    commits, expected = [], []
     subprocess.run([*git, "init", "-q"], check=True)
-    for text in ("1", "2"):
-        code.write_text(text)
+    for text in ("1\r\n", "2"):
+        code.write_bytes(text.encode())
         subprocess.run([*git, "add", "-A"], check=True)
         subprocess.run([*git, "commit", "-qm", text], check=True)
         commits.append(subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip())
+        expected.append({code.name: file_digest([code])})
     monkeypatch.setattr("hf_hyla.runs.record._CHECKOUT", tmp_path)
-    assert [code_is_of(commit) for commit in (*commits, "0" * 40, "--help", None)] == [False, True, None, None, None]
+    assert [code_of(commit) for commit in (*commits, "0" * 40, "--help", None)] == [*expected, None, None, None]
 
 
 def test_a_run_notes_the_digests_of_its_weights_config_and_code(logic_run):
