@@ -19,8 +19,8 @@ _NAMES = {
     "model": """
         attention_type score_norm value_activation value_depth vocab_size input_size answer_token_id embedding_bias
         pad_token_id hidden_size num_hidden_layers num_attention_heads head_dim value_head_dim qk_norm position_type
-        relative_attention_num_buckets is_causal attention_dropout attention_out_multiplier ffn_type intermediate_size hidden_act num_experts
-        num_experts_per_tok output_router_logits router_aux_loss_coef norm_type norm_eps num_answers num_labels id2label
+        relative_attention_num_buckets is_causal attention_dropout attention_out_multiplier ffn_type intermediate_size
+        hidden_act num_experts num_experts_per_tok output_router_logits router_aux_loss_coef norm_type norm_eps num_answers num_labels id2label
         label2id problem_type output_hidden_states chunk_size_feed_forward model_name_or_path revision bos_token_id
         eos_token_id lm_head_bias max_position_embeddings rope_parameters scale_logits sliding_window
         tie_word_embeddings use_cache

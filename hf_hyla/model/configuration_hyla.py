@@ -124,8 +124,8 @@ class HylaConfig(PreTrainedConfig):
             Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
         attention_out_multiplier (`float`, *optional*, defaults to 1.0):
             What the output of attention is multiplied by before it is added to the hidden states. Not in the paper. Scores that
-            are not normalised over keys make outputs that grow with the number of keys and heads, to 31 to 41 in the paper's
-            model when training starts, where softmax attention begins below 1.
+            are not normalised over keys make outputs that grow with the number of keys and heads. When training starts, they
+            are tens of times as large as softmax attention's in the paper's model.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
         intermediate_size (`int`, *optional*, defaults to 256):

@@ -230,9 +230,8 @@ class HylaAttention(nn.Module):
                 )
             attention_mask = attention_mask.bool()[:, None, None]
         window = self.config.sliding_window or num_keys
-        if not self.is_causal or (
-            length == 1 and num_keys <= window
-        ):  # a single query is the last token, and sees all
+        sees_all = length == 1 and num_keys <= window  # a single query is the last token
+        if not self.is_causal or sees_all:
             return attention_mask
         past = num_keys - length
         causal = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=hidden_states.device)

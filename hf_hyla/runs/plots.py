@@ -87,8 +87,9 @@ def learning_curve(record: RunRecord) -> bytes:
 
 def over_samples(groups: list[list[RunRecord]]) -> bytes:
     """
-    The headline score on the headline split, such as `ood`, over training samples: a line for each recipe, which is the mean of its runs, a dot for their
-    results with its standard error, the paper's values at the paper's budget, and what an ideal observer reaches.
+    The headline score on the headline split, such as `ood`, over training samples: a line for each recipe, which is the mean of
+    its runs, a dot for their results with its standard error, the paper's values at the paper's budget, and what an ideal
+    observer reaches.
 
     Args:
         groups: of each recipe, its runs, see `grouped`.

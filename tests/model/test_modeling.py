@@ -105,6 +105,22 @@ def test_the_output_of_attention_is_multiplied_before_it_is_added(attention_type
     torch.testing.assert_close(0.3 * gradients[0], gradients[1])
 
 
+def test_hylas_attention_starts_tens_of_times_as_large_as_softmax_attention_and_with_the_multiplier_about_equal():
+    sizes = {}
+    for attention_type in ("hyla", "softmax"):
+        torch.manual_seed(0)
+        model = HylaForSequenceClassification(HylaConfig(attention_type=attention_type)).eval()
+        found = sizes[attention_type] = []
+        for layer in model.model.layers[:-1]:  # the last one computes few tokens
+            layer.self_attn.register_forward_hook(
+                lambda *call, found=found: found.append(call[2][0].square().mean().sqrt())
+            )
+        with torch.no_grad():
+            model(input_ids=ids(64, 36, 8))
+    ratio = sum(sizes["hyla"]) / sum(sizes["softmax"])
+    assert 20 < ratio < 100 and 0.5 < ratio / 32 < 3
+
+
 def test_inputs_embeds_equal_input_ids():
     model = make()
     embeds = model.get_input_embeddings()(ids())
