@@ -273,13 +273,16 @@ def _answers(trained: HylaPreTrainedModel, task: Task, dataset: TaskDataset, ind
     """What `Task.metrics` reads of some samples, by name."""
     batch = task.collate(dataset.__getitems__(indices.tolist()))
     labels = {name: batch.pop(name) for name in task.label_columns}
-    of_labels = tuple(labels.values())
-    predicted = task.predictions(trained(**batch).logits.float(), of_labels if len(labels) > 1 else of_labels[0])
+    predicted = task.predictions(trained(**batch).logits.float(), _labels(task, labels))
     return {"predictions": predicted, **labels, "inputs": batch[trained.main_input_name]}
 
 
 def _scores(task: Task, columns: dict[str, torch.Tensor]) -> dict[str, float]:
     arrays = {name: column.numpy() for name, column in columns.items()}
-    of_labels = tuple(arrays[name] for name in task.label_columns)
-    labels = of_labels if len(of_labels) > 1 else of_labels[0]
-    return task.metrics(arrays["predictions"], labels, arrays["inputs"])
+    return task.metrics(arrays["predictions"], _labels(task, arrays), arrays["inputs"])
+
+
+def _labels(task: Task, columns: dict[str, Any]) -> Any:
+    """The labels as the Trainer hands them over: one column, or a tuple of several."""
+    labels = tuple(columns[name] for name in task.label_columns)
+    return labels if len(labels) > 1 else labels[0]

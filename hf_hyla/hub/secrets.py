@@ -27,14 +27,16 @@ _BY_LOOK = {
     "an API key": (
         rb"sk-(?:proj|ant|svcacct|admin)-[A-Za-z0-9_-]{20,}",
         # Groq, xAI, NVIDIA, Perplexity, Replicate, Databricks, DigitalOcean, HashiCorp, SendGrid, Stripe.
-        *(rb"gsk_[A-Za-z0-9]{40,}", rb"xai-[A-Za-z0-9]{60,}", rb"nvapi-[A-Za-z0-9_-]{40,}", rb"pplx-[A-Za-z0-9]{40,}"),
-        *(
-            rb"r8_[A-Za-z0-9]{37}",
-            rb"dapi[0-9a-f]{32}(?![0-9a-f])",
-            rb"do[opr]_v1_[0-9a-f]{60,}",
-            rb"hvs\.[A-Za-z0-9_-]{24,}",
-        ),
-        *(rb"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}", rb"[sr]k_(?:live|test)_[A-Za-z0-9]{20,}"),
+        rb"gsk_[A-Za-z0-9]{40,}",
+        rb"xai-[A-Za-z0-9]{60,}",
+        rb"nvapi-[A-Za-z0-9_-]{40,}",
+        rb"pplx-[A-Za-z0-9]{40,}",
+        rb"r8_[A-Za-z0-9]{37}",
+        rb"dapi[0-9a-f]{32}(?![0-9a-f])",
+        rb"do[opr]_v1_[0-9a-f]{60,}",
+        rb"hvs\.[A-Za-z0-9_-]{24,}",
+        rb"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",
+        rb"[sr]k_(?:live|test)_[A-Za-z0-9]{20,}",
         # Behind a letter only one without hyphens: task- and risk- end alike.
         rb"sk-(?:(?<![A-Za-z0-9]sk-)[A-Za-z0-9_-]{24,}|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{32,})",
     ),
