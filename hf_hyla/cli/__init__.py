@@ -42,6 +42,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for command in COMMANDS:
         command.add(commands)
     parser.set_defaults(run=lambda arguments: parser.print_help(), sections=())
+    for word, before in zip(argv, ["hyla", *argv], strict=False):
+        if not word.strip():
+            raise ValueError(
+                f"The argument after {before!r} is empty: give it a value or leave it out (is a variable unset?)."
+            )
     rest, overrides = _split_overrides(argv)
     words = (word for word, before in zip(rest, ["", *rest], strict=False) if before != "--import")
     word = next((word for word in words if not word.startswith("-")), None)

@@ -180,6 +180,10 @@ SECRETS = [
     b"xapp-" + b"1-A0123456789-" + KEY, b"hooks.slack.com/" + b"services/T0/B0/" + KEY, b"discord.com/" + b"api/webhooks/1/" + KEY,
     b"SG." + KEY[:20] + b"." + KEY, b"sk_live_" + KEY, b"nvapi-" + KEY, b"xai-" + KEY * 2, b"AGE-SECRET-" + b"KEY-1" + b"Q8" * 29,
     b"Authorization: " + b"Bearer " + KEY, b'{"username": "bob", "key": "' + HEX[:32] + b'"}', b"dapi" + HEX[:32], b"r8_" + KEY[:37],
+    b"shpat_" + HEX[:32], b"dp.pt." + KEY + b"abc", b"dp.st.prd." + KEY + b"abc", b"lin_api_" + KEY, b"figd_" + KEY, b"ntn_" + KEY,
+    b"secret_" + KEY + b"abc", b"pat" + KEY[:14] + b"." + b"0a1b" * 16, b"PMAK-" + HEX[:24] + b"-" + HEX[:34], b"NRAK-" + b"A1B" * 9,
+    b"sntrys_" + KEY, b"glsa_" + KEY, b"key-" + HEX[:32], HEX[:32] + b"-us" + b"12", b"1234567890:" + b"AA" + KEY[:33], b"SK" + HEX[:32],
+    b"TWILIO_AUTH_TOKEN=" + HEX[:32],
 ]  # fmt: skip
 
 
@@ -254,6 +258,7 @@ def test_a_secret_is_found_where_two_parts_of_a_large_file_meet(tmp_path, monkey
         b"password = os.environ['X']", b"password: str | None", b"task-embedding-of-the-last-layer-mean-9",
         b"https://huggingface.co/org/x@main", b"hf_transfer_a_long_name_of_a_thing",
         b"Authorization: Bearer <your token>", b'{"Authorization": f"Bearer {token}"}', b'"key": "' + HEX[:32] + b'"',
+        b"data-" + HEX[:32], b"fig_" + KEY, HEX[:32] + b"-use", b"12:AA", b"secret_of_a_name", b"lin_proj.weight", b"dp.rank.0",
     ],
 )  # fmt: skip
 def test_digests_commits_and_code_are_no_secrets(text):
