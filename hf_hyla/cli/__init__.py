@@ -42,8 +42,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for command in COMMANDS:
         command.add(commands)
     parser.set_defaults(run=lambda arguments: parser.print_help(), sections=())
-    for word, before in zip(argv, ["hyla", *argv], strict=False):
-        if not word.strip():
+    for given, before in zip(argv, ["hyla", *argv], strict=False):
+        if not given.strip():
             raise ValueError(
                 f"The argument after {before!r} is empty: give it a value or leave it out (is a variable unset?)."
             )

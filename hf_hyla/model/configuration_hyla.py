@@ -174,7 +174,7 @@ class HylaConfig(PreTrainedConfig):
 
     model_type = "hyla"
     ignore_keys_at_rope_validation = {"partial_rotary_factor"}  # which every type takes
-    keys_to_ignore_at_inference = ["aux_loss", "router_logits", "past_key_values"]
+    keys_to_ignore_at_inference = ["aux_loss", "router_logits", "cache", "past_key_values"]
 
     attention_type: Literal["hyla", "linear", "softmax"] = "hyla"
     score_norm: Literal["rms_head", "softmax", "none"] | None = None

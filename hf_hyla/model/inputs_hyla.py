@@ -72,7 +72,7 @@ def check_ids(input_ids: torch.Tensor, table: nn.Module, vocab_size: int) -> Non
 
 
 def check_one_sequence_a_row(
-    config: HylaConfig, attention_mask, position_ids: torch.Tensor | None, past_key_values: Cache | None, others: dict
+    config: HylaConfig, attention_mask, position_ids: torch.Tensor | None, cache: Cache | None, others: dict
 ) -> None:
     """
     Raises a ValueError for rows of several sequences, which would attend to each other.
@@ -90,7 +90,7 @@ def check_one_sequence_a_row(
         return
     if config.is_causal:
         by_pair = attention_mask is not None and attention_mask.ndim == 4
-        if by_pair or (attention_mask is None and past_key_values is None) or is_torchdynamo_compiling():
+        if by_pair or (attention_mask is None and cache is None) or is_torchdynamo_compiling():
             return
     if is_torchdynamo_compiling():
         raise ValueError("position_ids cannot be checked while a model is compiled or exported: leave them out.")
@@ -105,14 +105,40 @@ def check_one_sequence_a_row(
         )
 
 
-def first_query(hidden_states: torch.Tensor, past_key_values: Cache | None) -> tuple[int | torch.Tensor, int]:
+def one_cache(
+    config: HylaConfig, layers: nn.ModuleList, cache: Cache | None, past_key_values: Cache | None
+) -> Cache | None:
+    """
+    The cache by whichever of its two names it was given.
+
+    Raises:
+        ValueError: for two caches, for a model that is not causal, and for training with gradient checkpointing, which
+            computes each layer twice and would add its tokens twice.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one input: pass one of them.")
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not config.is_causal:
+        raise ValueError(
+            "A cache belongs to a causal model: set is_causal=True in the config, or leave the cache out."
+        )
+    twice = torch.is_grad_enabled() and any(layer.gradient_checkpointing and layer.training for layer in layers)
+    if cache is not None and twice:
+        raise ValueError(
+            "Gradient checkpointing computes each layer twice and would add its tokens to the cache twice: leave the cache "
+            "out, or call gradient_checkpointing_disable()."
+        )
+    return cache
+
+
+def first_query(hidden_states: torch.Tensor, cache: Cache | None) -> tuple[int | torch.Tensor, int]:
     """The place of the first of these tokens among all keys, and how many keys there are."""
     length = hidden_states.shape[1]
-    if past_key_values is None:
+    if cache is None:
         return 0, length
     # All layers keep the same keys, those of a sliding window only the last.
-    num_keys, first_key = past_key_values.get_mask_sizes(length, 0)
-    place = past_key_values.get_query_offset(0)
+    num_keys, first_key = cache.get_mask_sizes(length, 0)
+    place = cache.get_query_offset(0)
     return (place.to(hidden_states.device) if isinstance(place, torch.Tensor) else place) - first_key, num_keys
 
 
@@ -121,7 +147,7 @@ def pair_mask(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
 ) -> torch.Tensor | None:
     """
     Mask (batch, 1, query, key) of padding, of the user, of causality and of the window; `None` where nothing is masked.
@@ -131,14 +157,14 @@ def pair_mask(
     """
     if attention_mask is None or attention_mask.ndim == 2:
         if attention_mask is not None:
-            _check_padding(attention_mask, hidden_states, past_key_values)
-        if _sees_all(config, hidden_states, attention_mask, past_key_values):
+            _check_padding(attention_mask, hidden_states, cache)
+        if _sees_all(config, hidden_states, attention_mask, cache):
             return None
         if not config.is_causal:
             return cast(_Mask, create_bidirectional_mask(config, hidden_states, attention_mask))
         create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-        return cast(_Mask, create(config, hidden_states, attention_mask, past_key_values, position_ids=position_ids))
-    place, num_keys = first_query(hidden_states, past_key_values)
+        return cast(_Mask, create(config, hidden_states, attention_mask, cache, position_ids=position_ids))
+    place, num_keys = first_query(hidden_states, cache)
     length = hidden_states.shape[1]
     if attention_mask.ndim != 4 or attention_mask.shape[-2:] != (length, num_keys):
         raise ValueError(
@@ -160,22 +186,22 @@ def pair_mask(
     return mask
 
 
-def _sees_all(config: HylaConfig, hidden_states, attention_mask, past_key_values: Cache | None) -> bool:
+def _sees_all(config: HylaConfig, hidden_states, attention_mask, cache: Cache | None) -> bool:
     """Whether there is a single query that sees every key in the cache."""
-    if not config.is_causal or past_key_values is None or hidden_states.shape[1] != 1 or is_torchdynamo_compiling():
+    if not config.is_causal or cache is None or hidden_states.shape[1] != 1 or is_torchdynamo_compiling():
         return False
-    if isinstance(past_key_values.get_seq_length(), torch.Tensor):  # a static cache, which has empty places
+    if isinstance(cache.get_seq_length(), torch.Tensor):  # a static cache, which has empty places
         return False
-    _, num_keys = first_query(hidden_states, past_key_values)
+    _, num_keys = first_query(hidden_states, cache)
     if config.sliding_window is not None and num_keys > config.sliding_window:  # a cache may keep more
         return False
     # On a GPU a look at the mask would stall the queue of kernels.
     return attention_mask is None or (attention_mask.device.type == "cpu" and bool(attention_mask.all()))
 
 
-def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, past_key_values: Cache | None) -> None:
+def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, cache: Cache | None) -> None:
     batch, length = hidden_states.shape[:2]
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    seen = 0 if cache is None else cache.get_seq_length()
     if isinstance(seen, torch.Tensor):
         # The cache is static, and its mask may be as long as the cache. On a GPU, reading `seen` would stall the queue of kernels.
         if is_torchdynamo_compiling() or seen.device.type != "cpu":

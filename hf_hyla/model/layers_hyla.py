@@ -147,7 +147,7 @@ class HylaAttention(nn.Module):
         position_buckets: torch.Tensor | None = None,
         num_last: int | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -159,7 +159,7 @@ class HylaAttention(nn.Module):
                 models compute them once for all layers.
             num_last (`int`, *optional*): the queries are the last `num_last` tokens; by default they are all tokens.
             position_embeddings (*optional*): cosines and sines of rotary positions, as `HylaRotaryEmbedding` computes them.
-            past_key_values (`Cache`, *optional*): keys and values of earlier tokens, to which those of these tokens are added.
+            cache (`Cache`, *optional*): keys and values of earlier tokens, to which those of these tokens are added.
 
         Returns:
             Output (batch, query, hidden_size), and the codes (batch, heads, query, key) with `output_attentions=True`,
@@ -183,9 +183,9 @@ class HylaAttention(nn.Module):
         if position_embeddings is not None:
             of_queries = tuple(part[:, -queries.shape[1] :] for part in position_embeddings)
             query, key = rotated(query, of_queries), rotated(key, position_embeddings)
-        if past_key_values is not None:
+        if cache is not None:
             # RMSHead normalises every pair by itself, so keys and values are all that later tokens need.
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx)
 
         position_bias = None
         if self.relative_attention_bias is not None:

@@ -40,7 +40,15 @@ from .backends_hyla import BACKENDS
 from .card_hyla import fill_in_card
 from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
-from .inputs_hyla import check_given, check_ids, check_one_sequence_a_row, check_width, first_query, pair_mask
+from .inputs_hyla import (
+    check_given,
+    check_ids,
+    check_one_sequence_a_row,
+    check_width,
+    first_query,
+    one_cache,
+    pair_mask,
+)
 from .layers_hyla import HylaAttention, HylaLayer, HylaRotaryEmbedding, HylaRouter, init_weights
 from .losses_hyla import add_balancing_loss, balancing_loss, classification_loss
 from .pipeline_hyla import SymbolicReasoningPipeline
@@ -50,6 +58,10 @@ from .pipeline_hyla import SymbolicReasoningPipeline
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
 # the official implementation. TRF051: the eager form is asked for by those who want every token computed.
 # trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.effective_scale_logits
+
+
+# What outputs call the cache: transformers 5.24 has renamed it.
+CACHE_NAME = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 # trf-ignore: TRF057
@@ -74,7 +86,7 @@ class HylaPreTrainedModel(PreTrainedModel):
     }
     # HYLA mixes heads and RMSHead normalises over them, so that neither heads nor sequence can be split over devices.
     _supports_context_parallel = False
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_compile_fullgraph = True
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -157,8 +169,9 @@ class HylaModel(HylaPreTrainedModel):
         input_values: torch.FloatTensor | None = None,
         num_last: int | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -179,58 +192,51 @@ class HylaModel(HylaPreTrainedModel):
                 Positions of the tokens, which count up by one; in a causal model without mask and cache they may begin
                 anew within a row, where another sequence begins. Rotary positions are these, or count from the first
                 token of the row; relative ones are distances within the row in any case.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 Keys and values of earlier tokens, of a causal model; those of these tokens are added to it.
             use_cache (`bool`, *optional*):
                 Whether a causal model returns a cache where none is given. By default the config's `use_cache`. In training
                 and in exported programs it does not.
+            past_key_values (`Cache`, *optional*):
+                What `cache` is called before transformers 5.24. Both names are accepted with every version.
 
         Returns:
-            `MoeModelOutputWithPast` with `last_hidden_state` (batch, sequence or num_last, hidden_size), and
-            `past_key_values` of a causal model; on request `hidden_states`, `attentions`, a tuple of the latent codes of
-            each layer (batch, heads, query, key), and `router_logits`.
+            `MoeModelOutputWithPast` with `last_hidden_state` (batch, sequence or num_last, hidden_size), and the cache of a
+            causal model, as `cache` or, before transformers 5.24, `past_key_values`; on request `hidden_states`,
+            `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key), and `router_logits`.
 
         Raises:
             ValueError: for inputs that are missing or do not fit, saying which were expected.
         """
-        check_one_sequence_a_row(self.config, attention_mask, position_ids, past_key_values, kwargs)
+        cache = one_cache(self.config, self.layers, cache, past_key_values)
+        check_one_sequence_a_row(self.config, attention_mask, position_ids, cache, kwargs)
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
-        if past_key_values is not None and not self.config.is_causal:
-            raise ValueError(
-                "past_key_values belong to a causal model: set is_causal=True in the config, or leave them out."
-            )
-        mask = pair_mask(self.config, hidden_states, attention_mask, position_ids, past_key_values)
-        positions = self._positions(hidden_states, position_ids, past_key_values)
-        if (
-            use_cache
-            and past_key_values is None
-            and self.config.is_causal
-            and not self.training
-            and not is_exporting()
-        ):
-            past_key_values = DynamicCache(config=self.config)
+        mask = pair_mask(self.config, hidden_states, attention_mask, position_ids, cache)
+        positions = self._positions(hidden_states, position_ids, cache)
+        if use_cache and cache is None and self.config.is_causal and not self.training and not is_exporting():
+            cache = DynamicCache(config=self.config)
         for number, layer in enumerate(self.layers, start=1):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 num_last=num_last if number == len(self.layers) else None,
-                past_key_values=past_key_values,
+                cache=cache,
                 **positions,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _positions(self, hidden_states, position_ids, past_key_values) -> dict[str, torch.Tensor | tuple]:
+    def _positions(self, hidden_states, position_ids, cache) -> dict[str, torch.Tensor | tuple]:
         """What the layers take of positions: buckets of distances by diagonal, or angles."""
         if self.config.position_type == "relative":
-            place, num_keys = first_query(hidden_states, past_key_values)
+            place, num_keys = first_query(hidden_states, cache)
             num_buckets = self.config.relative_attention_num_buckets
             length, device = hidden_states.shape[1], hidden_states.device
             return {"position_buckets": relative_position_buckets(length, num_keys, num_buckets, device, place)}
         if self.rotary_emb is None:
             return {}
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
         return {"position_embeddings": self.rotary_emb(hidden_states, position_ids)}
 
@@ -399,16 +405,17 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, past_key_values:
                 See [`HylaModel.forward`].
             labels (`torch.LongTensor` of shape (batch, sequence), *optional*):
                 The tokens themselves: they are shifted here, so that each is compared with the logits of the one before.
@@ -420,7 +427,7 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
                 batch divided by it. Without it the loss is the mean.
 
         Returns:
-            `MoeCausalLMOutputWithPast` with `logits` (batch, sequence or those kept, vocab_size), and `past_key_values`.
+            `MoeCausalLMOutputWithPast` with `logits` (batch, sequence or those kept, vocab_size), and the cache.
 
         Raises:
             ValueError: if labels do not fit the logits.
@@ -430,6 +437,7 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -458,7 +466,7 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits or None,

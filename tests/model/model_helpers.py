@@ -8,6 +8,7 @@ import torch
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model.attention_hyla import RMS_HEAD_EPS, activation_or_none
+from hf_hyla.model.modeling_hyla import CACHE_NAME
 
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 3, 4, 5, 2, 3
@@ -182,6 +183,10 @@ def make(scale: float = 3.0, seed: int = 0, **settings) -> HylaForSequenceClassi
         if model.model.embed_tokens is not None and model.model.embed_tokens.padding_idx is not None:
             model.model.embed_tokens.weight[model.model.embed_tokens.padding_idx] = 0
     return model
+
+
+def cache_of(outputs):
+    return getattr(outputs, CACHE_NAME)
 
 
 def ids(batch=3, length=10, vocab=9, seed=1):

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from model_helpers import ATTENTION_TYPES, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, ids
+from model_helpers import ATTENTION_TYPES, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, cache_of, ids
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 
 from hf_hyla import HylaConfig, HylaForCausalLM, HylaForSequenceClassification, HylaModel
@@ -54,8 +54,8 @@ def in_steps(model, tokens, steps, cache=None, **inputs) -> torch.Tensor:
     """The logits of all tokens, so many of which the model reads at a time."""
     logits, first = [], 0
     for count in steps:
-        out = model(tokens[:, first : first + count], past_key_values=cache, use_cache=True, **inputs)
-        cache, first = out.past_key_values, first + count
+        out = model(tokens[:, first : first + count], cache=cache, use_cache=True, **inputs)
+        cache, first = cache_of(out), first + count
         logits.append(out.logits)
     assert first == tokens.shape[1]
     return torch.cat(logits, dim=1)
@@ -80,7 +80,7 @@ def test_chunks_of_any_length_and_every_cache_give_the_logits_of_all_at_once(att
     model = make(attention_type=attention_type, position_type=position_type, sliding_window=window)
     tokens = ids(3, 13, VOCAB)
     expected = model(tokens, use_cache=False)
-    assert expected.past_key_values is None
+    assert cache_of(expected) is None
     # The last one keeps all tokens, whatever the window.
     static = StaticCache(config=model.config, max_cache_len=17)
     for cache in (None, DynamicCache(config=model.config), static, DynamicCache()):
@@ -95,7 +95,7 @@ def test_a_window_hides_all_but_the_last_tokens_and_the_cache_keeps_no_more():
         out, other = model(tokens), model(changed)
     close(out.logits[:, 8], other.logits[:, 8])
     assert not torch.allclose(out.logits[:, 7], other.logits[:, 7])
-    assert out.past_key_values.layers[0].keys.shape[2] == 2
+    assert cache_of(out).layers[0].keys.shape[2] == 2
 
 
 @pytest.mark.parametrize("position_type", POSITIONS)
@@ -115,9 +115,9 @@ def test_padding_on_the_left_changes_nothing_with_and_without_a_cache(position_t
                 last = first + count
                 out = model(
                     tokens[:, first:last], attention_mask=mask[:, :last], position_ids=positions[:, first:last],
-                    past_key_values=cache, use_cache=True,
+                    cache=cache, use_cache=True,
                 )  # fmt: skip
-                cache, first = out.past_key_values, last
+                cache, first = cache_of(out), last
                 logits.append(out.logits)
             close(torch.cat(logits, dim=1)[1:, 4:], alone, tolerance)
 
@@ -126,7 +126,7 @@ def test_padding_on_the_left_changes_nothing_with_and_without_a_cache(position_t
 def test_a_cache_can_be_reordered_cropped_copied_and_go_on(attention_type):
     model, tokens = make(attention_type=attention_type, position_type="rotary"), ids(3, 12, VOCAB)
     with torch.no_grad():
-        past = model(tokens[:, :7]).past_key_values
+        past = cache_of(model(tokens[:, :7]))
         order = torch.tensor([2, 0, 0])
         reordered = copy.deepcopy(past)
         reordered.reorder_cache(order)
@@ -231,7 +231,7 @@ def test_logits_to_keep_are_those_of_the_tokens_asked_for(attn_implementation):
             out = model(tokens, logits_to_keep=kept)
             close(out.logits, expected)
             # The last layer, too, keeps the keys and values of all tokens.
-            for layer, whole in zip(out.past_key_values.layers, full.past_key_values.layers, strict=True):
+            for layer, whole in zip(cache_of(out).layers, cache_of(full).layers, strict=True):
                 close(layer.keys, whole.keys)
                 close(layer.values, whole.values)
 
@@ -284,10 +284,30 @@ def test_embeddings_and_a_fresh_heads_weights_are_initialised_as_in_the_referenc
 def test_a_causal_model_without_a_head_returns_a_cache_but_not_in_training(tmp_path):
     make().save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path)
-    assert type(model) is HylaModel and model(ids()).past_key_values.get_seq_length() == 10
-    assert model.train()(ids()).past_key_values is None
-    with pytest.raises(ValueError, match="past_key_values belong to a causal model"):
-        HylaModel(HylaConfig())(ids(), past_key_values=DynamicCache())
+    assert type(model) is HylaModel and cache_of(model(ids())).get_seq_length() == 10
+    assert cache_of(model.train()(ids())) is None
+    with pytest.raises(ValueError, match="A cache belongs to a causal model"):
+        HylaModel(HylaConfig())(ids(), cache=DynamicCache())
+
+
+def test_the_cache_has_two_names_of_which_one_is_given():
+    model, tokens = make(), ids()
+    expected = model(tokens).logits[:, 7:]
+    with torch.no_grad():
+        for name in ("cache", "past_key_values"):
+            past = cache_of(model(tokens[:, :7]))
+            torch.testing.assert_close(model(tokens[:, 7:], **{name: past}).logits, expected)
+    with pytest.raises(ValueError, match="two names of one input"):
+        model(tokens, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+def test_a_cache_and_gradient_checkpointing_exclude_each_other():
+    model = make().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="add its tokens to the cache twice"):
+        model(ids(), cache=DynamicCache())
+    with torch.no_grad():
+        model(ids(), cache=DynamicCache())
     classifier = HylaForSequenceClassification(HylaConfig(is_causal=True, position_type="rotary"))
     assert classifier(ids()).logits.shape == (3, 4, 8)
 
@@ -317,19 +337,17 @@ def test_the_balancing_loss_of_experts_is_part_of_a_language_models_loss(row):
 )
 def test_a_mask_that_does_not_cover_the_cache_is_refused(given, message):
     model, tokens = make(), ids(3, 6, VOCAB)
-    past = model(tokens[:, :5]).past_key_values
+    past = cache_of(model(tokens[:, :5]))
     with pytest.raises(ValueError, match=message):
-        model(tokens[:, 5:], attention_mask=given.long(), past_key_values=past)
+        model(tokens[:, 5:], attention_mask=given.long(), cache=past)
 
 
 def test_a_mask_of_pairs_never_lifts_causality_with_a_cache():
     model, tokens = make(), ids(3, 9, VOCAB)
     with torch.no_grad():
         expected = model(tokens).logits[:, 5:]
-        past = model(tokens[:, :5]).past_key_values
-        close(
-            model(tokens[:, 5:], attention_mask=torch.ones(3, 1, 4, 9).long(), past_key_values=past).logits, expected
-        )
+        past = cache_of(model(tokens[:, :5]))
+        close(model(tokens[:, 5:], attention_mask=torch.ones(3, 1, 4, 9).long(), cache=past).logits, expected)
 
 
 @pytest.mark.parametrize(

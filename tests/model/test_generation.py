@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_helpers import ATTENTION_TYPES, ids
+from model_helpers import ATTENTION_TYPES, cache_of, ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -21,6 +21,7 @@ from transformers.integrations.executorch import TorchExportableModuleWithStatic
 from hf_hyla import HylaConfig, HylaForCausalLM
 from hf_hyla.model.attention_hyla import eager_attention_forward
 from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
+from hf_hyla.model.modeling_hyla import CACHE_NAME
 
 
 VOCAB = 23
@@ -109,13 +110,13 @@ def test_assistants_and_look_ups_change_no_token(position_type):
 def test_a_prefix_is_read_once_and_used_again():
     model, prefix = make(), ids(1, 6, VOCAB)
     with torch.no_grad():
-        past = model(prefix).past_key_values
+        past = cache_of(model(prefix))
     for seed in (2, 3):
         prompt = torch.cat([prefix, ids(1, 4, VOCAB, seed=seed)], dim=1)
-        generated = model.generate(prompt, max_new_tokens=4, do_sample=False, past_key_values=copy.deepcopy(past))
+        generated = model.generate(prompt, max_new_tokens=4, do_sample=False, **{CACHE_NAME: copy.deepcopy(past)})
         assert torch.equal(generated, likeliest(model, prompt, 4))
     out = model.generate(prompt, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    more = model.generate(out.sequences, max_new_tokens=3, do_sample=False, past_key_values=out.past_key_values)
+    more = model.generate(out.sequences, max_new_tokens=3, do_sample=False, **{CACHE_NAME: cache_of(out)})
     assert torch.equal(more, likeliest(model, prompt, 6))
 
 
@@ -208,7 +209,7 @@ def test_a_step_by_any_implementation_equals_the_definition(attn_implementation)
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
             logits, first = [], 0
             for count in (17, 1, 1):
-                out = model(tokens[:, first : first + count], past_key_values=cache)
+                out = model(tokens[:, first : first + count], cache=cache)
                 first += count
                 logits.append(out.logits)
             torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=1e-4)
@@ -228,12 +229,12 @@ def test_a_compiled_step_is_one_graph_for_all_positions(fresh_dynamo, position_t
     with torch.no_grad():
         expected = model(tokens).logits
         cache = StaticCache(config=model.config, max_cache_len=12)
-        model(tokens[:, :4], past_key_values=cache)
+        model(tokens[:, :4], cache=cache)
         for place in range(4, 9):
             given = model.prepare_inputs_for_generation(
                 tokens[:, : place + 1],
                 next_sequence_length=1,
-                past_key_values=cache,
+                cache=cache,
                 position_ids=torch.tensor([[place]]),
             )
             with torch._dynamo.config.patch(error_on_recompile=place > 5):

@@ -101,7 +101,7 @@ def test_a_causal_layer_by_itself_continues_from_a_cache(position_type, window):
         parts, cache = [], DynamicCache()
         for start, end in ((0, 4), (4, 5), (5, 8), (8, 9)):
             seen = None if mask is None else mask[:, :end]
-            parts.append(attention(x[:, start:end], attention_mask=seen, past_key_values=cache)[0])
+            parts.append(attention(x[:, start:end], attention_mask=seen, cache=cache)[0])
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
         # With the mask written out, so that a window or a future that both of them forget is seen.
         places = torch.arange(LENGTH)
