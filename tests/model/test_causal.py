@@ -137,11 +137,16 @@ def test_a_cache_can_be_reordered_cropped_copied_and_go_on(attention_type):
         close(in_steps(model, tokens[:, 7:], [1, 4], past), expected)
 
 
-def test_a_quantised_cache_works_as_it_does_for_other_models():
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_a_quantised_cache_answers_within_the_error_of_its_bits(attention_type):
     pytest.importorskip("optimum.quanto")
-    model, tokens = make().float(), ids(2, 9, VOCAB)
-    cache = QuantizedCache("quanto", model.config, nbits=4)
-    assert in_steps(model, tokens, [5, 1, 1, 1, 1], cache).isfinite().all()
+    model, tokens = make(attention_type=attention_type).float(), ids(2, 20, VOCAB)
+    steps, errors = [5] + 15 * [1], {}
+    exact = in_steps(model, tokens, steps)
+    for bits in (4, 2):
+        cache = QuantizedCache("quanto", model.config, nbits=bits, q_group_size=4, residual_length=2)
+        errors[bits] = float((in_steps(model, tokens, steps, cache) - exact).norm() / exact.norm())
+    assert 0 < errors[4] < 0.1 < errors[2] < 0.5
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
