@@ -37,7 +37,7 @@ from .tiles_cpu_hyla import (
     generate,
     generated_gradients,
     hidden_gradient,
-    load_row,
+    load_rows,
     load_tile,
     mix,
     mix_values,
@@ -51,6 +51,10 @@ from .tiles_cpu_hyla import (
     visible,
 )
 from .vectors_cpu_hyla import STORED, compiled, compiled_by_type, jit, numba, rounded
+
+
+# Queries that the kernels compute at a time, so that each key and value is loaded for all of them at once.
+QUERIES = 2
 
 
 def _finish_row(sums, rows, first, step):
@@ -198,17 +202,17 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
         query_length, key_length = query.shape[2], key.shape[2]
         keys = np.zeros((padded, head_dim, tile), dtype)
         values = np.zeros((padded, value_dim, tile), dtype)
-        scores = np.zeros((padded, tile), dtype)
-        hidden = np.zeros((value_dim, tile), dtype)
-        hidden_2 = np.zeros((value_dim, tile), dtype)
+        scores = np.zeros((QUERIES, padded, tile), dtype)
+        hidden = np.zeros((QUERIES, value_dim, tile), dtype)
+        hidden_2 = np.zeros((QUERIES, value_dim, tile), dtype)
         projected = np.zeros((value_dim, tile), dtype)
-        factor = np.zeros(tile, dtype)
+        factor = np.zeros((QUERIES, tile), dtype)
         code = np.zeros(tile, dtype)
-        square = np.zeros(tile, dtype)
-        keep = np.zeros(tile, dtype)
+        square = np.zeros((QUERIES, tile), dtype)
+        keep = np.zeros((QUERIES, tile), dtype)
         column_words = np.zeros(tile, np.int64)
-        row = np.zeros((padded, head_dim), dtype)
-        read = np.zeros((heads, value_dim), dtype)
+        row = np.zeros((QUERIES, padded, head_dim), dtype)
+        read = np.zeros((QUERIES, padded, value_dim), dtype)
         matrices = np.zeros((padded, value_dim, value_dim), dtype)
         copy_matrices(mixing, matrices)
         masked_score = dtype.type(np.finfo(dtype).min if norm == SOFTMAX else 0)
@@ -224,36 +228,47 @@ def compiled_forward(heads: int, head_dim: int, value_dim: int, tile: int, dtype
                     load_tile(value, b, start, count, relu and not generated, values)
                     omissible = masked and norm != SOFTMAX and finite(values)
                     for k in range(tile):
-                        keep[k] = 1 if k < count else 0
+                        keep[0, k] = keep[1, k] = 1 if k < count else 0
                         column_words[k] = mix((start + k) ^ seed[1])
-                    for i in range(split, query_length, splits):
-                        if masked and not visible(mask, b, i, start, count, keep) and omissible:
+                    for i in range(split, query_length, QUERIES * splits):
+                        rows = 2 if i + splits < query_length else 1
+                        if masked and not visible(mask, b, i, splits, rows, start, count, keep) and omissible:
                             continue
-                        load_row(query, b, i, scaling, row)
-                        score(scores, row, keys, bias, query_length - 1 - i + start, keep, masked_score)
-                        maximum, total = statistics[b, i, 0], statistics[b, i, 1]
-                        if norm == SOFTMAX:
-                            if survey or key_length <= tile:
-                                survey_tile(scores, count, maximum, total)
-                            else:
-                                exponentiate_tile(scores, count, maximum)
-                            if survey:
-                                continue
-                            divide_tile(scores, total)
-                        find_factors(scores, norm, heads, square, factor)
-                        if threshold > 0:
-                            drop(factor, threshold, survivor, mix((first_query + i) ^ seed[0]), column_words)
+                        load_rows(query, b, i, splits, rows, scaling, row)
+                        first = query_length - 1 - i + start
+                        score(scores, row, keys, bias, first, first - (rows - 1) * splits, keep, masked_score)
+                        for r in range(rows):
+                            maximum, total = statistics[b, i + r * splits, 0], statistics[b, i + r * splits, 1]
+                            if norm == SOFTMAX:
+                                if survey or key_length <= tile:
+                                    survey_tile(scores[r], count, maximum, total)
+                                else:
+                                    exponentiate_tile(scores[r], count, maximum)
+                                if survey:
+                                    continue
+                                divide_tile(scores[r], total)
+                            find_factors(scores[r], norm, heads, square[r], factor[r])
+                            if threshold > 0:
+                                row_word = mix((first_query + i + r * splits) ^ seed[0])
+                                drop(factor[r], threshold, survivor, row_word, column_words)
+                        if survey:
+                            continue
                         if generated:
                             generate(hidden, scores, factor, values, relu)
-                            if deep:
-                                generate_second(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
-                            last = hidden_2 if deep else hidden
-                            read_out(read, scores, factor, last)
+                            for r in range(rows):
+                                last = hidden[r]
+                                if deep:
+                                    last = hidden_2[r]
+                                    generate_second(
+                                        last, scores[r], factor[r], matrices, hidden[r], code, projected, relu
+                                    )
+                                read_out(read[r], scores[r], factor[r], last)
                         else:
                             mix_values(read, scores, factor, values)
-                        for h in range(heads):
-                            for d in range(sums.shape[3]):
-                                sums[b, i, h, d] += read[h, d]
+                        for r in range(rows):
+                            for h in range(heads):
+                                for d in range(sums.shape[3]):
+                                    sums[b, i + r * splits, h, d] += read[r, h, d]
             _finish_row(sums[b], output[b], split, splits)
 
     return compiled(_signature(dtype_name, gradients=False), forward)
@@ -276,21 +291,21 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
         values = np.zeros((padded, value_dim, tile), dtype)
         grad_keys = np.zeros((padded, head_dim, tile), dtype)
         grad_values = np.zeros((padded, value_dim, tile), dtype)
-        scores = np.zeros((padded, tile), dtype)
-        grad_codes = np.zeros((padded, tile), dtype)
-        hidden = np.zeros((value_dim, tile), dtype)
-        hidden_2 = np.zeros((value_dim, tile), dtype)
-        grad_hidden = np.zeros((value_dim, tile), dtype)
-        grad_hidden_2 = np.zeros((value_dim, tile), dtype)
+        scores = np.zeros((QUERIES, padded, tile), dtype)
+        grad_codes = np.zeros((QUERIES, padded, tile), dtype)
+        hidden = np.zeros((QUERIES, value_dim, tile), dtype)
+        hidden_2 = np.zeros((QUERIES, value_dim, tile), dtype)
+        grad_hidden = np.zeros((QUERIES, value_dim, tile), dtype)
+        grad_hidden_2 = np.zeros((QUERIES, value_dim, tile), dtype)
         projected = np.zeros((value_dim, tile), dtype)
-        factor = np.zeros(tile, dtype)
+        factor = np.zeros((QUERIES, tile), dtype)
         code = np.zeros(tile, dtype)
-        square = np.zeros(tile, dtype)
-        keep = np.zeros(tile, dtype)
+        square = np.zeros((QUERIES, tile), dtype)
+        keep = np.zeros((QUERIES, tile), dtype)
         column_words = np.zeros(tile, np.int64)
-        row = np.zeros((padded, head_dim), dtype)
-        grad_row = np.zeros((padded, head_dim), dtype)
-        grad_read = np.zeros((padded, value_dim), dtype)
+        row = np.zeros((QUERIES, padded, head_dim), dtype)
+        grad_row = np.zeros((QUERIES, padded, head_dim), dtype)
+        grad_read = np.zeros((QUERIES, padded, value_dim), dtype)
         matrices = np.zeros((padded, value_dim, value_dim), dtype)
         copy_matrices(mixing, matrices)
         grad_matrices = np.zeros((heads, value_dim, value_dim), dtype)
@@ -311,44 +326,58 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                         clear(grad_keys[h])
                         clear(grad_values[h])
                     for k in range(tile):
-                        keep[k] = 1 if k < count else 0
+                        keep[0, k] = keep[1, k] = 1 if k < count else 0
                         column_words[k] = mix((start + k) ^ seed[1])
-                    for i in range(split, query_length, splits):
-                        if masked and not visible(mask, b, i, start, count, keep) and omissible:
+                    for i in range(split, query_length, QUERIES * splits):
+                        rows = 2 if i + splits < query_length else 1
+                        if masked and not visible(mask, b, i, splits, rows, start, count, keep) and omissible:
                             continue
+                        load_rows(query, b, i, splits, rows, scaling, row)
+                        load_rows(grad_output, b, i, splits, rows, one, grad_read)
                         first = query_length - 1 - i + start
-                        load_row(query, b, i, scaling, row)
-                        load_row(grad_output, b, i, one, grad_read)
-                        score(scores, row, keys, bias, first, keep, masked_score)
-                        if norm == SOFTMAX:
-                            exponentiate_tile(scores, count, statistics[b, i, 0])
-                            divide_tile(scores, statistics[b, i, 1])
-                        find_factors(scores, norm, heads, square, factor)
-                        if threshold > 0:
-                            drop(factor, threshold, survivor, mix((first_query + i) ^ seed[0]), column_words)
+                        second = first - (rows - 1) * splits
+                        score(scores, row, keys, bias, first, second, keep, masked_score)
+                        for r in range(rows):
+                            if norm == SOFTMAX:
+                                exponentiate_tile(scores[r], count, statistics[b, i + r * splits, 0])
+                                divide_tile(scores[r], statistics[b, i + r * splits, 1])
+                            find_factors(scores[r], norm, heads, square[r], factor[r])
+                            if threshold > 0:
+                                row_word = mix((first_query + i + r * splits) ^ seed[0])
+                                drop(factor[r], threshold, survivor, row_word, column_words)
+                        # A query without a partner is one with a partner of zeros, which adds nothing to any sum.
+                        if rows == 1:
+                            clear(scores[1])
+                            clear(factor[1:])
+                            clear(row[1])
+                            clear(grad_read[1])
 
                         # Gradients of the codes and of the values.
                         if generated:
                             generate(hidden, scores, factor, values, relu)
                             last, grad_last = hidden, grad_hidden
                             if deep:
-                                generate_second(hidden_2, scores, factor, matrices, hidden, code, projected, relu)
                                 last, grad_last = hidden_2, grad_hidden_2
-                            hidden_gradient(grad_last, scores, factor, grad_read, last, relu)
-                            if deep:
-                                clear(grad_hidden)
-                                clear(grad_codes)
-                                for h in range(heads):
-                                    project(projected, matrices[h], hidden)
-                                    add_products(grad_codes[h], grad_hidden_2, projected)
-                                    find_codes(code, scores[h], factor)
-                                    clear(projected)
-                                    add_scaled(projected, code, grad_hidden_2)
-                                    for e in range(value_dim):
-                                        if not survey:
-                                            add_sums(grad_matrices[h, e], projected[e], hidden)
-                                        add_outer(grad_hidden, matrices[h, e], projected[e])
-                                derive_tile(grad_hidden, hidden, relu)
+                            for r in range(QUERIES):
+                                if deep:
+                                    generate_second(
+                                        hidden_2[r], scores[r], factor[r], matrices, hidden[r], code, projected, relu
+                                    )
+                                hidden_gradient(grad_last[r], scores[r], factor[r], grad_read[r], last[r], relu)
+                                if deep:
+                                    clear(grad_hidden[r])
+                                    clear(grad_codes[r])
+                                    for h in range(heads):
+                                        project(projected, matrices[h], hidden[r])
+                                        add_products(grad_codes[r, h], grad_hidden_2[r], projected)
+                                        find_codes(code, scores[r, h], factor[r])
+                                        clear(projected)
+                                        add_scaled(projected, code, grad_hidden_2[r])
+                                        for e in range(value_dim):
+                                            if not survey:
+                                                add_sums(grad_matrices[h, e], projected[e], hidden[r])
+                                            add_outer(grad_hidden[r], matrices[h, e], projected[e])
+                                    derive_tile(grad_hidden[r], hidden[r], relu)
                             generated_gradients(
                                 grad_codes, grad_values, scores, factor, grad_read, last, grad_hidden, values, deep
                             )
@@ -356,18 +385,22 @@ def compiled_backward(heads: int, head_dim: int, value_dim: int, tile: int, dtyp
                             mixed_gradients(grad_codes, grad_values, scores, factor, grad_read, values)
 
                         # Gradients of the scores, which replace those of the codes.
-                        if norm == SOFTMAX:
-                            add_up = survey or key_length <= tile
-                            softmax_gradients(grad_codes, scores, factor, keep, statistics[b, i, 2], add_up)
-                        else:
-                            score_gradients(grad_codes, scores, norm, heads, square, factor, keep)
+                        for r in range(rows):
+                            if norm == SOFTMAX:
+                                add_up, sums = survey or key_length <= tile, statistics[b, i + r * splits, 2]
+                                softmax_gradients(grad_codes[r], scores[r], factor[r], keep[r], sums, add_up)
+                            else:
+                                score_gradients(grad_codes[r], scores[r], norm, heads, square[r], factor[r], keep[r])
                         if survey:
                             continue
+                        if rows == 1:
+                            clear(grad_codes[1])
 
-                        add_score_gradients(grad_bias, grad_keys, grad_row, grad_codes, first, row, keys)
-                        for h in range(heads):
-                            for d in range(query.shape[3]):
-                                grad_query[b, i, h, d] += grad_row[h, d] * scaling
+                        add_score_gradients(grad_bias, grad_keys, grad_row, grad_codes, first, second, row, keys)
+                        for r in range(rows):
+                            for h in range(heads):
+                                for d in range(query.shape[3]):
+                                    grad_query[b, i + r * splits, h, d] += grad_row[r, h, d] * scaling
                     if survey:
                         continue
                     for h in range(heads):

@@ -31,8 +31,8 @@ from .vectors_cpu_hyla import VECTOR_BYTES, numba
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # Keys per tile, where all fit into one. A query's scores then stay in the first-level cache.
 _TILES = (16, 24, 32, 40, 48)
-# Keys per tile of longer sequences, so that the tile and its gradients stay in that cache too.
-_TILE_OF_LONGER = 32
+# Keys per tile of longer sequences. Larger tiles share the cost of adding up vectors, and waste more where a mask ends.
+_TILE_OF_LONGER = 64
 _NORMS = {"none": NONE, "rms_head": RMS_HEAD, "softmax": SOFTMAX}
 # The integer dtype of equal size in which numba sees the elements of a dtype; `None` for dtypes that numba knows.
 _INTEGERS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16, torch.float32: None, torch.float64: None}
@@ -88,9 +88,10 @@ def _prepare(
     seen = torch.ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
     seed = torch.zeros(2, dtype=torch.int64) if seed is None else seed
     mixing = bias.new_zeros(heads, 0, 0) if value_mixing is None else value_mixing.detach().to(dtype)
-    # A row of the batch is one task; where rows are few, several tasks share a row, each with its own queries.
+    # A row of the batch is one task. Where rows are few and cannot be shared out evenly, several tasks share a row, each with
+    # its own queries.
     threads = torch.get_num_threads()
-    splits = 1 if batch >= 4 * threads else min(threads, query_length)
+    splits = 1 if batch >= 4 * threads or batch % threads == 0 else min(threads, query_length)
     number = bias.numpy().dtype.type
     arguments = {
         "query": as_array(query),

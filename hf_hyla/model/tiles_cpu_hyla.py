@@ -12,11 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The parts of the CPU kernels that work on one query and a tile of keys. numba compiles them into the kernels.
+The parts of the CPU kernels that work on a tile of keys, and on one query or two. numba compiles them into the kernels.
 
 A tile of keys is held transposed, (heads, width, key), so that vectors run over keys. `scores[h, k]` are scores, which become
 probabilities under softmax. RMSHead and dropout multiply the scores of a pair by `factor[k]`, so its code is
 `scores[h, k] * factor[k]`. Heads and widths are padded by zeros to multiples of 4, and tiles are whole vectors.
+
+What reads or adds to keys and values takes two queries at a time, `r`, since it waits for the cache more than it computes.
 """
 
 import numpy as np
@@ -61,10 +63,12 @@ def load_tile(x, b, start, count, relu, tile):
 
 
 @jit
-def load_row(x, b, i, scale, row):
-    for h in range(x.shape[1]):
-        for d in range(x.shape[3]):
-            row[h, d] = widened(x[b, h, i, d]) * scale
+def load_rows(x, b, i, step, count, scale, rows):
+    """rows[r, h, d] = x[b, h, i + r · step, d] · scale, for `count` rows"""
+    for r in range(count):
+        for h in range(x.shape[1]):
+            for d in range(x.shape[3]):
+                rows[r, h, d] = widened(x[b, h, i + r * step, d]) * scale
 
 
 @jit
@@ -86,17 +90,14 @@ def clear(a):
 
 
 @jit
-def visible(mask, b, i, start, count, keep):
-    """keep[k] = 1 where query i sees the key, else 0. Returns whether it sees any key of the tile."""
-    if mask.shape[3] == 1:
-        seen = mask[b, 0, i, 0]
-        for k in range(keep.shape[0]):
-            keep[k] = 1 if k < count and seen else 0
-        return seen
+def visible(mask, b, i, step, queries, start, count, keep):
+    """keep[r, k] = 1 where query i + r · step sees the key, else 0. Returns whether any query sees any key of the tile."""
     seen = False
-    for k in range(keep.shape[0]):
-        keep[k] = 1 if k < count and mask[b, 0, i, start + min(k, count - 1)] else 0
-        seen |= keep[k] > 0
+    for r in range(queries):
+        row = mask[b, 0, i + r * step]
+        for k in range(keep.shape[1]):
+            keep[r, k] = 1 if k < count and row[min(start + k, row.shape[0] - 1)] else 0
+            seen |= keep[r, k] > 0
     return seen
 
 
@@ -117,14 +118,21 @@ def drop(factor, threshold, survivor, row_word, column_words):
 
 
 @jit
-def score(scores, query, keys, bias, first, keep, masked):
-    """scores[h, k] = query[h] · keys[h, :, k] + bias, and the constant `masked` where the key is not seen"""
+def score(scores, query, keys, bias, first, second, keep, masked):
+    """scores[r, h, k] = query[r, h] · keys[h, :, k] + bias, and the constant `masked` where the key is not seen"""
     for h in range(bias.shape[0]):
-        for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-            s = load(bias, (h, first + k))
-            for d in range(keys.shape[1]):
-                s = multiply_add(query[h, d], load(keys, (h, d, k)), s)
-            store(scores, (h, k), where_positive(load(keep, (k,)), s, masked))
+        for k in range(0, scores.shape[2], VECTOR_BYTES // scores.itemsize):
+            a0, b0 = load(bias, (h, first + k)), load(bias, (h, second + k))
+            a1 = b1 = zeros(scores)
+            for d in range(0, keys.shape[1], 2):
+                key = load(keys, (h, d, k))
+                a0 = multiply_add(query[0, h, d], key, a0)
+                b0 = multiply_add(query[1, h, d], key, b0)
+                key = load(keys, (h, d + 1, k))
+                a1 = multiply_add(query[0, h, d + 1], key, a1)
+                b1 = multiply_add(query[1, h, d + 1], key, b1)
+            store(scores, (0, h, k), where_positive(load(keep, (0, k)), add(a0, a1), masked))
+            store(scores, (1, h, k), where_positive(load(keep, (1, k)), add(b0, b1), masked))
 
 
 @jit
@@ -216,56 +224,75 @@ def derive_tile(gradient, a, relu):
 
 
 @jit
+def store_four(a, place, w, x, y, z):
+    """Stores vectors below each other: w at a[n, d, k], x at a[n, d + 1, k], and so on."""
+    n, d, k = place
+    store(a, (n, d, k), w)
+    store(a, (n, d + 1, k), x)
+    store(a, (n, d + 2, k), y)
+    store(a, (n, d + 3, k), z)
+
+
+@jit
 def generate(hidden, scores, factor, values, relu):
-    """hidden[d, k] = φ(Σ_h code[h, k] · values[h, d, k]), equation 6 of the paper"""
-    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-        f = load(factor, (k,))
+    """hidden[r, d, k] = φ(Σ_h code[r, h, k] · values[h, d, k]), equation 6 of the paper"""
+    for k in range(0, scores.shape[2], VECTOR_BYTES // scores.itemsize):
+        f, g = load(factor, (0, k)), load(factor, (1, k))
         for d in range(0, values.shape[1], 4):
-            a0 = a1 = a2 = a3 = zeros(scores)
-            for h in range(scores.shape[0]):
-                s = load(scores, (h, k))
-                a0 = multiply_add(s, load(values, (h, d, k)), a0)
-                a1 = multiply_add(s, load(values, (h, d + 1, k)), a1)
-                a2 = multiply_add(s, load(values, (h, d + 2, k)), a2)
-                a3 = multiply_add(s, load(values, (h, d + 3, k)), a3)
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(scores)
+            for h in range(scores.shape[1]):
+                s, t = load(scores, (0, h, k)), load(scores, (1, h, k))
+                v0, v1 = load(values, (h, d, k)), load(values, (h, d + 1, k))
+                v2, v3 = load(values, (h, d + 2, k)), load(values, (h, d + 3, k))
+                a0, a1 = multiply_add(s, v0, a0), multiply_add(s, v1, a1)
+                a2, a3 = multiply_add(s, v2, a2), multiply_add(s, v3, a3)
+                b0, b1 = multiply_add(t, v0, b0), multiply_add(t, v1, b1)
+                b2, b3 = multiply_add(t, v2, b2), multiply_add(t, v3, b3)
             a0, a1, a2, a3 = multiply(a0, f), multiply(a1, f), multiply(a2, f), multiply(a3, f)
+            b0, b1, b2, b3 = multiply(b0, g), multiply(b1, g), multiply(b2, g), multiply(b3, g)
             if relu:
                 a0, a1, a2, a3 = rectify(a0), rectify(a1), rectify(a2), rectify(a3)
-            store(hidden, (d, k), a0)
-            store(hidden, (d + 1, k), a1)
-            store(hidden, (d + 2, k), a2)
-            store(hidden, (d + 3, k), a3)
+                b0, b1, b2, b3 = rectify(b0), rectify(b1), rectify(b2), rectify(b3)
+            store_four(hidden, (0, d, k), a0, a1, a2, a3)
+            store_four(hidden, (1, d, k), b0, b1, b2, b3)
 
 
 @jit
 def read_out(read, scores, factor, hidden):
     """read[h, d] = Σ_k code[h, k] · hidden[d, k]; hidden becomes hidden · factor"""
     scale_tile(hidden, factor)
-    for h in range(read.shape[0]):
+    for h in range(0, read.shape[0], 2):
         for d in range(0, hidden.shape[0], 4):
-            a0 = a1 = a2 = a3 = zeros(scores)
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(scores)
             for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-                s = load(scores, (h, k))
-                a0 = multiply_add(s, load(hidden, (d, k)), a0)
-                a1 = multiply_add(s, load(hidden, (d + 1, k)), a1)
-                a2 = multiply_add(s, load(hidden, (d + 2, k)), a2)
-                a3 = multiply_add(s, load(hidden, (d + 3, k)), a3)
+                s, t = load(scores, (h, k)), load(scores, (h + 1, k))
+                v0, v1 = load(hidden, (d, k)), load(hidden, (d + 1, k))
+                v2, v3 = load(hidden, (d + 2, k)), load(hidden, (d + 3, k))
+                a0, a1 = multiply_add(s, v0, a0), multiply_add(s, v1, a1)
+                a2, a3 = multiply_add(s, v2, a2), multiply_add(s, v3, a3)
+                b0, b1 = multiply_add(t, v0, b0), multiply_add(t, v1, b1)
+                b2, b3 = multiply_add(t, v2, b2), multiply_add(t, v3, b3)
             store_totals(read, (h, d), a0, a1, a2, a3)
+            store_totals(read, (h + 1, d), b0, b1, b2, b3)
 
 
 @jit
 def mix_values(read, scores, factor, values):
-    """read[h, d] = Σ_k code[h, k] · values[h, d, k]"""
-    for h in range(read.shape[0]):
+    """read[r, h, d] = Σ_k code[r, h, k] · values[h, d, k]"""
+    for h in range(values.shape[0]):
         for d in range(0, values.shape[1], 4):
-            a0 = a1 = a2 = a3 = zeros(scores)
-            for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-                s = multiply(load(scores, (h, k)), load(factor, (k,)))
-                a0 = multiply_add(s, load(values, (h, d, k)), a0)
-                a1 = multiply_add(s, load(values, (h, d + 1, k)), a1)
-                a2 = multiply_add(s, load(values, (h, d + 2, k)), a2)
-                a3 = multiply_add(s, load(values, (h, d + 3, k)), a3)
-            store_totals(read, (h, d), a0, a1, a2, a3)
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(scores)
+            for k in range(0, scores.shape[2], VECTOR_BYTES // scores.itemsize):
+                s = multiply(load(scores, (0, h, k)), load(factor, (0, k)))
+                t = multiply(load(scores, (1, h, k)), load(factor, (1, k)))
+                v0, v1 = load(values, (h, d, k)), load(values, (h, d + 1, k))
+                v2, v3 = load(values, (h, d + 2, k)), load(values, (h, d + 3, k))
+                a0, a1 = multiply_add(s, v0, a0), multiply_add(s, v1, a1)
+                a2, a3 = multiply_add(s, v2, a2), multiply_add(s, v3, a3)
+                b0, b1 = multiply_add(t, v0, b0), multiply_add(t, v1, b1)
+                b2, b3 = multiply_add(t, v2, b2), multiply_add(t, v3, b3)
+            store_totals(read, (0, h, d), a0, a1, a2, a3)
+            store_totals(read, (1, h, d), b0, b1, b2, b3)
 
 
 @jit
@@ -291,44 +318,56 @@ def hidden_gradient(gradient, scores, factor, grad_read, hidden, relu):
 @jit
 def generated_gradients(grad_codes, grad_values, scores, factor, grad_read, last, grad_hidden, values, onto):
     """
-    grad_codes[h, k] = grad_read[h] · last[:, k] + grad_hidden[:, k] · values[h, :, k], with `onto` added to what is there;
-    grad_values[h, d, k] += code[h, k] · grad_hidden[d, k]
+    grad_codes[r, h, k] = grad_read[r, h] · last[r, :, k] + grad_hidden[r, :, k] · values[h, :, k], with `onto` added to what is
+    there; grad_values[h, d, k] += Σ_r code[r, h, k] · grad_hidden[r, d, k]
     """
-    for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-        f = load(factor, (k,))
-        for d in range(0, last.shape[0], 4):
-            l0, l1, l2, l3 = load(last, (d, k)), load(last, (d + 1, k)), load(last, (d + 2, k)), load(last, (d + 3, k))
-            g0, g1 = load(grad_hidden, (d, k)), load(grad_hidden, (d + 1, k))
-            g2, g3 = load(grad_hidden, (d + 2, k)), load(grad_hidden, (d + 3, k))
-            for h in range(scores.shape[0]):
-                a = load(grad_codes, (h, k)) if onto or d > 0 else zeros(scores)
-                a = multiply_add(grad_read[h, d], l0, a)
-                a = multiply_add(grad_read[h, d + 1], l1, a)
-                a = multiply_add(grad_read[h, d + 2], l2, a)
-                a = multiply_add(grad_read[h, d + 3], l3, a)
-                e = multiply(g0, load(values, (h, d, k)))
-                e = multiply_add(g1, load(values, (h, d + 1, k)), e)
-                e = multiply_add(g2, load(values, (h, d + 2, k)), e)
-                e = multiply_add(g3, load(values, (h, d + 3, k)), e)
-                store(grad_codes, (h, k), add(a, e))
-                s = multiply(load(scores, (h, k)), f)
-                store(grad_values, (h, d, k), multiply_add(s, g0, load(grad_values, (h, d, k))))
-                store(grad_values, (h, d + 1, k), multiply_add(s, g1, load(grad_values, (h, d + 1, k))))
-                store(grad_values, (h, d + 2, k), multiply_add(s, g2, load(grad_values, (h, d + 2, k))))
-                store(grad_values, (h, d + 3, k), multiply_add(s, g3, load(grad_values, (h, d + 3, k))))
+    for k in range(0, scores.shape[2], VECTOR_BYTES // scores.itemsize):
+        f, g = load(factor, (0, k)), load(factor, (1, k))
+        for d in range(0, last.shape[1], 2):
+            m0, m1 = load(last, (0, d, k)), load(last, (0, d + 1, k))
+            n0, n1 = load(last, (1, d, k)), load(last, (1, d + 1, k))
+            p0, p1 = load(grad_hidden, (0, d, k)), load(grad_hidden, (0, d + 1, k))
+            q0, q1 = load(grad_hidden, (1, d, k)), load(grad_hidden, (1, d + 1, k))
+            for h in range(scores.shape[1]):
+                a = load(grad_codes, (0, h, k)) if onto or d > 0 else zeros(scores)
+                b = load(grad_codes, (1, h, k)) if onto or d > 0 else zeros(scores)
+                v0, v1 = load(values, (h, d, k)), load(values, (h, d + 1, k))
+                a = multiply_add(grad_read[0, h, d], m0, multiply_add(p0, v0, a))
+                b = multiply_add(grad_read[1, h, d], n0, multiply_add(q0, v0, b))
+                a = multiply_add(grad_read[0, h, d + 1], m1, multiply_add(p1, v1, a))
+                b = multiply_add(grad_read[1, h, d + 1], n1, multiply_add(q1, v1, b))
+                store(grad_codes, (0, h, k), a)
+                store(grad_codes, (1, h, k), b)
+                s, t = multiply(load(scores, (0, h, k)), f), multiply(load(scores, (1, h, k)), g)
+                v0 = multiply_add(s, p0, multiply_add(t, q0, load(grad_values, (h, d, k))))
+                v1 = multiply_add(s, p1, multiply_add(t, q1, load(grad_values, (h, d + 1, k))))
+                store(grad_values, (h, d, k), v0)
+                store(grad_values, (h, d + 1, k), v1)
 
 
 @jit
 def mixed_gradients(grad_codes, grad_values, scores, factor, grad_read, values):
-    """grad_codes[h, k] = grad_read[h] · values[h, :, k]; grad_values[h, d, k] += code[h, k] · grad_read[h, d]"""
-    for h in range(scores.shape[0]):
-        for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-            a = zeros(scores)
-            s = multiply(load(scores, (h, k)), load(factor, (k,)))
-            for d in range(values.shape[1]):
-                a = multiply_add(grad_read[h, d], load(values, (h, d, k)), a)
-                store(grad_values, (h, d, k), multiply_add(grad_read[h, d], s, load(grad_values, (h, d, k))))
-            store(grad_codes, (h, k), a)
+    """
+    grad_codes[r, h, k] = grad_read[r, h] · values[h, :, k]; grad_values[h, d, k] += Σ_r code[r, h, k] · grad_read[r, h, d]
+    """
+    for h in range(scores.shape[1]):
+        for k in range(0, scores.shape[2], VECTOR_BYTES // scores.itemsize):
+            a0 = a1 = b0 = b1 = zeros(scores)
+            s = multiply(load(scores, (0, h, k)), load(factor, (0, k)))
+            t = multiply(load(scores, (1, h, k)), load(factor, (1, k)))
+            for d in range(0, values.shape[1], 2):
+                value, gradient = load(values, (h, d, k)), load(grad_values, (h, d, k))
+                a0 = multiply_add(grad_read[0, h, d], value, a0)
+                b0 = multiply_add(grad_read[1, h, d], value, b0)
+                gradient = multiply_add(grad_read[0, h, d], s, multiply_add(grad_read[1, h, d], t, gradient))
+                store(grad_values, (h, d, k), gradient)
+                value, gradient = load(values, (h, d + 1, k)), load(grad_values, (h, d + 1, k))
+                a1 = multiply_add(grad_read[0, h, d + 1], value, a1)
+                b1 = multiply_add(grad_read[1, h, d + 1], value, b1)
+                gradient = multiply_add(grad_read[0, h, d + 1], s, multiply_add(grad_read[1, h, d + 1], t, gradient))
+                store(grad_values, (h, d + 1, k), gradient)
+            store(grad_codes, (0, h, k), add(a0, a1))
+            store(grad_codes, (1, h, k), add(b0, b1))
 
 
 @jit
@@ -365,25 +404,31 @@ def softmax_gradients(grad_codes, scores, factor, keep, sums, add_up):
 
 
 @jit
-def add_score_gradients(grad_bias, grad_keys, grad_row, grad_scores, first, row, keys):
+def add_score_gradients(grad_bias, grad_keys, grad_row, grad_scores, first, second, row, keys):
     """
-    grad_bias[h, first + k] += grad_scores[h, k]; grad_keys[h, d, k] += row[h, d] · grad_scores[h, k];
-    grad_row[h, d] = Σ_k grad_scores[h, k] · keys[h, d, k]
+    grad_bias[h, first + k] += grad_scores[0, h, k], and for the second query; grad_keys[h, d, k] += Σ_r row[r, h, d] ·
+    grad_scores[r, h, k]; grad_row[r, h, d] = Σ_k grad_scores[r, h, k] · keys[h, d, k]
     """
     for h in range(grad_bias.shape[0]):
-        for k in range(0, grad_scores.shape[1], VECTOR_BYTES // grad_scores.itemsize):
-            store(grad_bias, (h, first + k), add(load(grad_bias, (h, first + k)), load(grad_scores, (h, k))))
+        for k in range(0, grad_scores.shape[2], VECTOR_BYTES // grad_scores.itemsize):
+            store(grad_bias, (h, first + k), add(load(grad_bias, (h, first + k)), load(grad_scores, (0, h, k))))
+            store(grad_bias, (h, second + k), add(load(grad_bias, (h, second + k)), load(grad_scores, (1, h, k))))
         for d in range(0, keys.shape[1], 4):
-            r0, r1, r2, r3 = row[h, d], row[h, d + 1], row[h, d + 2], row[h, d + 3]
-            a0 = a1 = a2 = a3 = zeros(keys)
-            for k in range(0, grad_scores.shape[1], VECTOR_BYTES // grad_scores.itemsize):
-                s = load(grad_scores, (h, k))
-                store(grad_keys, (h, d, k), multiply_add(r0, s, load(grad_keys, (h, d, k))))
-                store(grad_keys, (h, d + 1, k), multiply_add(r1, s, load(grad_keys, (h, d + 1, k))))
-                store(grad_keys, (h, d + 2, k), multiply_add(r2, s, load(grad_keys, (h, d + 2, k))))
-                store(grad_keys, (h, d + 3, k), multiply_add(r3, s, load(grad_keys, (h, d + 3, k))))
-                a0 = multiply_add(s, load(keys, (h, d, k)), a0)
-                a1 = multiply_add(s, load(keys, (h, d + 1, k)), a1)
-                a2 = multiply_add(s, load(keys, (h, d + 2, k)), a2)
-                a3 = multiply_add(s, load(keys, (h, d + 3, k)), a3)
-            store_totals(grad_row, (h, d), a0, a1, a2, a3)
+            p0, p1, p2, p3 = row[0, h, d], row[0, h, d + 1], row[0, h, d + 2], row[0, h, d + 3]
+            q0, q1, q2, q3 = row[1, h, d], row[1, h, d + 1], row[1, h, d + 2], row[1, h, d + 3]
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(keys)
+            for k in range(0, grad_scores.shape[2], VECTOR_BYTES // grad_scores.itemsize):
+                s, t = load(grad_scores, (0, h, k)), load(grad_scores, (1, h, k))
+                g0 = multiply_add(p0, s, multiply_add(q0, t, load(grad_keys, (h, d, k))))
+                g1 = multiply_add(p1, s, multiply_add(q1, t, load(grad_keys, (h, d + 1, k))))
+                g2 = multiply_add(p2, s, multiply_add(q2, t, load(grad_keys, (h, d + 2, k))))
+                g3 = multiply_add(p3, s, multiply_add(q3, t, load(grad_keys, (h, d + 3, k))))
+                store_four(grad_keys, (h, d, k), g0, g1, g2, g3)
+                g0, g1 = load(keys, (h, d, k)), load(keys, (h, d + 1, k))
+                g2, g3 = load(keys, (h, d + 2, k)), load(keys, (h, d + 3, k))
+                a0, a1 = multiply_add(s, g0, a0), multiply_add(s, g1, a1)
+                a2, a3 = multiply_add(s, g2, a2), multiply_add(s, g3, a3)
+                b0, b1 = multiply_add(t, g0, b0), multiply_add(t, g1, b1)
+                b2, b3 = multiply_add(t, g2, b2), multiply_add(t, g3, b3)
+            store_totals(grad_row, (0, h, d), a0, a1, a2, a3)
+            store_totals(grad_row, (1, h, d), b0, b1, b2, b3)

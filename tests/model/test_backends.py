@@ -113,6 +113,17 @@ def test_cpu_kernel_hides_no_nan(row, keys):
     assert broken[0, 7, 2] and not broken[0, :7].any() and not broken[0, 8:].any()
 
 
+def test_a_nan_in_one_row_of_the_batch_reaches_no_other_although_a_last_query_has_no_partner():
+    tensors = torch.randn(4, 2, 5, 63, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for broken in (0.0, torch.nan):
+        query, key, value = (x.clone().requires_grad_() for x in tensors[:3])
+        output, _ = BACKENDS["hyla_cpu"](Layer(*HYLA[:3], None), query, key, value, None, 0.5)
+        output.backward((tensors[3] + torch.tensor([broken, 0.0])[:, None, None, None]).transpose(1, 2))
+        found.append(torch.stack([query.grad, key.grad, value.grad]))
+    assert found[1][:, 0].isnan().all() and torch.equal(found[0][:, 1], found[1][:, 1])
+
+
 def test_cpu_kernel_gives_the_same_bits_twice_and_stores_nothing_of_size_query_times_key():
     case = Case(batch=2, queries=300, keys=300, heads=5, width=4, value_width=3, dropout=0.2)
     first, second = (differentiate(BACKENDS["hyla_cpu"], HYLA, case, torch.float32) for _ in range(2))
