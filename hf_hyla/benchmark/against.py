@@ -33,7 +33,7 @@ def compare_with(
     threads: int | None = None,
     repeats: int | None = None,
     overrides: dict[str, str] | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """
@@ -44,7 +44,8 @@ def compare_with(
         recipe: the recipe whose steps are compared, with AdamW in place of its optimiser. If it comes with the package, each
             side takes its own file.
         bf16: whether both compute under `torch.autocast` in bfloat16.
-        threads, repeats, overrides, batch_size, say: as `benchmark` takes them.
+        batch_size: samples in a step, by default as many as in the recipe.
+        threads, repeats, overrides, say: as `benchmark` takes them.
 
     Returns:
         A dict as `benchmark` returns it. The subjects of its rows are "this checkout" and the commit or the folder's name.

@@ -21,9 +21,9 @@ def main() -> None:
     os.dup2(2, 1)
 
     import torch
+    import transformers
     from transformers import AttentionInterface
 
-    from hf_hyla.model import HylaForSequenceClassification
     from hf_hyla.training import load_recipe
 
     asked = json.loads(sys.argv[1])
@@ -34,16 +34,17 @@ def main() -> None:
     torch.manual_seed(asked["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe: Any = load_recipe(asked["recipe"], asked["overrides"])
-    size = asked["batch_size"]
+    size = asked["batch_size"] or recipe.trainer.get("train_batch_size") or 128
     dataset = recipe.task.dataset("train")
     batches = [recipe.task.collate(dataset.__getitems__(range(n * size, (n + 1) * size))) for n in range(8)]
     batches = [{name: column.to(device) for name, column in batch.items()} for batch in batches]
-    model: Any = HylaForSequenceClassification(recipe.config)
-    model.to(device).train()
+    # Language models are younger than the other tasks.
+    auto_class = getattr(transformers, getattr(recipe.task, "auto_class", "AutoModelForSequenceClassification"))
+    model: Any = auto_class.from_config(recipe.config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     endless = itertools.cycle(batches)
 
-    config, layer = recipe.config, model.model.layers[0].self_attn
+    config, layer = model.config, model.model.layers[0].self_attn
     length = batches[0][recipe.task.model_columns[0]].shape[1]
     heads, width, value_width = config.num_attention_heads, config.head_dim, config.value_head_dim
     dtype = torch.bfloat16 if asked["bf16"] else torch.float32
@@ -55,6 +56,11 @@ def main() -> None:
     if config.position_type == "relative":
         bias = torch.randn(heads, 2 * length - 1, device=device, requires_grad=True)
     gradient = torch.randn(size, length, heads, value_width, device=device, dtype=dtype)
+    mask = (
+        torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+        if getattr(config, "is_causal", False)
+        else None
+    )
     attention = AttentionInterface()["hyla"]
 
     def autocast() -> torch.autocast:
@@ -70,7 +76,7 @@ def main() -> None:
     def attend() -> None:
         with autocast():
             output, _ = attention(
-                layer, *inputs, None, scaling=layer.scaling, dropout=config.attention_dropout, position_bias=bias
+                layer, *inputs, mask, scaling=layer.scaling, dropout=config.attention_dropout, position_bias=bias
             )
         leaves = [tensor for tensor in (*inputs, bias) if tensor is not None]
         torch.autograd.grad(output, leaves, gradient.to(output.dtype))
