@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -477,6 +478,9 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
 HylaModel.register_for_auto_class("AutoModel")
 HylaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 HylaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+# Trainer smooths the labels of the next tokens only for models that are named here, and those of the same tokens otherwise.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HylaConfig.model_type] = "HylaForCausalLM"
 
 # The pipeline is of no use here, but what this file imports is saved with every model.
 __all__ = [

@@ -7,7 +7,15 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from model_helpers import ATTENTION_TYPES, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, cache_of, ids
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_hyla import HylaConfig, HylaForCausalLM, HylaForSequenceClassification, HylaModel
 from hf_hyla.model.attention_hyla import rotated
@@ -220,6 +228,16 @@ def test_the_loss_is_of_the_next_tokens_and_shares_an_update_with_other_batches(
     torch.testing.assert_close(sum(parts), out.loss, atol=1e-6, rtol=1e-6)
     with pytest.raises(ValueError, match=r"labels must have the shape \(3, 9\)"):
         model(tokens, labels=labels[:, 1:])
+
+
+def test_a_trainer_that_smooths_labels_smooths_those_of_the_next_tokens(tmp_path):
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.3, report_to="none", use_cpu=True)
+    model, tokens = make(), ids(3, 9, VOCAB)
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    loss = Trainer(model, args).compute_loss(model, {"input_ids": tokens, "labels": labels})
+    logits, targets = model(tokens).logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].flatten()
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.3))
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "hyla"])
