@@ -210,8 +210,8 @@ class HylaModel(HylaPreTrainedModel):
             ValueError: for inputs that are missing or do not fit, saying which were expected.
         """
         cache = one_cache(self.config, self.layers, cache, past_key_values)
-        check_one_sequence_a_row(self.config, attention_mask, position_ids, cache, kwargs)
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
+        check_one_sequence_a_row(self.config, hidden_states, attention_mask, position_ids, cache, kwargs)
         mask = pair_mask(self.config, hidden_states, attention_mask, position_ids, cache)
         positions = self._positions(hidden_states, position_ids, cache)
         if use_cache and cache is None and self.config.is_causal and not self.training and not is_exporting():
