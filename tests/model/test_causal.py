@@ -282,6 +282,19 @@ def test_a_head_is_tied_to_the_table_or_has_weights_and_a_bias_of_its_own(tmp_pa
         assert model(tokens).logits.shape[-1] == model.config.vocab_size == VOCAB + 5
 
 
+@pytest.mark.parametrize("replaced", ["embed_tokens", "lm_head"])
+def test_a_tied_head_that_peft_unties_gives_the_same_logits(tmp_path, replaced):
+    peft = pytest.importorskip("peft")
+    model, tokens = make(), ids(2, 9, VOCAB)
+    expected = model(tokens).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[replaced]))
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    for untied in (merged, HylaForCausalLM.from_pretrained(tmp_path)):
+        assert not untied.config.tie_word_embeddings and untied.lm_head.weight is not untied.model.embed_tokens.weight
+        close(untied(tokens).logits, expected)
+
+
 def test_a_language_model_is_causal_and_reads_every_id_whatever_its_config_was_made_for():
     config = HylaConfig()  # of SRAVEN: not causal, with an answer slot and a bias of embeddings
     model = HylaForCausalLM(config).eval()
