@@ -6,6 +6,7 @@ So `--help` and wrong arguments need no import of torch and transformers.
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -79,14 +80,20 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, FloatingPointError) as error:
-        # What the system refuses has a number in its message and no advice.
-        by_system = isinstance(error, OSError) and error.errno and error.filename
-        said = f"{error.filename} cannot be used ({error.strerror}): choose another path." if by_system else str(error)
-        print(f"hyla: {' '.join(said.split())}", file=sys.stderr)
+        print(f"hyla: {_said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hyla: interrupted", file=sys.stderr)
         return 130
+
+
+def _said(error: Exception) -> str:
+    """The error's message in one line. What the system says has a number instead of advice."""
+    said = str(error)
+    if isinstance(error, OSError) and error.errno and error.filename:
+        advice = "check the path, or make or copy it again" if error.errno == errno.ENOENT else "choose another path"
+        said = f"{error.filename} cannot be used ({error.strerror}): {advice}."
+    return " ".join(said.split())
 
 
 def _at_home(word: str) -> str:
