@@ -414,18 +414,27 @@ class HylaConfig(PreTrainedConfig):
                 "with mixed values are attention_type='softmax', all others are 'linear'."
             )
 
+    def validate_rope(self):
+        """As transformers', whose error for a parameter that is missing is none that its callers expect."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]}: add them.") from None
+
     def _check_rotary(self):
         parameters, width = self.rope_parameters or {}, self.head_dim or 0
         rope_type = parameters.get("rope_type", "default")
         known = ["default", *ROPE_INIT_FUNCTIONS]
-        if rope_type not in known:
+        if not isinstance(rope_type, str) or rope_type not in known:
             raise ValueError(
-                f"rope_parameters has rope_type={rope_type!r}, which transformers does not know{_nearest(rope_type, known)}: "
+                f"rope_parameters has rope_type={rope_type!r}, which transformers does not know{_nearest(str(rope_type), known)}: "
                 f"expected one of {', '.join(known)}."
             )
-        for name in ("rope_theta", "partial_rotary_factor"):
-            value = parameters.get(name, 1.0)
-            if type(value) not in (int, float) or not value > 0:
+        for name, value in parameters.items():
+            each = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+            is_name = name in ("rope_type", "type", "truncate")  # of a type, and a switch
+            is_left_out = value is None and name not in ("rope_theta", "partial_rotary_factor", "factor")
+            if not (is_name or is_left_out or all(type(one) in (int, float) and 0 < one < math.inf for one in each)):
                 raise ValueError(f"rope_parameters has {name}={value!r:.40}, expected a number above 0.")
         rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
         if rotated % 2 or not 0 < rotated <= width:
@@ -433,6 +442,12 @@ class HylaConfig(PreTrainedConfig):
                 f"Rotary positions rotate pairs of elements, but here {rotated} of head_dim={width} are rotated: make it "
                 "an even number, at least 2 and at most head_dim."
             )
+        for name in ("short_factor", "long_factor"):
+            factors = parameters.get(name)
+            if factors is not None and (not isinstance(factors, list) or len(factors) != rotated // 2):
+                raise ValueError(
+                    f"rope_parameters has {name}={factors!r:.40}, expected a list of {rotated // 2} numbers."
+                )
 
     def _refuse_too_many_weights(self):
         # What a file asks for is refused before memory is: about as many as the largest matrices of every layer have.

@@ -178,3 +178,21 @@ def test_impossible_settings_are_refused_with_a_reason(settings, message):
 def test_a_rotary_parameter_that_is_no_positive_number_is_refused(name, value):
     with pytest.raises(StrictDataclassError, match=f"rope_parameters has {name}={value!r}, expected a number above 0"):
         HylaConfig(position_type="rotary", rope_parameters={name: value})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "yarn"}, "Missing required keys .* {'factor'}: add them"),
+        ({"rope_type": "yarn", "factor": "abc"}, "rope_parameters has factor='abc', expected a number above 0"),
+        ({"rope_type": "linear", "factor": None}, "rope_parameters has factor=None, expected a number above 0"),
+        ({"rope_type": "linear", "factor": 0}, "rope_parameters has factor=0, expected a number above 0"),
+        ({"rope_type": "linear", "factor": float("inf")}, "rope_parameters has factor=inf"),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 1.0]}, "expected a list of 2 numbers"),
+        ({"rope_type": ["yarn"]}, "which transformers does not know"),
+        ({"full_attention": {"rope_type": "default"}}, "rope_parameters has full_attention="),
+    ],
+)
+def test_parameters_of_scaled_rotary_positions_that_make_no_sense_are_refused(parameters, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        HylaConfig(position_type="rotary", rope_parameters=parameters)
