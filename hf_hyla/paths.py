@@ -70,6 +70,19 @@ def find_file(word: str | Path, what: str) -> Path:
     return path
 
 
+def find_run(word: str | Path) -> Path:
+    """
+    The folder of a run, here or among the recipes that come with the package.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+    path = find_existing(word, "run")
+    if path.is_file():
+        raise FileNotFoundError(_not_a_folder(word, path))
+    return path
+
+
 def find_model(word: str) -> str:
     """
     The folder of a run or a model, here or among those that come with the package, as `hyla-logic` or `hub_cards/hyla-logic`;
@@ -79,6 +92,8 @@ def find_model(word: str) -> str:
         OSError: if there is no such folder and no such repository.
     """
     path = Path(word)
+    if path.is_file():
+        raise FileNotFoundError(_not_a_folder(word, path))
     if path.exists():
         return word
     of_package = models_folder() / path.name
@@ -92,6 +107,11 @@ def find_model(word: str) -> str:
     if reason := _missing_on_hub(word):
         raise FileNotFoundError(f"{missing} here, and {reason}.")
     return word
+
+
+def _not_a_folder(word: str | Path, path: Path) -> str:
+    near = [str(path.parent)] if (path.parent / "config.json").is_file() else []
+    return f"{word} is a file{_did_you_mean(near)}: expected the folder of a run or a model."
 
 
 def _missing_on_hub(repo_id: str) -> str | None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hf_hyla.paths import find_existing, find_file, find_model, find_recipe
+from hf_hyla.paths import find_existing, find_file, find_model, find_recipe, find_run
 from hf_hyla.utils import models_folder, recipes_folder
 
 
@@ -62,6 +62,18 @@ def test_a_wrong_path_is_refused_with_the_nearest_name_beside_it_or_among_the_ru
             find_existing(word, "run")
     with pytest.raises(FileNotFoundError, match="runs is a folder, expected a file of parameters"):
         find_file("runs", "file of parameters")
+
+
+@pytest.mark.parametrize("find", [find_run, find_model])
+@pytest.mark.parametrize("name", ["run.json", "model.safetensors"])
+def test_a_file_in_a_runs_folder_is_refused_with_the_folder(here, find, name):
+    (here / "runs" / "demo").mkdir(parents=True)
+    for file in ("config.json", name):
+        (here / "runs" / "demo" / file).touch()
+    with pytest.raises(
+        FileNotFoundError, match=rf"{name} is a file \(did you mean runs/demo\?\): expected the folder of a"
+    ):
+        find(f"runs/demo/{name}")
 
 
 def test_the_hub_is_asked_once_for_a_model_that_is_not_here(here, hub_here):

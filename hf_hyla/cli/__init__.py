@@ -6,6 +6,7 @@ So `--help` and wrong arguments need no import of torch and transformers.
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -47,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise ValueError(
                 f"The argument after {before!r} is empty: give it a value or leave it out (is a variable unset?)."
             )
-    rest, overrides = _split_overrides(argv)
+    rest, overrides = _split_overrides([_at_home(word) for word in argv])
     words = (word for word, before in zip(rest, ["", *rest], strict=False) if before != "--import")
     word = next((word for word in words if not word.startswith("-")), None)
     if word is not None and word not in commands.choices:
@@ -79,11 +80,26 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"hyla: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"hyla: {_said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hyla: interrupted", file=sys.stderr)
         return 130
+
+
+def _said(error: Exception) -> str:
+    """The error's message in one line. What the system says has a number instead of advice."""
+    said = str(error)
+    if isinstance(error, OSError) and error.errno and error.filename:
+        advice = "check the path, or make or copy it again" if error.errno == errno.ENOENT else "choose another path"
+        said = f"{error.filename} cannot be used ({error.strerror}): {advice}."
+    return " ".join(said.split())
+
+
+def _at_home(word: str) -> str:
+    """The word with its leading `~` replaced, which shells do not replace behind a `=`, as in `--output=~/run`."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value)
 
 
 def _split_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:

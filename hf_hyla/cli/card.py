@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..paths import find_existing
+from ..paths import find_existing, find_run
 
 
 def add(commands) -> None:
@@ -33,7 +33,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find_runs(arguments: argparse.Namespace) -> tuple[Path, list[Path]]:
     """The folder of the run, and the other runs that `--with` names."""
-    return find_existing(arguments.folder, "run"), [find_existing(word, "run") for word in arguments.others]
+    return find_run(arguments.folder), [find_existing(word, "run") for word in arguments.others]
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ _PARSERS: dict[str, Callable[[Path], Any]] = {
 # The model's code, which is published beside the weights, by the names that it has in the repository.
 CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 _WEIGHTS = "model.safetensors"
+_BATCH_SIZE = 128  # of a recipe that names none
 # Weights are scored again on all samples that a record names, up to this many of each split, in parts.
 _SCORED_AGAIN, _PARTS = 1 << 16, 128
 # How far a score on the same samples may differ by rounding on other hardware, where some answers flip; and for a run in lower
@@ -176,6 +177,28 @@ def check_weights(run: Run, files: dict[str, Path]) -> None:
                 _check_tensor(path, name, tensors.get_tensor(name), expected[name])
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): train again, or copy it again.") from None
+
+
+def check_counts(run: Run) -> None:
+    """
+    Raises:
+        ValueError: if the seeds, samples or parameters in the record are not those of its recipe and of the config.
+    """
+    record, trainer = run.record, run.record.recipe["trainer"]
+    with torch.device("meta"):
+        num_parameters = new_model(run.config, run.task.auto_class).num_parameters()
+    of_an_update = trainer.get("train_batch_size", _BATCH_SIZE) * trainer.get("gradient_accumulation_steps", 1)
+    for name, said, expected in (
+        ("num_parameters", record.num_parameters, num_parameters),
+        ("samples_seen", record.samples_seen, record.steps * of_an_update),
+        ("seeds.task", record.seeds["task"], run.task.seed),
+        ("seeds.trainer", record.seeds["trainer"], trainer.get("seed", 0)),
+    ):
+        if said != expected:
+            raise ValueError(
+                f"{run.folder / RECORD_NAME} says that {name} is {said}, but its recipe and config make it {expected}: it was "
+                "changed; copy the run again, or train it again."
+            )
 
 
 def _check_tensor(path: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from .checks import (
     CODE,
     check_base_model,
     check_committed,
+    check_counts,
     check_file,
     check_format,
     check_scores,
@@ -141,6 +142,7 @@ def plan(
     _check_repeatable(run)
     check_format(run)
     check_weights(run, found | {name: run.folder / name for name in left_out})
+    check_counts(run)
     card = card_files(run, repo_id, others)
     check_scores(run)
     repositories = []

@@ -46,9 +46,21 @@ _CONTAINERS = {
 _UNDECLARED_KEYWORDS = frozenset((
     "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
     "per_layer_config", "torch_dtype", "model_type", "auto_map", "custom_pipelines", "quantization_config",
-    "tie_last_hidden_states", "tokenizer_class", "sep_token_id", "_commit_hash",
+    "tie_last_hidden_states", "tokenizer_class", "sep_token_id", "cls_token_id", "mask_token_id", "_commit_hash",
     *ROPE_KEYWORDS,
 ))  # fmt: skip
+
+
+# What models of other families call a field of this one.
+_OTHER_NAMES = {
+    "d_model": "hidden_size", "n_embd": "hidden_size", "dim": "hidden_size", "embed_dim": "hidden_size",
+    "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "depth": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_heads": "num_attention_heads",
+    "d_ff": "intermediate_size", "n_inner": "intermediate_size", "ffn_dim": "intermediate_size",
+    "dropout": "attention_dropout", "attention_probs_dropout_prob": "attention_dropout",
+    "layer_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps", "is_decoder": "is_causal",
+    "hidden_activation": "hidden_act", "activation_function": "hidden_act",
+}  # fmt: skip
 
 
 # The docstring is written by hand, with the paper's terms.
@@ -223,9 +235,12 @@ class HylaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
+        _check_containers({"id2label": self.id2label, "label2id": self.label2id})
         if self.id2label is None:
-            kwargs.setdefault("num_labels", 8)
-            _refuse_too_large("num_labels", kwargs["num_labels"])
+            num_labels = kwargs.setdefault("num_labels", 8)
+            if type(num_labels) is not int or num_labels < 1:
+                raise ValueError(f"num_labels must be at least 1, and a whole number, got {num_labels!r:.40}.")
+            _refuse_too_large("num_labels", num_labels)
         if self.vocab_size is None:
             self.answer_token_id, self.embedding_bias = None, False
         # Every class is loadable from every repository, whichever of them was saved; set anew each time, since
@@ -244,7 +259,7 @@ class HylaConfig(PreTrainedConfig):
 
         for name in ("head_dim", "value_head_dim"):
             if getattr(self, name) is None:
-                if self.hidden_size % max(self.num_attention_heads, 1):
+                if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
                     raise ValueError(
                         f"{name}=None means hidden_size / num_attention_heads, but {self.hidden_size} is not a multiple "
                         f"of {self.num_attention_heads}: set {name}, or change one of the two."
@@ -270,10 +285,7 @@ class HylaConfig(PreTrainedConfig):
         """As transformers', for what it stores: attributes of any name that were set on a config, too."""
         if not isinstance(config_dict, dict):
             raise ValueError(f"A config must be an object of names and values, got {type(config_dict).__name__}.")
-        for name, (kind, words) in _CONTAINERS.items():
-            value = config_dict.get(name)
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(f"{name} must be {words}, got {value!r:.60}.")
+        _check_containers(config_dict)
         for name in config_dict:
             if callable(getattr(cls, name, None)):
                 raise ValueError(f"A config cannot set {name!r}, which is a method of HylaConfig: remove it.")
@@ -330,8 +342,9 @@ class HylaConfig(PreTrainedConfig):
             )
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+            if value is not None and not (value >= least and math.isfinite(value)):
+                finite = "" if isinstance(value, int) else " and finite"
+                raise ValueError(f"{name} must be at least {least}{finite}, got {value}.")
             _refuse_too_large(name, value)
         _refuse_too_large("relative_attention_num_buckets", self.relative_attention_num_buckets)
         self._refuse_too_many_weights()
@@ -401,18 +414,27 @@ class HylaConfig(PreTrainedConfig):
                 "with mixed values are attention_type='softmax', all others are 'linear'."
             )
 
+    def validate_rope(self):
+        """As transformers', whose error for a parameter that is missing is none that its callers expect."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]}: add them.") from None
+
     def _check_rotary(self):
         parameters, width = self.rope_parameters or {}, self.head_dim or 0
         rope_type = parameters.get("rope_type", "default")
         known = ["default", *ROPE_INIT_FUNCTIONS]
-        if rope_type not in known:
+        if not isinstance(rope_type, str) or rope_type not in known:
             raise ValueError(
-                f"rope_parameters has rope_type={rope_type!r}, which transformers does not know{_nearest(rope_type, known)}: "
+                f"rope_parameters has rope_type={rope_type!r}, which transformers does not know{_nearest(str(rope_type), known)}: "
                 f"expected one of {', '.join(known)}."
             )
-        for name in ("rope_theta", "partial_rotary_factor"):
-            value = parameters.get(name, 1.0)
-            if type(value) not in (int, float) or not value > 0:
+        for name, value in parameters.items():
+            each = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+            is_name = name in ("rope_type", "type", "truncate")  # of a type, and a switch
+            is_left_out = value is None and name not in ("rope_theta", "partial_rotary_factor", "factor")
+            if not (is_name or is_left_out or all(type(one) in (int, float) and 0 < one < math.inf for one in each)):
                 raise ValueError(f"rope_parameters has {name}={value!r:.40}, expected a number above 0.")
         rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
         if rotated % 2 or not 0 < rotated <= width:
@@ -420,6 +442,12 @@ class HylaConfig(PreTrainedConfig):
                 f"Rotary positions rotate pairs of elements, but here {rotated} of head_dim={width} are rotated: make it "
                 "an even number, at least 2 and at most head_dim."
             )
+        for name in ("short_factor", "long_factor"):
+            factors = parameters.get(name)
+            if factors is not None and (not isinstance(factors, list) or len(factors) != rotated // 2):
+                raise ValueError(
+                    f"rope_parameters has {name}={factors!r:.40}, expected a list of {rotated // 2} numbers."
+                )
 
     def _refuse_too_many_weights(self):
         # What a file asks for is refused before memory is: about as many as the largest matrices of every layer have.
@@ -434,6 +462,13 @@ class HylaConfig(PreTrainedConfig):
                 f"This config asks for {weights:.1e} weights, more than the {_MOST_WEIGHTS:.0e} that a model of this family may "
                 "have: make its sizes smaller."
             )
+
+
+def _check_containers(entries: dict) -> None:
+    for name, (kind, words) in _CONTAINERS.items():
+        value = entries.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} must be {words}, got {value!r:.60}.")
 
 
 def _refuse_too_large(name: str, value) -> None:
@@ -476,6 +511,8 @@ _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_labe
 
 
 def _nearest(name: str, known) -> str:
+    if _OTHER_NAMES.get(name) in known:
+        return f"; did you mean {_OTHER_NAMES[name]!r}?"
     # A part of a field's name, such as num_heads, may have few letters in common with it.
     longer = [field for field in known if set(name.split("_")) < set(field.split("_"))]
     if "_" in name and longer:

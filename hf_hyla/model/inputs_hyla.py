@@ -53,9 +53,9 @@ def check_width(name: str, tensor: torch.Tensor, width: int, field: str) -> None
 
 def check_ids(input_ids: torch.Tensor, table: nn.Module, vocab_size: int) -> None:
     """Raises a ValueError for ids of a wrong shape or dtype and, on the CPU, for ids that the table does not hold."""
-    if input_ids.ndim != 2 or input_ids.is_floating_point():
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"input_ids must be integers of the shape (batch, sequence), got {input_ids.dtype} of the shape "
+            f"input_ids must be int64 or int32 of the shape (batch, sequence), got {input_ids.dtype} of the shape "
             f"{tuple(input_ids.shape)}."
         )
     # On a GPU a look at the values would stall the queue of kernels; there torch itself reports the id.
@@ -72,10 +72,16 @@ def check_ids(input_ids: torch.Tensor, table: nn.Module, vocab_size: int) -> Non
 
 
 def check_one_sequence_a_row(
-    config: HylaConfig, attention_mask, position_ids: torch.Tensor | None, cache: Cache | None, others: dict
+    config: HylaConfig,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    others: dict,
 ) -> None:
     """
-    Raises a ValueError for rows of several sequences, which would attend to each other.
+    Raises a ValueError for rows of several sequences, which would attend to each other, and for `position_ids` of another
+    shape than the tokens.
 
     `position_ids` may count up by one over the tokens of a row, from any number on. In a causal model without mask and cache
     they may also begin anew within a row: then they say where a sequence begins, and `pair_mask` keeps sequences apart.
@@ -86,7 +92,15 @@ def check_one_sequence_a_row(
             raise ValueError(
                 f"HYLA models do not read several sequences from one row, which {name} describes: {advice}"
             )
-    if position_ids is None or position_ids.shape[-1] < 2:
+    if position_ids is None:
+        return
+    batch, length = hidden_states.shape[:2]
+    if position_ids.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids must have the shape ({batch}, {length}) or (1, {length}) of the tokens, got "
+            f"{tuple(position_ids.shape)}."
+        )
+    if length < 2:
         return
     if config.is_causal:
         by_pair = attention_mask is not None and attention_mask.ndim == 4
@@ -96,7 +110,7 @@ def check_one_sequence_a_row(
         raise ValueError("position_ids cannot be checked while a model is compiled or exported: leave them out.")
     continues = position_ids.diff(dim=-1) == 1
     if attention_mask is not None and attention_mask.ndim == 2:
-        padding = attention_mask[:, -position_ids.shape[-1] :] == 0
+        padding = attention_mask[:, -length:] == 0
         continues = continues | padding[:, 1:] | padding[:, :-1]
     if not bool(continues.all()):
         raise ValueError(
@@ -199,7 +213,24 @@ def _sees_all(config: HylaConfig, hidden_states, attention_mask, cache: Cache | 
     return attention_mask is None or (attention_mask.device.type == "cpu" and bool(attention_mask.all()))
 
 
+def check_is_0_or_1(attention_mask: torch.Tensor) -> None:
+    """
+    Raises a ValueError, on the CPU, for a mask of padding with other values, as numbers of sequences and masks that are added
+    to scores have them.
+    """
+    # On a GPU a look at the values would stall the queue of kernels.
+    if attention_mask.dtype == torch.bool or attention_mask.device.type != "cpu" or is_torchdynamo_compiling():
+        return
+    other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+    if other.numel():
+        raise ValueError(
+            f"An attention_mask (batch, key) holds 1 for tokens and 0 for padding, but this one holds {other[0].item():g}: pass one "
+            "sequence a row and such a mask, or a mask of the shape (batch, 1, query, key)."
+        )
+
+
 def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, cache: Cache | None) -> None:
+    check_is_0_or_1(attention_mask)
     batch, length = hidden_states.shape[:2]
     seen = 0 if cache is None else cache.get_seq_length()
     if isinstance(seen, torch.Tensor):

@@ -30,6 +30,7 @@ from .attention_hyla import activation_or_none, eager_attention_forward, relativ
 from .backends_hyla import BACKENDS
 from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
+from .inputs_hyla import check_is_0_or_1
 
 
 class HylaRotaryEmbedding(nn.Module):
@@ -166,7 +167,7 @@ class HylaAttention(nn.Module):
             otherwise `None`.
 
         Raises:
-            ValueError: for a mask of another shape, and for rotary positions without `position_embeddings`.
+            ValueError: for a mask of another shape or other values, and for rotary positions without `position_embeddings`.
         """
         batch, length, _ = hidden_states.shape
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
@@ -228,6 +229,7 @@ class HylaAttention(nn.Module):
                     f"attention_mask must have the shape ({batch}, {num_keys}) of the tokens or (batch, 1, query, key), got "
                     f"{tuple(attention_mask.shape)}."
                 )
+            check_is_0_or_1(attention_mask)
             attention_mask = attention_mask.bool()[:, None, None]
         window = self.config.sliding_window or num_keys
         sees_all = length == 1 and num_keys <= window  # a single query is the last token

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -57,7 +58,7 @@ from .pipeline_hyla import SymbolicReasoningPipeline
 # What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
 # the official implementation. TRF051: the eager form is asked for by those who want every token computed.
-# trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.effective_scale_logits
+# trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.scale_logits
 
 
 # What outputs call the cache: transformers 5.24 has renamed it.
@@ -209,8 +210,8 @@ class HylaModel(HylaPreTrainedModel):
             ValueError: for inputs that are missing or do not fit, saying which were expected.
         """
         cache = one_cache(self.config, self.layers, cache, past_key_values)
-        check_one_sequence_a_row(self.config, attention_mask, position_ids, cache, kwargs)
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
+        check_one_sequence_a_row(self.config, hidden_states, attention_mask, position_ids, cache, kwargs)
         mask = pair_mask(self.config, hidden_states, attention_mask, position_ids, cache)
         positions = self._positions(hidden_states, position_ids, cache)
         if use_cache and cache is None and self.config.is_causal and not self.training and not is_exporting():
@@ -388,6 +389,8 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
             raise ValueError("A language model reads and writes token ids: set vocab_size, and input_size=None.")
         config = copy.deepcopy(config)
         config.is_causal, config.answer_token_id, config.embedding_bias = True, None, False
+        # Written down, since peft unties the head of a model that it has merged, and its logits must stay what they were.
+        config.scale_logits = config.effective_scale_logits
         super().__init__(config)
         self.model = HylaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
@@ -447,7 +450,7 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
-        if self.config.effective_scale_logits:
+        if self.config.scale_logits:
             hidden_states = hidden_states * self.config.hidden_size**-0.5
         with cpu_functions(hidden_states):
             logits = self.lm_head(hidden_states)
@@ -477,6 +480,9 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
 HylaModel.register_for_auto_class("AutoModel")
 HylaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 HylaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+# Trainer smooths the labels of the next tokens only for models that are named here, and those of the same tokens otherwise.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HylaConfig.model_type] = "HylaForCausalLM"
 
 # The pipeline is of no use here, but what this file imports is saved with every model.
 __all__ = [

@@ -141,6 +141,8 @@ def test_env_prints_json(capsys):
         (["evaluate", "{recipe.parent}", "--task", "logic"], "holds no model"),
         (["evaluate", "{run}", "--task.num_examples", "["], "is not valid YAML"),
         (["evaluate", ""], "The argument after 'evaluate' is empty"),
+        (["evaluate", "{run}/model.safetensors"], "model.safetensors is a file (did you mean {run}?)"),
+        (["card", "{run}", "--output", "{recipe}"], "tiny.yaml cannot be used (File exists): choose another path"),
         (["compare", "{run}", " "], "is empty: give it a value or leave it out"),
         (["train", "{recipe}", "--task.seed", ""], "The argument after '--task.seed' is empty"),
         (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
@@ -164,6 +166,14 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, a
     assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hyla: ") and message.format(run=run) in error
+
+
+def test_a_path_at_home_is_found_behind_an_equals_sign_too(recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "sraven", "--num-examples", "1", "--output=~/run"]) == 2
+    assert f"{recipe.parent / 'run'} is not empty" in capsys.readouterr().err
+    assert main(["compare", "~/run"]) == 0 and not list(tmp_path.iterdir())
 
 
 def test_weights_that_miss_a_layer_are_refused(run, tmp_path, capsys):

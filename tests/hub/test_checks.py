@@ -274,6 +274,20 @@ def test_a_run_of_another_version_of_the_code_is_scored_again_and_published_with
     assert plan(run, REPO)[0].note.startswith(f"{name} was another when the model was trained")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_parameters", 7),
+        ("samples_seen", 10**9),
+        ("seeds", {"task": 5, "trainer": 0}),
+        ("seeds", {"task": 0, "trainer": 9}),
+    ],
+)
+def test_counts_and_seeds_that_are_not_those_of_the_recipe_are_refused(logic_run, copied, name, value):
+    with pytest.raises(ValueError, match=rf"says that {name}[.\w]* is \d+, but its recipe and config make it \d+"):
+        plan(copied(logic_run, **{name: value}), REPO)
+
+
 def test_a_score_that_is_off_by_more_than_rounding_is_refused(logic_run, copied, monkeypatch):
     scored = json.loads((logic_run / "run.json").read_text())
     for split in scored["metrics"]:  # on more than one part, which a smaller check would stop in

@@ -7,7 +7,15 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from model_helpers import ATTENTION_TYPES, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, cache_of, ids
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_hyla import HylaConfig, HylaForCausalLM, HylaForSequenceClassification, HylaModel
 from hf_hyla.model.attention_hyla import rotated
@@ -222,6 +230,16 @@ def test_the_loss_is_of_the_next_tokens_and_shares_an_update_with_other_batches(
         model(tokens, labels=labels[:, 1:])
 
 
+def test_a_trainer_that_smooths_labels_smooths_those_of_the_next_tokens(tmp_path):
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.3, report_to="none", use_cpu=True)
+    model, tokens = make(), ids(3, 9, VOCAB)
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    loss = Trainer(model, args).compute_loss(model, {"input_ids": tokens, "labels": labels})
+    logits, targets = model(tokens).logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].flatten()
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.3))
+
+
 @pytest.mark.parametrize("attn_implementation", ["eager", "hyla"])
 def test_logits_to_keep_are_those_of_the_tokens_asked_for(attn_implementation):
     model, tokens = make(), ids(2, 9, VOCAB)
@@ -262,6 +280,19 @@ def test_a_head_is_tied_to_the_table_or_has_weights_and_a_bias_of_its_own(tmp_pa
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
         model.resize_token_embeddings(VOCAB + 5)
         assert model(tokens).logits.shape[-1] == model.config.vocab_size == VOCAB + 5
+
+
+@pytest.mark.parametrize("replaced", ["embed_tokens", "lm_head"])
+def test_a_tied_head_that_peft_unties_gives_the_same_logits(tmp_path, replaced):
+    peft = pytest.importorskip("peft")
+    model, tokens = make(), ids(2, 9, VOCAB)
+    expected = model(tokens).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[replaced]))
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    for untied in (merged, HylaForCausalLM.from_pretrained(tmp_path)):
+        assert not untied.config.tie_word_embeddings and untied.lm_head.weight is not untied.model.embed_tokens.weight
+        close(untied(tokens).logits, expected)
 
 
 def test_a_language_model_is_causal_and_reads_every_id_whatever_its_config_was_made_for():

@@ -36,20 +36,28 @@ def test_every_number_of_labels_survives_saving(tmp_path, num_labels):
 def test_fields_that_transformers_stores_load_again(tmp_path, caplog):
     config = HylaConfig()
     config.sep_token_id = 3
+    config.d_model = 5
     config.num_hidden_layer = 7  # near a field, which a keyword would be refused for
     config.note = "mine"
     config.save_pretrained(tmp_path)
     for loaded in (AutoConfig.from_pretrained(tmp_path), HylaConfig.from_pretrained(tmp_path)):
-        assert (loaded.sep_token_id, loaded.num_hidden_layer, loaded.note) == (3, 7, "mine")
+        assert (loaded.sep_token_id, loaded.d_model, loaded.num_hidden_layer, loaded.note) == (3, 5, 7, "mine")
     assert "no field 'num_hidden_layer'; did you mean" in caplog.text
     assert AutoConfig.from_pretrained(tmp_path, num_labels=3).num_labels == 3
 
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("num_heads", "num_attention_heads"), ("num_layers", "num_hidden_layers"), ("head_width", None)],
+    [
+        ("num_heads", "num_attention_heads"),
+        ("num_layers", "num_hidden_layers"),
+        ("head_width", None),
+        ("d_model", "hidden_size"),
+        ("n_layer", "num_hidden_layers"),
+        ("layer_norm_eps", "norm_eps"),
+    ],
 )
-def test_a_part_of_a_fields_name_is_refused_with_the_whole_name(name, field):
+def test_a_part_of_a_fields_name_or_that_of_another_family_is_refused_with_the_name_here(name, field):
     if field is None:
         assert HylaConfig(**{name: 4}).head_width == 4
         return
@@ -138,7 +146,12 @@ def test_probable_mistakes_are_reported(caplog, settings, message):
         ({"attention_type": "quadratic"}, "expected one of"),
         ({"num_attention_heads": "many"}, "expected int"),
         ({"num_labels": 0}, "num_labels must be at least 1"),
+        ({"num_labels": 2.5}, "num_labels must be at least 1, and a whole number, got 2.5"),
+        ({"id2label": ["a", "b"]}, "id2label must be an object of ids and names"),
         ({"norm_eps": -1.0}, "norm_eps must be at least 0"),
+        ({"norm_eps": float("nan")}, "norm_eps must be at least 0 and finite, got nan"),
+        ({"router_aux_loss_coef": float("inf")}, "router_aux_loss_coef must be at least 0 and finite, got inf"),
+        ({"head_dim": None, "num_attention_heads": 0}, "not a multiple of 0"),
         ({"problem_type": "ranking"}, "problem_type"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
         ({"relative_attention_num_buckets": 1}, "must be at least 2"),
@@ -165,3 +178,21 @@ def test_impossible_settings_are_refused_with_a_reason(settings, message):
 def test_a_rotary_parameter_that_is_no_positive_number_is_refused(name, value):
     with pytest.raises(StrictDataclassError, match=f"rope_parameters has {name}={value!r}, expected a number above 0"):
         HylaConfig(position_type="rotary", rope_parameters={name: value})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "yarn"}, "Missing required keys .* {'factor'}: add them"),
+        ({"rope_type": "yarn", "factor": "abc"}, "rope_parameters has factor='abc', expected a number above 0"),
+        ({"rope_type": "linear", "factor": None}, "rope_parameters has factor=None, expected a number above 0"),
+        ({"rope_type": "linear", "factor": 0}, "rope_parameters has factor=0, expected a number above 0"),
+        ({"rope_type": "linear", "factor": float("inf")}, "rope_parameters has factor=inf"),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 1.0]}, "expected a list of 2 numbers"),
+        ({"rope_type": ["yarn"]}, "which transformers does not know"),
+        ({"full_attention": {"rope_type": "default"}}, "rope_parameters has full_attention="),
+    ],
+)
+def test_parameters_of_scaled_rotary_positions_that_make_no_sense_are_refused(parameters, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        HylaConfig(position_type="rotary", rope_parameters=parameters)

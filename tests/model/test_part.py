@@ -160,6 +160,8 @@ def test_attention_of_transformers_own_is_refused_where_it_would_compute_softmax
 def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"attention_mask must have the shape \(2, 9\) of the tokens"):
         layer()(tokens(), attention_mask=torch.ones(shape))
+    with pytest.raises(ValueError, match="but this one holds 2: pass one sequence a row"):
+        layer()(tokens(), attention_mask=torch.full((2, LENGTH), 2))
 
 
 def test_the_definition_serves_a_module_with_projections_of_its_own():
