@@ -125,6 +125,26 @@ def test_the_table_of_trials_comes_from_their_records():
     assert sorted(re.findall(row, section, flags=re.MULTILINE)) == sorted(found) != []
 
 
+def test_the_tables_of_muon_on_fuzzy_logic_come_from_their_records():
+    section = RECIPES.partition("### Muon on fuzzy logic")[2].partition("###")[0]
+    trials = [json.loads(path.read_text()) for path in (PROJECT / "recipes/results/logic-muon-trials").glob("*")]
+    found = [
+        (str(t["recipe"]["trainer"]["muon_learning_rate"]), *(f"{t['metrics'][s]['r2']:.4f}" for s in ("ood", "test")))
+        for t in trials
+    ]
+    row = r"^\| [^|]* \| ([\d.]+) \| [\d.]+ \| [\d.]+ \| (0\.\d+) \| (0\.\d+) \|$"
+    assert sorted(re.findall(row, section, flags=re.MULTILINE)) == sorted(found) != []
+    names = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+    for kind, title in names.items():
+        cells = []
+        for folder in ("logic-hyla-muon" + f"-attention_type={kind}" * (kind != "hyla"), f"logic-{kind}"):
+            paths = (PROJECT / "recipes/results" / folder).glob("*.json")
+            r2 = [json.loads(path.read_text())["metrics"]["ood"]["r2"] for path in paths]
+            error = f" ± {statistics.stdev(r2) / len(r2) ** 0.5:.4f}" if len(r2) > 1 else ""
+            cells.append(f"{statistics.fmean(r2):.4f}{error} ({len(r2)})")
+        assert row_of(section.partition("The rates are")[0], title) == cells
+
+
 def test_the_means_in_bfloat16_come_from_their_records():
     for bf16 in (True, False):
         paths = sorted((PROJECT / "recipes/results/logic-demo-bf16").glob(f"bf16={bf16}-*.json"))

@@ -61,16 +61,17 @@ def test_every_point_of_the_papers_figures_is_a_valid_recipe(name, points):
 
 
 def test_every_sweep_is_tested():
-    assert len(FIGURES) == 8  # one is no figure of the paper
+    assert len(FIGURES) == 10  # three of which are no figures of the paper
 
 
-def test_the_trials_of_muon_are_the_same_for_every_attention():
-    points = [point.recipe for point in load_sweep("figures/sraven-muon-trials.yaml").points]
+@pytest.mark.parametrize(("name", "trials"), [("sraven-muon-trials", 11), ("logic-muon-trials", 4), ("logic-muon", 3)])
+def test_the_trials_of_muon_are_the_same_for_every_attention(name, trials):
+    points = [point.recipe for point in load_sweep(f"figures/{name}.yaml").points]
     by_type = {}
     for recipe in points:
         settings = {**recipe.settings["trainer"], **recipe.settings["model"]}
         by_type.setdefault(settings.pop("attention_type"), []).append(settings)
-    assert list(map(len, by_type.values())) == [11, 11, 11]
+    assert list(map(len, by_type.values())) == 3 * [trials]
     assert by_type["hyla"] == by_type["softmax"] == by_type["linear"]
 
 
