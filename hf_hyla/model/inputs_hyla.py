@@ -13,6 +13,7 @@
 # limitations under the License.
 """Inputs of models, checked before work starts: ids, values or embeddings, positions, and the mask of pairs."""
 
+import warnings
 from typing import cast
 
 import torch
@@ -23,12 +24,15 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
 from .attention_hyla import attended
 from .configuration_hyla import HylaConfig
 
 
+# What transformers calls the cache: version 5.24 has renamed it.
+CACHE_NAME = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # transformers' functions return another type for flex attention only, which this family does not have.
 _Mask = torch.Tensor | None
 
@@ -131,6 +135,8 @@ def one_cache(
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one input: pass one of them.")
+    if past_key_values is not None and CACHE_NAME == "cache" and not is_torchdynamo_compiling():
+        warnings.warn("`past_key_values` is deprecated: pass the cache as `cache`.", FutureWarning, stacklevel=3)
     cache = past_key_values if cache is None else cache
     if cache is not None and not config.is_causal:
         raise ValueError(

@@ -42,6 +42,7 @@ from .card_hyla import fill_in_card
 from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
 from .inputs_hyla import (
+    CACHE_NAME,
     check_given,
     check_ids,
     check_one_sequence_a_row,
@@ -59,10 +60,6 @@ from .pipeline_hyla import SymbolicReasoningPipeline
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
 # the official implementation. TRF051: the eager form is asked for by those who want every token computed.
 # trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.scale_logits
-
-
-# What outputs call the cache: transformers 5.24 has renamed it.
-CACHE_NAME = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 # trf-ignore: TRF057

@@ -8,7 +8,7 @@ import torch
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model.attention_hyla import RMS_HEAD_EPS, activation_or_none
-from hf_hyla.model.modeling_hyla import CACHE_NAME
+from hf_hyla.model.inputs_hyla import CACHE_NAME
 
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 3, 4, 5, 2, 3

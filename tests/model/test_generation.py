@@ -21,7 +21,7 @@ from transformers.integrations.executorch import TorchExportableModuleWithStatic
 from hf_hyla import HylaConfig, HylaForCausalLM
 from hf_hyla.model.attention_hyla import eager_attention_forward
 from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
-from hf_hyla.model.modeling_hyla import CACHE_NAME
+from hf_hyla.model.inputs_hyla import CACHE_NAME
 
 
 VOCAB = 23
