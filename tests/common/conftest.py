@@ -34,6 +34,7 @@ EXPLAINED = {
     "sliding window": "attention has no window.",
     "language modeling head|_torch_compile_train_cls": "the family classifies and has no head for text.",
     "_keep_in_fp32_modules": "any weight may be in half precision; sums that would overflow are widened where they are taken.",
+    "cache as input|returning cache": "a model that is not causal has no cache, and the classifier reads whole rows.",
     "No conversion": "weights are saved under the names they have in the model.",
     "composite|subconfigs": "there is one config, for one stack of layers.",
     "test_resize_embeddings": "fuzzy logic is read as numbers, without a vocabulary.",
