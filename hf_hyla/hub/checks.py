@@ -19,7 +19,7 @@ from ..model import HylaPreTrainedModel
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
-from ..runs.record import RECORD_NAME, RunRecord, code_of, digests, file_digest, mean_and_error
+from ..runs.record import BATCH_SIZE, RECORD_NAME, RunRecord, code_of, digests, file_digest, mean_and_error
 from ..runs.weights import load_model, new_model
 from ..tasks import Task, TaskDataset
 from ..utils import check_repo_id, one_line
@@ -44,7 +44,6 @@ _PARSERS: dict[str, Callable[[Path], Any]] = {
 # The model's code, which is published beside the weights, by the names that it has in the repository.
 CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 _WEIGHTS = "model.safetensors"
-_BATCH_SIZE = 128  # of a recipe that names none
 # Weights are scored again on all samples that a record names, up to this many of each split, in parts.
 _SCORED_AGAIN, _PARTS = 1 << 16, 128
 # How far a score on the same samples may differ by rounding on other hardware, where some answers flip; and for a run in lower
@@ -187,7 +186,7 @@ def check_counts(run: Run) -> None:
     record, trainer = run.record, run.record.recipe["trainer"]
     with torch.device("meta"):
         num_parameters = new_model(run.config, run.task.auto_class).num_parameters()
-    of_an_update = trainer.get("train_batch_size", _BATCH_SIZE) * trainer.get("gradient_accumulation_steps", 1)
+    of_an_update = trainer.get("train_batch_size", BATCH_SIZE) * trainer.get("gradient_accumulation_steps", 1)
     for name, said, expected in (
         ("num_parameters", record.num_parameters, num_parameters),
         ("samples_seen", record.samples_seen, record.steps * of_an_update),

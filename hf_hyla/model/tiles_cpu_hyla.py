@@ -51,6 +51,38 @@ _EPSILON = RMS_HEAD_EPS * RMS_HEAD_SCALE**2
 
 
 @jit
+def load_four(a, n, d, k):
+    """The vectors at a[n, d, k], a[n, d + 1, k], a[n, d + 2, k] and a[n, d + 3, k]."""
+    return load(a, (n, d, k)), load(a, (n, d + 1, k)), load(a, (n, d + 2, k)), load(a, (n, d + 3, k))
+
+
+@jit
+def store_four(a, n, d, k, x):
+    store(a, (n, d, k), x[0])
+    store(a, (n, d + 1, k), x[1])
+    store(a, (n, d + 2, k), x[2])
+    store(a, (n, d + 3, k), x[3])
+
+
+@jit
+def add_four(x, factors, sums):
+    """x times each of four vectors, added to one of the sums each."""
+    return (
+        multiply_add(x, factors[0], sums[0]),
+        multiply_add(x, factors[1], sums[1]),
+        multiply_add(x, factors[2], sums[2]),
+        multiply_add(x, factors[3], sums[3]),
+    )
+
+
+@jit
+def finish_four(sums, x, relu):
+    """Four sums times x, and their ReLU if `relu`."""
+    a, b, c, d = multiply(sums[0], x), multiply(sums[1], x), multiply(sums[2], x), multiply(sums[3], x)
+    return (rectify(a), rectify(b), rectify(c), rectify(d)) if relu else (a, b, c, d)
+
+
+@jit
 def load_tile(x, b, start, count, relu, tile):
     """tile[h, d, k] = x[b, h, start + k, d], and zeros behind the end of x, which add nothing to any of the sums below."""
     for h in range(x.shape[1]):
@@ -224,56 +256,37 @@ def derive_tile(gradient, a, relu):
 
 
 @jit
-def store_four(a, place, w, x, y, z):
-    """Stores vectors below each other: w at a[n, d, k], x at a[n, d + 1, k], and so on."""
-    n, d, k = place
-    store(a, (n, d, k), w)
-    store(a, (n, d + 1, k), x)
-    store(a, (n, d + 2, k), y)
-    store(a, (n, d + 3, k), z)
-
-
-@jit
 def generate(hidden, scores, factor, values, relu):
     """hidden[r, d, k] = φ(Σ_h code[r, h, k] · values[h, d, k]), equation 6 of the paper"""
     for k in range(0, scores.shape[2], VECTOR_BYTES // scores.itemsize):
-        f, g = load(factor, (0, k)), load(factor, (1, k))
         for d in range(0, values.shape[1], 4):
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(scores)
+            zero = zeros(scores)
+            a = b = (zero, zero, zero, zero)
             for h in range(scores.shape[1]):
-                s, t = load(scores, (0, h, k)), load(scores, (1, h, k))
-                v0, v1 = load(values, (h, d, k)), load(values, (h, d + 1, k))
-                v2, v3 = load(values, (h, d + 2, k)), load(values, (h, d + 3, k))
-                a0, a1 = multiply_add(s, v0, a0), multiply_add(s, v1, a1)
-                a2, a3 = multiply_add(s, v2, a2), multiply_add(s, v3, a3)
-                b0, b1 = multiply_add(t, v0, b0), multiply_add(t, v1, b1)
-                b2, b3 = multiply_add(t, v2, b2), multiply_add(t, v3, b3)
-            a0, a1, a2, a3 = multiply(a0, f), multiply(a1, f), multiply(a2, f), multiply(a3, f)
-            b0, b1, b2, b3 = multiply(b0, g), multiply(b1, g), multiply(b2, g), multiply(b3, g)
-            if relu:
-                a0, a1, a2, a3 = rectify(a0), rectify(a1), rectify(a2), rectify(a3)
-                b0, b1, b2, b3 = rectify(b0), rectify(b1), rectify(b2), rectify(b3)
-            store_four(hidden, (0, d, k), a0, a1, a2, a3)
-            store_four(hidden, (1, d, k), b0, b1, b2, b3)
+                value = load_four(values, h, d, k)
+                a, b = add_four(load(scores, (0, h, k)), value, a), add_four(load(scores, (1, h, k)), value, b)
+            store_four(hidden, 0, d, k, finish_four(a, load(factor, (0, k)), relu))
+            store_four(hidden, 1, d, k, finish_four(b, load(factor, (1, k)), relu))
 
 
 @jit
 def read_out(read, scores, factor, hidden):
-    """read[h, d] = Σ_k code[h, k] · hidden[d, k]; hidden becomes hidden · factor"""
+    """read[h, d] = Σ_k code[h, k] · hidden[d, k], for an even number of heads; hidden becomes hidden · factor"""
     scale_tile(hidden, factor)
     for h in range(0, read.shape[0], 2):
         for d in range(0, hidden.shape[0], 4):
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(scores)
+            zero = zeros(scores)
+            a = b = (zero, zero, zero, zero)
             for k in range(0, scores.shape[1], VECTOR_BYTES // scores.itemsize):
-                s, t = load(scores, (h, k)), load(scores, (h + 1, k))
-                v0, v1 = load(hidden, (d, k)), load(hidden, (d + 1, k))
-                v2, v3 = load(hidden, (d + 2, k)), load(hidden, (d + 3, k))
-                a0, a1 = multiply_add(s, v0, a0), multiply_add(s, v1, a1)
-                a2, a3 = multiply_add(s, v2, a2), multiply_add(s, v3, a3)
-                b0, b1 = multiply_add(t, v0, b0), multiply_add(t, v1, b1)
-                b2, b3 = multiply_add(t, v2, b2), multiply_add(t, v3, b3)
-            store_totals(read, (h, d), a0, a1, a2, a3)
-            store_totals(read, (h + 1, d), b0, b1, b2, b3)
+                last = (
+                    load(hidden, (d, k)),
+                    load(hidden, (d + 1, k)),
+                    load(hidden, (d + 2, k)),
+                    load(hidden, (d + 3, k)),
+                )
+                a, b = add_four(load(scores, (h, k)), last, a), add_four(load(scores, (h + 1, k)), last, b)
+            store_totals(read, (h, d), a[0], a[1], a[2], a[3])
+            store_totals(read, (h + 1, d), b[0], b[1], b[2], b[3])
 
 
 @jit
@@ -281,18 +294,14 @@ def mix_values(read, scores, factor, values):
     """read[r, h, d] = Σ_k code[r, h, k] · values[h, d, k]"""
     for h in range(values.shape[0]):
         for d in range(0, values.shape[1], 4):
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(scores)
+            zero = zeros(scores)
+            a = b = (zero, zero, zero, zero)
             for k in range(0, scores.shape[2], VECTOR_BYTES // scores.itemsize):
-                s = multiply(load(scores, (0, h, k)), load(factor, (0, k)))
-                t = multiply(load(scores, (1, h, k)), load(factor, (1, k)))
-                v0, v1 = load(values, (h, d, k)), load(values, (h, d + 1, k))
-                v2, v3 = load(values, (h, d + 2, k)), load(values, (h, d + 3, k))
-                a0, a1 = multiply_add(s, v0, a0), multiply_add(s, v1, a1)
-                a2, a3 = multiply_add(s, v2, a2), multiply_add(s, v3, a3)
-                b0, b1 = multiply_add(t, v0, b0), multiply_add(t, v1, b1)
-                b2, b3 = multiply_add(t, v2, b2), multiply_add(t, v3, b3)
-            store_totals(read, (0, h, d), a0, a1, a2, a3)
-            store_totals(read, (1, h, d), b0, b1, b2, b3)
+                value = load_four(values, h, d, k)
+                a = add_four(multiply(load(scores, (0, h, k)), load(factor, (0, k))), value, a)
+                b = add_four(multiply(load(scores, (1, h, k)), load(factor, (1, k))), value, b)
+            store_totals(read, (0, h, d), a[0], a[1], a[2], a[3])
+            store_totals(read, (1, h, d), b[0], b[1], b[2], b[3])
 
 
 @jit
@@ -414,21 +423,14 @@ def add_score_gradients(grad_bias, grad_keys, grad_row, grad_scores, first, seco
             store(grad_bias, (h, first + k), add(load(grad_bias, (h, first + k)), load(grad_scores, (0, h, k))))
             store(grad_bias, (h, second + k), add(load(grad_bias, (h, second + k)), load(grad_scores, (1, h, k))))
         for d in range(0, keys.shape[1], 4):
-            p0, p1, p2, p3 = row[0, h, d], row[0, h, d + 1], row[0, h, d + 2], row[0, h, d + 3]
-            q0, q1, q2, q3 = row[1, h, d], row[1, h, d + 1], row[1, h, d + 2], row[1, h, d + 3]
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(keys)
+            p = row[0, h, d], row[0, h, d + 1], row[0, h, d + 2], row[0, h, d + 3]
+            q = row[1, h, d], row[1, h, d + 1], row[1, h, d + 2], row[1, h, d + 3]
+            zero = zeros(keys)
+            a = b = (zero, zero, zero, zero)
             for k in range(0, grad_scores.shape[2], VECTOR_BYTES // grad_scores.itemsize):
                 s, t = load(grad_scores, (0, h, k)), load(grad_scores, (1, h, k))
-                g0 = multiply_add(p0, s, multiply_add(q0, t, load(grad_keys, (h, d, k))))
-                g1 = multiply_add(p1, s, multiply_add(q1, t, load(grad_keys, (h, d + 1, k))))
-                g2 = multiply_add(p2, s, multiply_add(q2, t, load(grad_keys, (h, d + 2, k))))
-                g3 = multiply_add(p3, s, multiply_add(q3, t, load(grad_keys, (h, d + 3, k))))
-                store_four(grad_keys, (h, d, k), g0, g1, g2, g3)
-                g0, g1 = load(keys, (h, d, k)), load(keys, (h, d + 1, k))
-                g2, g3 = load(keys, (h, d + 2, k)), load(keys, (h, d + 3, k))
-                a0, a1 = multiply_add(s, g0, a0), multiply_add(s, g1, a1)
-                a2, a3 = multiply_add(s, g2, a2), multiply_add(s, g3, a3)
-                b0, b1 = multiply_add(t, g0, b0), multiply_add(t, g1, b1)
-                b2, b3 = multiply_add(t, g2, b2), multiply_add(t, g3, b3)
-            store_totals(grad_row, (0, h, d), a0, a1, a2, a3)
-            store_totals(grad_row, (1, h, d), b0, b1, b2, b3)
+                store_four(grad_keys, h, d, k, add_four(s, p, add_four(t, q, load_four(grad_keys, h, d, k))))
+                key = load_four(keys, h, d, k)
+                a, b = add_four(s, key, a), add_four(t, key, b)
+            store_totals(grad_row, (0, h, d), a[0], a[1], a[2], a[3])
+            store_totals(grad_row, (1, h, d), b[0], b[1], b[2], b[3])

@@ -32,6 +32,8 @@ _DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")
 # The folder of the checkout, if the package lies in one.
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _CODE_FOLDER = "hf_hyla/model/"
+# Samples in a batch, unless the recipe says otherwise.
+BATCH_SIZE = 128
 _LONGEST_NAME = 1000
 _LARGEST_NUMBER = 10**30
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
