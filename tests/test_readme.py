@@ -8,8 +8,10 @@ import random
 import re
 import shlex
 import statistics
+import tomllib
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -56,6 +58,23 @@ def test_snippets_print_the_output_that_is_shown(code, shown):
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert printed.getvalue() == shown
+
+
+def test_the_badges_say_what_the_package_declares():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    needs = dict(re.fullmatch(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"])
+    declared = {
+        "Python": project["requires-python"],
+        "transformers": needs["transformers"],
+        "torch": needs["torch"],
+        "license": project["license"],
+    }
+    image = ElementTree.parse(PROJECT / "hub_cards" / "badges.svg")
+    texts = [element.text for element in image.iter("{http://www.w3.org/2000/svg}text")]
+    assert dict(zip(texts[::2], texts[1::2], strict=True)) == declared
+    title = ", ".join(map(" ".join, declared.items()))
+    assert image.findtext("{http://www.w3.org/2000/svg}title") == title
+    assert f"![{title}](hub_cards/badges.svg)" in README
 
 
 def test_the_first_commands_are_those_that_a_release_is_checked_by():
