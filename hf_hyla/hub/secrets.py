@@ -105,8 +105,8 @@ _BY_NAME = {
         rb"://[\w.-]+:" + _NONE + rb"[!#-&*-.0-9;-?A-~]{6,}@[a-z0-9]",
     ),
 }
-# Characters in UTF-16, in either order of bytes.
-_UTF16 = rb"(?:[\t\n\r -~]\0){8,}[\t\n\r -~]?"
+# Characters in UTF-16 or UTF-32, in either order of bytes.
+_WIDE = rb"(?:[\t\n\r -~]\0(?:\0\0)?){8,}[\t\n\r -~]?"
 # Files are read in parts, which overlap by more than a secret's length.
 _PART, _OVERLAP = 1 << 24, 1 << 12
 
@@ -119,12 +119,12 @@ def check_secrets(name: str, content: Path | bytes) -> None:
     token = get_token()
     own = {"your own Hugging Face token": (re.escape(token.encode()),)} if token else {}
     for start, part in _parts(content):
-        utf16 = b"\n".join(text.replace(b"\0", b"") for text in re.findall(_UTF16, part))
-        for is_utf16, data in enumerate((part, utf16)):
+        wide = b"\n".join(text.replace(b"\0", b"") for text in re.findall(_WIDE, part))
+        for is_wide, data in enumerate((part, wide)):
             for patterns, text in ((_BY_LOOK | own, data), (_BY_NAME, data.lower())):
                 if found := _first_secret(patterns, text):
                     what, place = found
-                    where = f"in UTF-16 text after byte {start}" if is_utf16 else f"at byte {start + place}"
+                    where = f"in UTF-16 or UTF-32 text after byte {start}" if is_wide else f"at byte {start + place}"
                     raise ValueError(
                         f"{name} holds what looks like {what} ({where}): remove it, and revoke it if it is one."
                     )

@@ -54,15 +54,21 @@ def fill_in_card(folder: str | Path, repo_id: str, config, model=None) -> None:
     reads = (
         f"token ids below {config.vocab_size}" if config.vocab_size else f"tokens of {config.input_size} numbers each"
     )
+    layers, heads = (
+        f"{count} {name}" + "s" * (count != 1)
+        for count, name in ((config.num_hidden_layers, "layer"), (config.num_attention_heads, "head"))
+    )
     rest = (_CONFIG if model is None else _MODEL).format(auto_class=auto_class, repo_id=repo_id)
     card.text = f"""
 # {repo_id.rpartition("/")[2]}
 
 A transformer with {_ATTENTION[config.attention_type]}, of the family of
-[Attention as a Hypernetwork](https://arxiv.org/abs/2406.05816). It has {config.num_hidden_layers} layers with
-{config.num_attention_heads} heads, {config.hidden_size} wide. {size}It reads {reads}.
+[Attention as a Hypernetwork](https://arxiv.org/abs/2406.05816). It has {layers} with
+{heads}, {config.hidden_size} wide. {size}It reads {reads}.
 
-{rest} A run of the package hf_hyla holds weights, training data and scores: `hyla publish RUN --repo-id {repo_id}` publishes it
-with a card that shows them.
+{rest}
+
+A run of the package hf_hyla holds weights, training data and scores: `hyla publish RUN --repo-id {repo_id}`
+publishes it with a card that shows them.
 """
     card.save(path)

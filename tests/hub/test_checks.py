@@ -171,9 +171,10 @@ SECRETS = [
     b"password = " + b"hunter2hunter", b'DB_PASSWORD="' + b"correct horse" + b'"', b'"password": "' + b"s3cretly" + b'"',
     b"passwd: " + b"abc123def", b"postgres://bob:" + b"s3cretpw@db.example.com/x", b"OPENAI_API_KEY=" + KEY,
     b"-----BEGIN " + b"OPENSSH PRIVATE KEY-----", b"-----BEGIN " + b"PGP PRIVATE KEY BLOCK-----", b"sk-" + KEY,
-    # Right behind a letter, and in UTF-16.
+    # Right behind a letter, and in UTF-16 and UTF-32.
     b"my" + TOKEN, b"keyAKIA" + b"ABCD" * 4, b"xghp_" + KEY[:36], b"xsk-proj-" + KEY,
     TOKEN.decode().encode("utf-16"), ("password = " + "hunter22").encode("utf-16-be"), KEY.decode().join(["key=", ""]).encode("utf-16"),
+    TOKEN.decode().encode("utf-32"), ("password = " + "hunter22").encode("utf-32-be"),
     b"hf_" + b"oauth_eyJhbGciOiJFZERTQSJ9.eyJz_cope", b"hf_" + b"jwt_eyJhbGciOiJFZERTQSJ9.eyJz-cope", b"MY_" + TOKEN,
     b"glpat-" + b"Ab1_-" * 4, b"AIza" + b"Ab1_-" * 7, b"GOCSPX-" + KEY, b"ya29." + KEY, b"AccountKey=" + KEY * 2, b"npm_" + KEY[:36],
     b"github_" + b"pat_11ABCDEFG0_" + KEY, b"pypi-" + b"AgEIcHlwaS5vcmc" + KEY, b"dckr_pat_" + KEY, b"gsk_" + KEY, b"hvs." + KEY,
