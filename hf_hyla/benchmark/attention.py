@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..model.attention_hyla import by_pair, eager_attention_forward
-from ..model.backends_hyla import BACKENDS, kernel_problem, largest_intermediate
+from ..model.attention_hyla import by_pair, eager_attention_forward, largest_intermediate
+from ..model.backends_hyla import BACKENDS, kernel_problem
 from ..model.configuration_hyla import HylaConfig
 from ..model.layers_hyla import HylaAttention
 from .meter import SEED, Meter, available_bytes, in_a_line

@@ -19,6 +19,7 @@ every implementation computes.
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -300,3 +301,21 @@ def eager_attention_forward(
 def activation_or_none(name: str) -> nn.Module | None:
     """The activation of that name; `None`, the identity, for `"none"`."""
     return None if name == "none" else ACT2FN[name]
+
+
+def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """
+    Elements of the largest intermediate result of the eager implementation: the codes, the hidden layers, or in HYLA+ the hidden
+    layers of every head.
+    """
+    pairs = query.shape[0] * query.shape[2] * key.shape[2]
+    heads, width = query.shape[1], value.shape[3]
+    if module.attention_type != "hyla":
+        return pairs * heads
+    return pairs * (max(heads, width) if module.value_mixing is None else heads * width)
+
+
+def layer_with(module: Any, **replaced) -> SimpleNamespace:
+    """What the definition reads of an attention layer, with some of it replaced."""
+    names = ("attention_type", "score_norm", "value_activation", "value_mixing")
+    return SimpleNamespace(**{name: getattr(module, name) for name in names} | replaced)

@@ -24,10 +24,8 @@ multiplied in autocast's dtype, as torch's own products are. Position biases and
 their gradients.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +36,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from .attention_hyla import attended, by_pair, dropout_seed, eager_attention_forward, position_of_first
+from .attention_hyla import attended, by_pair, dropout_seed, eager_attention_forward, largest_intermediate, layer_with
+from .chunked_hyla import CHUNK_ELEMENTS, chunked_attention
+from .gradients_hyla import DifferentiatedOnce
 from .ops_cpu_hyla import cpu_attention, cpu_problem
 from .ops_triton_hyla import triton_attention, triton_problem
 from .step_cpu_hyla import step_attention, step_problem
@@ -51,8 +51,6 @@ logger = logging.get_logger(__name__)
 _EAGER_ELEMENTS = 2**18
 # The same for a single query on a CPU, whose kernel is compiled once for all sizes.
 _EAGER_STEP_ELEMENTS = 2**12
-# The chunked implementation computes about this many elements at a time. Above it, the default avoids the eager one's memory.
-_CHUNK_ELEMENTS = 2**22
 
 
 class Call(NamedTuple):
@@ -66,42 +64,6 @@ class Call(NamedTuple):
     scaling: float
     dropout: float = 0.0
     position_bias: torch.Tensor | None = None
-
-
-class _DifferentiatedOnce(torch.autograd.Function):
-    """Returns its arguments unchanged. Their gradients refuse to be differentiated."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        ctx.save_for_backward(*tensors)
-        outputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
-        pairs = zip(outputs, ctx.needs_input_grad, strict=True)
-        ctx.mark_non_differentiable(*(x for x, needs in pairs if x is not None and not needs))
-        return outputs
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        if not torch.is_grad_enabled():
-            return gradients
-        return _RefuseGradient.apply(len(gradients), *gradients, *ctx.saved_tensors)
-
-
-class _RefuseGradient(torch.autograd.Function):
-    """
-    Returns the first `count` tensors, and raises when they are differentiated. It takes all tensors that they depend on, so
-    that no derivative bypasses it.
-    """
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError(
-            "Fused attention has no gradient of its gradient: set attn_implementation='eager' for gradient penalties and "
-            "Hessians."
-        )
 
 
 class Implementation(NamedTuple):
@@ -121,17 +83,11 @@ def _differentiable_once(
     def compute_once(call: Call) -> torch.Tensor:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return compute(call)
-        query, key, value, bias, mixing = _DifferentiatedOnce.apply(*_differentiable(call))
-        layer = _layer_with(call.module, value_mixing=mixing)
+        query, key, value, bias, mixing = DifferentiatedOnce.apply(*_differentiable(call))
+        layer = layer_with(call.module, value_mixing=mixing)
         return compute(call._replace(module=layer, query=query, key=key, value=value, position_bias=bias))
 
     return Implementation(lambda call: _transform_problem(call) or own_problem(call), compute_once)
-
-
-def _layer_with(module: Any, **replaced) -> SimpleNamespace:
-    """What the definition reads of an attention layer, with some of it replaced."""
-    names = ("attention_type", "score_norm", "value_activation", "value_mixing")
-    return SimpleNamespace(**{name: getattr(module, name) for name in names} | replaced)
 
 
 def _no_problem(call: Call) -> None:
@@ -156,112 +112,8 @@ def _eager(call: Call) -> torch.Tensor:
     return output
 
 
-@torch.compiler.disable(reason="its gradients are computed chunk by chunk, outside of compiled graphs")
 def _chunked(call: Call) -> torch.Tensor:
-    """
-    The eager implementation for one chunk of queries at a time, computed again in the backward. It serves every device and
-    attention type. Its memory grows with the length, not with its square. Half precision is computed in float32.
-    """
-    module, query, key, value, mask, scaling, dropout, bias = call
-    seed = dropout_seed(query.device) if dropout > 0.0 else None
-    position = position_of_first(query, key)
-    # Queries are divided along the third of four axes.
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-    if bias is not None and bias.ndim == 3:
-        bias = bias[None]
-    activation = module.value_activation
-    parameters = {} if activation is None else dict(activation.named_parameters())
-
-    def attend(first: int, query, key, value, mask, bias, mixing, *values) -> torch.Tensor:
-        widened = dict(zip(parameters, values, strict=True))
-        layer = _layer_with(
-            module,
-            value_activation=activation and (lambda x: torch.func.functional_call(activation, widened, (x,))),
-            value_mixing=mixing,
-        )
-        output, _ = eager_attention_forward(
-            layer, query, key, value, mask, scaling, dropout, bias, seed=seed, first_query=position + first
-        )
-        return output
-
-    rows = max(_CHUNK_ELEMENTS // max(largest_intermediate(module, query[:, :, :1], key, value), 1), 1)
-    return _Chunked.apply(attend, rows, query, key, value, mask, bias, module.value_mixing, *parameters.values())
-
-
-class _Chunked(torch.autograd.Function):
-    """
-    Calls `attend` for `rows` queries at a time, and once more in the backward.
-
-    Every tensor that outlives a chunk is allocated before the first chunk. A small tensor between the large temporaries of two
-    chunks would keep the C library from reusing their memory, which would then grow with the square of the length.
-    """
-
-    @staticmethod
-    def forward(ctx, attend, rows, query, key, value, *others):
-        inputs = (query, key, value, *others)
-        ctx.attend, ctx.rows = attend, rows
-        ctx.save_for_backward(*inputs)
-        batch, heads, query_length, _ = query.shape
-        output = query.new_empty(batch, query_length, heads, value.shape[-1])
-        with _autocast_off(query.device.type):
-            for first, parts, _ in _chunks(rows, *map(_widened, inputs)):
-                output[:, first : first + rows] = attend(first, *parts)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        with torch.no_grad():
-            gradients = _Chunked._gradients(ctx, grad_output)
-        # torch's `once_differentiable` would cut these gradients off from what the output's gradient depends on.
-        return _RefuseGradient.apply(len(gradients), *gradients, grad_output) if torch.is_grad_enabled() else gradients
-
-    @staticmethod
-    def _gradients(ctx, grad_output):
-        inputs = ctx.saved_tensors
-        wide: list[Any] = [_widened(tensor) for tensor in inputs]
-        needed = [n for n, needs in enumerate(ctx.needs_input_grad[2:]) if needs]
-        sums = {n: torch.zeros_like(wide[n]) for n in needed}
-        for first, parts, where in _chunks(ctx.rows, *wide):
-            with torch.enable_grad(), _autocast_off(grad_output.device.type):
-                parts = [part if part is None else part.detach() for part in parts]
-                leaves = [parts[n].requires_grad_() for n in needed]
-                output = ctx.attend(first, *parts)
-            grad_chunk = grad_output[:, first : first + ctx.rows].to(output.dtype)
-            for n, gradient in zip(needed, torch.autograd.grad(output, leaves, grad_chunk), strict=True):
-                sums[n][where.get(n, ...)] += gradient
-        return None, None, *(sums[n].to(x.dtype) if n in sums else None for n, x in enumerate(inputs))
-
-
-def _chunks(rows: int, query, key, value, mask, bias, *others) -> Iterator[tuple[int, list, dict[int, tuple]]]:
-    """
-    Yields for every chunk its first query, the arguments of `attend`, and the indices of those arguments that are divided, by
-    their place among the arguments.
-    """
-    everything, length = slice(None), query.shape[2]
-    for first in range(0, length, rows):
-        last = min(first + rows, length)
-        of_queries = (everything, everything, slice(first, last))
-        where: dict[int, tuple] = {0: of_queries}
-        if mask is not None and mask.shape[2] > 1:
-            where[3] = of_queries
-        if bias is not None and bias.ndim == 2:
-            where[4] = (everything, slice(length - last, bias.shape[1] - first))
-        elif bias is not None and bias.shape[2] > 1:
-            where[4] = of_queries
-        arguments = enumerate((query, key, value, mask, bias, *others))
-        yield first, [tensor[where[n]] if n in where else tensor for n, tensor in arguments], where
-
-
-def _widened(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor, in float32 if it is in half precision."""
-    if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16):
-        return tensor
-    return tensor.float()
-
-
-def _autocast_off(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return chunked_attention(*call)
 
 
 def _sdpa(call: Call) -> torch.Tensor:
@@ -448,20 +300,8 @@ def fastest_implementation(call: Call) -> str:
         return kernel
     if not torch.compiler.is_compiling():
         logger.warning_once(f"Attention is computed without a fused kernel: {problem}.")
-    chunked = elements > _CHUNK_ELEMENTS and IMPLEMENTATIONS["hyla_chunked"].problem(call) is None
+    chunked = elements > CHUNK_ELEMENTS and IMPLEMENTATIONS["hyla_chunked"].problem(call) is None
     return "hyla_chunked" if chunked else "eager"
-
-
-def largest_intermediate(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """
-    Elements of the largest intermediate result of the eager implementation: the codes, the hidden layers, or in HYLA+ the hidden
-    layers of every head.
-    """
-    pairs = query.shape[0] * query.shape[2] * key.shape[2]
-    heads, width = query.shape[1], value.shape[3]
-    if module.attention_type != "hyla":
-        return pairs * heads
-    return pairs * (max(heads, width) if module.value_mixing is None else heads * width)
 
 
 def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, position_bias) -> str | None:

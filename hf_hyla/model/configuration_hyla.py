@@ -13,54 +13,27 @@
 # limitations under the License.
 """HylaConfig: every choice that makes a HYLA, linear or softmax attention model."""
 
-import difflib
-import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from .card_hyla import fill_in_card
+from .config_checks_hyla import (
+    FORMAT_VERSION,
+    ROPE_KEYWORDS,
+    UNDECLARED_KEYWORDS,
+    check_containers,
+    check_settings,
+    is_remote_code,
+    nearest,
+    refuse_too_large,
+    report_unknown_keywords,
+)
 
 
 logger = logging.get_logger(__name__)
-
-FORMAT_VERSION = 1
-
-# Other ways to say what `rope_parameters` says, which transformers puts there.
-ROPE_KEYWORDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-
-# Entries of a stored config that transformers reads without a look at their type.
-_CONTAINERS = {
-    "id2label": (dict, "an object of ids and names"),
-    "label2id": (dict, "an object of names and ids"),
-    "auto_map": (dict, "an object of Auto classes and the classes they stand for"),
-    "quantization_config": (dict, "an object of settings"),
-    "architectures": (list, "a list of names of classes"),
-}
-
-# Keywords that transformers itself puts into a config without declaring them as fields.
-_UNDECLARED_KEYWORDS = frozenset((
-    "num_labels", "name_or_path", "attn_implementation", "experts_implementation", "output_attentions",
-    "per_layer_config", "torch_dtype", "model_type", "auto_map", "custom_pipelines", "quantization_config",
-    "tie_last_hidden_states", "tokenizer_class", "sep_token_id", "cls_token_id", "mask_token_id", "_commit_hash",
-    *ROPE_KEYWORDS,
-))  # fmt: skip
-
-
-# What models of other families call a field of this one.
-_OTHER_NAMES = {
-    "d_model": "hidden_size", "n_embd": "hidden_size", "dim": "hidden_size", "embed_dim": "hidden_size",
-    "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "depth": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_heads": "num_attention_heads",
-    "d_ff": "intermediate_size", "n_inner": "intermediate_size", "ffn_dim": "intermediate_size",
-    "dropout": "attention_dropout", "attention_probs_dropout_prob": "attention_dropout",
-    "layer_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps", "is_decoder": "is_causal",
-    "hidden_activation": "hidden_act", "activation_function": "hidden_act",
-}  # fmt: skip
 
 
 # The docstring is written by hand, with the paper's terms.
@@ -234,13 +207,13 @@ class HylaConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
-        _report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
-        _check_containers({"id2label": self.id2label, "label2id": self.label2id})
+        report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
+        check_containers({"id2label": self.id2label, "label2id": self.label2id})
         if self.id2label is None:
             num_labels = kwargs.setdefault("num_labels", 8)
             if type(num_labels) is not int or num_labels < 1:
                 raise ValueError(f"num_labels must be at least 1, and a whole number, got {num_labels!r:.40}.")
-            _refuse_too_large("num_labels", num_labels)
+            refuse_too_large("num_labels", num_labels)
         if self.vocab_size is None:
             self.answer_token_id, self.embedding_bias = None, False
         # Every class is loadable from every repository, whichever of them was saved; set anew each time, since
@@ -253,7 +226,7 @@ class HylaConfig(PreTrainedConfig):
         }
         # transformers would ask for leave to run the repository's pipeline even where the package has registered its own.
         kwargs.pop("custom_pipelines", None)
-        if _is_remote_code():
+        if is_remote_code():
             kwargs["custom_pipelines"] = _custom_pipelines()
         super().__post_init__(**kwargs)
 
@@ -285,18 +258,18 @@ class HylaConfig(PreTrainedConfig):
         """As transformers', for what it stores: attributes of any name that were set on a config, too."""
         if not isinstance(config_dict, dict):
             raise ValueError(f"A config must be an object of names and values, got {type(config_dict).__name__}.")
-        _check_containers(config_dict)
+        check_containers(config_dict)
         for name in config_dict:
             if callable(getattr(cls, name, None)):
                 raise ValueError(f"A config cannot set {name!r}, which is a method of HylaConfig: remove it.")
-        known = {*cls.__dataclass_fields__, *_UNDECLARED_KEYWORDS}
+        known = {*cls.__dataclass_fields__, *UNDECLARED_KEYWORDS}
         unread = {name: value for name, value in config_dict.items() if name not in known and name[:1] != "_"}
         config_dict = {name: value for name, value in config_dict.items() if name not in unread}
         found = super().from_dict(config_dict, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         for name, value in unread.items():
             logger.warning(
-                f"HylaConfig has no field {name!r}{_nearest(name, known)}; it is kept, but nothing reads it."
+                f"HylaConfig has no field {name!r}{nearest(name, known)}; it is kept, but nothing reads it."
             )
             setattr(config, name, value)
         return found
@@ -335,84 +308,7 @@ class HylaConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Called by `@strict` after every construction; refuses settings that contradict each other."""
-        if (self.vocab_size is None) == (self.input_size is None):
-            raise ValueError(
-                f"Exactly one of vocab_size (for input_ids) and input_size (for input_values) must be set, got "
-                f"vocab_size={self.vocab_size} and input_size={self.input_size}: set the other one to None."
-            )
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not (value >= least and math.isfinite(value)):
-                finite = "" if isinstance(value, int) else " and finite"
-                raise ValueError(f"{name} must be at least {least}{finite}, got {value}.")
-            _refuse_too_large(name, value)
-        _refuse_too_large("relative_attention_num_buckets", self.relative_attention_num_buckets)
-        self._refuse_too_many_weights()
-        if self.position_type == "relative" and self.relative_attention_num_buckets < 2:
-            raise ValueError(
-                f"relative_attention_num_buckets must be at least 2, got {self.relative_attention_num_buckets}."
-            )
-        if self.position_type == "rotary":
-            self._check_rotary()
-        if self.sliding_window is not None and not self.is_causal:
-            raise ValueError(
-                f"sliding_window={self.sliding_window} needs a causal model: set is_causal=True or sliding_window=None."
-            )
-        if not self.num_labels:
-            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
-        if self.problem_type not in _PROBLEM_TYPES:
-            raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {self.problem_type!r}.")
-        if self.format_version != FORMAT_VERSION:
-            # Where the package is installed, transformers takes it rather than the code beside the weights.
-            logger.warning_once(
-                f"This model was saved in format {self.format_version}, but the code in use, "
-                f"{'which lies beside the weights' if _is_remote_code() else 'the installed package hf_hyla'}, reads format "
-                f"{FORMAT_VERSION} and may misread it: use the version of hf_hyla that saved the model."
-            )
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}.")
-        if not 0 < self.attention_out_multiplier < math.inf:
-            raise ValueError(
-                f"attention_out_multiplier must be positive and finite, got {self.attention_out_multiplier}."
-            )
-        for name in ("answer_token_id", "pad_token_id"):
-            token = getattr(self, name)
-            if token is not None and self.vocab_size is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"{name} must be one of the ids 0 to {self.vocab_size - 1} (vocab_size={self.vocab_size}), got "
-                    f"{token}: set {name}=None if there is no such token."
-                )
-        if self.answer_token_id is not None and self.answer_token_id + 1 != self.vocab_size:
-            logger.warning_once(
-                f"Token id {self.answer_token_id} is the answer slot and its embedding is held at zero; set "
-                "answer_token_id=None if it is an ordinary token."
-            )
-        if self.answer_token_id is not None and self.answer_token_id == self.pad_token_id:
-            raise ValueError(
-                f"pad_token_id and answer_token_id are both {self.pad_token_id}: give them different ids."
-            )
-        for name, also in (("value_activation", {"none"}), ("hidden_act", set())):
-            value = getattr(self, name)
-            if value is not None and value not in ACT2FN and value not in also:
-                raise ValueError(
-                    f"{name}={value!r} is not an activation that transformers knows{_nearest(value, [*ACT2FN, *also])}."
-                )
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}: a token goes to "
-                "each expert once at most."
-            )
-        generated = self.attention_type == "hyla"
-        if self.value_depth == 2 and not generated:
-            raise ValueError(
-                f"value_depth=2 needs a generated value network, but attention_type={self.attention_type!r} mixes "
-                "values: set attention_type='hyla' or value_depth=1."
-            )
-        if not generated and (self.attention_type == "softmax") != (self.effective_score_norm == "softmax"):
-            raise ValueError(
-                f"score_norm={self.score_norm!r} does not go with attention_type={self.attention_type!r}: softmax scores "
-                "with mixed values are attention_type='softmax', all others are 'linear'."
-            )
+        check_settings(self)
 
     def validate_rope(self):
         """As transformers', whose error for a parameter that is missing is none that its callers expect."""
@@ -421,115 +317,10 @@ class HylaConfig(PreTrainedConfig):
         except KeyError as error:
             raise ValueError(f"{error.args[0]}: add them.") from None
 
-    def _check_rotary(self):
-        parameters, width = self.rope_parameters or {}, self.head_dim or 0
-        rope_type = parameters.get("rope_type", "default")
-        known = ["default", *ROPE_INIT_FUNCTIONS]
-        if not isinstance(rope_type, str) or rope_type not in known:
-            raise ValueError(
-                f"rope_parameters has rope_type={rope_type!r}, which transformers does not know{_nearest(str(rope_type), known)}: "
-                f"expected one of {', '.join(known)}."
-            )
-        for name, value in parameters.items():
-            each = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
-            is_name = name in ("rope_type", "type", "truncate")  # of a type, and a switch
-            is_left_out = value is None and name not in ("rope_theta", "partial_rotary_factor", "factor")
-            if not (is_name or is_left_out or all(type(one) in (int, float) and 0 < one < math.inf for one in each)):
-                raise ValueError(f"rope_parameters has {name}={value!r:.40}, expected a number above 0.")
-        rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
-        if rotated % 2 or not 0 < rotated <= width:
-            raise ValueError(
-                f"Rotary positions rotate pairs of elements, but here {rotated} of head_dim={width} are rotated: make it "
-                "an even number, at least 2 and at most head_dim."
-            )
-        for name in ("short_factor", "long_factor"):
-            factors = parameters.get(name)
-            if factors is not None and (not isinstance(factors, list) or len(factors) != rotated // 2):
-                raise ValueError(
-                    f"rope_parameters has {name}={factors!r:.40}, expected a list of {rotated // 2} numbers."
-                )
-
-    def _refuse_too_many_weights(self):
-        # What a file asks for is refused before memory is: about as many as the largest matrices of every layer have.
-        heads = self.num_attention_heads * ((self.head_dim or 0) * 2 + (self.value_head_dim or 0) * 2)
-        experts = self.num_experts if self.ffn_type == "moe" else 1
-        layer = self.hidden_size * (heads + 2 * experts * self.intermediate_size)
-        layer += self.num_attention_heads * (self.relative_attention_num_buckets or 0)
-        ends = self.hidden_size * ((self.vocab_size or self.input_size or 0) + (self.num_labels or 0))
-        weights = self.num_hidden_layers * layer + ends
-        if weights > _MOST_WEIGHTS:
-            raise ValueError(
-                f"This config asks for {weights:.1e} weights, more than the {_MOST_WEIGHTS:.0e} that a model of this family may "
-                "have: make its sizes smaller."
-            )
-
-
-def _check_containers(entries: dict) -> None:
-    for name, (kind, words) in _CONTAINERS.items():
-        value = entries.get(name)
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{name} must be {words}, got {value!r:.60}.")
-
-
-def _refuse_too_large(name: str, value) -> None:
-    largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
-    if isinstance(value, int) and value > largest:
-        raise ValueError(f"{name} must be at most {largest}, got {value}.")
-
-
-def _is_remote_code() -> bool:
-    return __name__.startswith("transformers_modules.")
-
 
 def _custom_pipelines() -> dict[str, dict]:
     implementation = "pipeline_hyla.SymbolicReasoningPipeline"
     return {"symbolic-reasoning": {"impl": implementation, "pt": ["AutoModelForSequenceClassification"]}}
-
-
-_LARGEST = 10**7  # of any one size
-_MOST_LAYERS = 1000  # each of which takes time to build
-_MOST_WEIGHTS = 10**11
-
-_LEAST = {
-    "vocab_size": 1,
-    "input_size": 1,
-    "hidden_size": 1,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "head_dim": 1,
-    "value_head_dim": 1,
-    "intermediate_size": 1,
-    "num_experts": 1,
-    "num_experts_per_tok": 1,
-    "router_aux_loss_coef": 0,
-    "num_answers": 1,
-    "max_position_embeddings": 1,
-    "sliding_window": 2,
-    "norm_eps": 0,
-}
-_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-
-
-def _nearest(name: str, known) -> str:
-    if _OTHER_NAMES.get(name) in known:
-        return f"; did you mean {_OTHER_NAMES[name]!r}?"
-    # A part of a field's name, such as num_heads, may have few letters in common with it.
-    longer = [field for field in known if set(name.split("_")) < set(field.split("_"))]
-    if "_" in name and longer:
-        return f"; did you mean {min(longer, key=len)!r}?"
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _report_unknown_keywords(kwargs: dict, known) -> None:
-    # transformers stores whatever keyword it does not know, so that a typo would silently train the default.
-    known = {*known, *_UNDECLARED_KEYWORDS}
-    for name in kwargs:
-        if name in known or name.startswith("_"):
-            continue
-        if suggestion := _nearest(name, known):
-            raise ValueError(f"HylaConfig has no field {name!r}{suggestion}")
-        logger.warning(f"HylaConfig has no field {name!r}; it is stored, but nothing reads it.")
 
 
 HylaConfig.register_for_auto_class()

@@ -10,8 +10,14 @@ from model_helpers import HYLA, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, SOFTMAX, Case,
 from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.model import backends_hyla, kernels_cpu_hyla, ops_cpu_hyla, tiles_cpu_hyla
-from hf_hyla.model.attention_hyla import by_pair, dropout_seed, eager_attention_forward, pair_dropout
+from hf_hyla.model import backends_hyla, chunked_hyla, kernels_cpu_hyla, ops_cpu_hyla, tiles_cpu_hyla
+from hf_hyla.model.attention_hyla import (
+    by_pair,
+    dropout_seed,
+    eager_attention_forward,
+    largest_intermediate,
+    pair_dropout,
+)
 from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
 
 
@@ -56,7 +62,7 @@ def compare(backend, row, case, dtype=torch.float64):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of the chunked implementation of three queries or so, the last of them shorter."""
-    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1200)
+    monkeypatch.setattr(chunked_hyla, "CHUNK_ELEMENTS", 1200)
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padding", "random"])
@@ -202,19 +208,19 @@ def test_without_a_kernel_wide_values_do_not_fill_the_memory(kind, heads, width,
     layer = Layer("hyla", "rms_head", "relu", mixing)
     tensor = torch.empty(1, heads, length, width, device="meta")
     largest = length**2 * (heads * width if kind == "hyla+" else max(heads, width))
-    assert backends_hyla.largest_intermediate(layer, tensor, tensor, tensor) == largest
+    assert largest_intermediate(layer, tensor, tensor, tensor) == largest
     assert fastest_implementation(Call(layer, tensor, tensor, tensor, None, 0.5)) == "hyla_chunked"
 
 
 def test_chunks_of_the_chunked_implementation_hold_the_hidden_layers_of_every_head(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1200)
+    monkeypatch.setattr(chunked_hyla, "CHUNK_ELEMENTS", 1200)
     lengths = []
 
     def noted(module, query, *args, **kwargs):
         lengths.append(query.shape[2])
         return eager_attention_forward(module, query, *args, **kwargs)
 
-    monkeypatch.setattr(backends_hyla, "eager_attention_forward", noted)
+    monkeypatch.setattr(chunked_hyla, "eager_attention_forward", noted)
     tensors = torch.randn(3, 1, 3, 20, 5).unbind()
     BACKENDS["hyla_chunked"](Layer("hyla", "rms_head", "relu", torch.randn(3, 5, 5)), *tensors, None, 0.5)
     assert lengths == [4] * 5  # of 20 keys x 3 heads x 5 elements each
@@ -224,7 +230,7 @@ def test_chunks_of_the_chunked_implementation_hold_the_hidden_layers_of_every_he
 def test_chunked_implementation_in_half_precision_adds_its_chunks_up_without_rounding(row, monkeypatch):
     case = Case(batch=1, heads=4, queries=256, keys=32, width=8, value_width=8)
     expected = differentiate(eager_attention_forward, row, case, torch.float64)
-    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1)  # a chunk for every query
+    monkeypatch.setattr(chunked_hyla, "CHUNK_ELEMENTS", 1)  # a chunk for every query
 
     def errors(backend):
         found = differentiate(backend, row, case, torch.bfloat16)
@@ -268,8 +274,8 @@ def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_
         "import torch\n"
         "from types import SimpleNamespace\n"
         "from hf_hyla.benchmark.meter import Meter\n"
-        "from hf_hyla.model import backends_hyla\n"
-        "backends_hyla._CHUNK_ELEMENTS = 2**21\n"
+        "from hf_hyla.model import backends_hyla, chunked_hyla\n"
+        "chunked_hyla.CHUNK_ELEMENTS = 2**21\n"
         "torch.set_num_threads(1)\n"
         "layer = SimpleNamespace(attention_type='hyla', score_norm='rms_head', value_activation=torch.nn.ReLU(),\n"
         "                        value_mixing=None)\n"
@@ -285,7 +291,7 @@ def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_
 
 
 def test_chunked_implementation_is_computed_between_the_graphs_of_a_compiled_model(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 20_000)
+    monkeypatch.setattr(chunked_hyla, "CHUNK_ELEMENTS", 20_000)
     torch.manual_seed(0)
     model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=2, attn_implementation="hyla_chunked")).train()
     ids = torch.randint(0, 8, (3, 36))

@@ -33,7 +33,7 @@ from model_helpers import (
 from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.model import backends_hyla, vectors_cpu_hyla
+from hf_hyla.model import backends_hyla, chunked_hyla, vectors_cpu_hyla
 from hf_hyla.model.attention_hyla import by_pair, eager_attention_forward
 from hf_hyla.model.backends_hyla import BACKENDS, IMPLEMENTATIONS
 
@@ -47,7 +47,7 @@ half = pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(backends_hyla, "_CHUNK_ELEMENTS", 1200)
+    monkeypatch.setattr(chunked_hyla, "CHUNK_ELEMENTS", 1200)
 
 
 def given(row, case, dtype, parameters=torch.float32):
