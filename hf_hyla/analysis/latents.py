@@ -1,4 +1,4 @@
-"""The latent codes of answer tokens, collected batch by batch; no attention tensor is kept."""
+"""The latent codes of answer tokens, or of others, collected batch by batch; no attention tensor is kept."""
 
 import dataclasses
 from collections import defaultdict
@@ -26,7 +26,7 @@ Batch = dict[str, torch.Tensor]
 class Codes:
     """
     Attributes:
-        codes: float32 (samples, layers, answers, keys, heads).
+        codes: float32 (samples, layers, answers, keys, heads). Answers are the queries: the answer tokens, or those asked for.
         columns: the other entries of the batches, joined, such as labels, rules or terms.
     """
 
@@ -49,12 +49,14 @@ def collect_codes(
     keys: Callable[[Batch], torch.Tensor | None] | None = None,
     total: int | None = None,
     progress: bool = False,
+    *,
+    queries: Callable[[Batch], torch.Tensor] | None = None,
 ) -> Codes:
     """
     The latent codes between the answer tokens and some keys, in every layer (arXiv 2406.05816, section 2).
 
-    The queries are the tokens that the classification head reads, the last `num_answers`. The result takes
-    4 · samples · layers · answers · keys · heads bytes, and up to twice as much while it grows. For 50,000 samples these are
+    The queries are the tokens that the classification head reads, the last `num_answers`, unless others are asked for. The result
+    takes 4 · samples · layers · answers · keys · heads bytes, and up to twice as much while it grows. For 50,000 samples these are
     3 MB with the paper's fuzzy-logic model and 102 MB with its SRAVEN model. The full codes of one layer and one batch are in
     memory besides.
 
@@ -63,9 +65,11 @@ def collect_codes(
         batches: dicts with the model's inputs as tensors, and any other columns that numpy can make an array of. The first
             axis of each is that of the samples.
         keys: a function from a batch to the positions (batch, answers, keys) of its keys. If it is `None` or returns `None`,
-            each answer token is its own key.
+            each query is its own key.
         total: number of batches, for the progress bar.
         progress: whether to show a progress bar.
+        queries: a function from a batch to the positions (batch, answers) of its queries, such as tokens of a language model. If
+            it is `None`, they are the answer tokens.
 
     Raises:
         ValueError: if the model has no attention of this family, or there are no batches.
@@ -73,14 +77,14 @@ def collect_codes(
     kept = _Rows()
     columns: dict[str, _Rows] = defaultdict(_Rows)
     for batch in tqdm(batches, total=total, desc="Collecting codes", disable=not progress):
-        queries = _answer_positions(model, batch)
+        at_queries = queries(batch) if queries else _answer_positions(model, batch)
         asked = keys(batch) if keys else None
-        at_keys = queries.unsqueeze(-1) if asked is None else asked
+        at_keys = at_queries.unsqueeze(-1) if asked is None else asked
         picked: list[torch.Tensor] = []
 
-        def pick(layer: int, codes: torch.Tensor, picked=picked, queries=queries, at_keys=at_keys) -> None:
+        def pick(layer: int, codes: torch.Tensor, picked=picked, at_queries=at_queries, at_keys=at_keys) -> None:
             sample = torch.arange(len(codes))[:, None, None]
-            picked.append(codes[sample, :, queries.unsqueeze(-1), at_keys].float().cpu())
+            picked.append(codes[sample, :, at_queries.unsqueeze(-1), at_keys].float().cpu())
 
         with watching(model, pick):
             run(model, batch)

@@ -37,6 +37,22 @@ def test_codes_are_those_that_the_model_returns(build, sraven, attention_type):
     assert collected.columns["rules"].shape == (40, 2) and "input_ids" not in collected.columns
 
 
+def test_codes_of_other_queries_than_the_answers_are_those_asked_for(build, sraven):
+    model, batch = build(sraven), next(task_batches(sraven, "ood", 6))
+    queries = torch.tensor([[3, 0, 11]]).expand(6, -1)
+    keys = torch.stack([queries, (queries + 5) % 12], dim=-1)
+    collected = collect_codes(model, [batch], lambda batch: keys, queries=lambda batch: queries)
+    assert collected.codes.shape == (6, 2, 3, 2, 4)
+    with torch.no_grad():
+        returned = model(input_ids=batch["input_ids"], output_attentions=True).attentions
+    for layer, codes in enumerate(returned):
+        for answer, query in enumerate([3, 0, 11]):
+            for number, key in enumerate([query, (query + 5) % 12]):
+                np.testing.assert_allclose(
+                    collected.codes[:, layer, answer, number], codes[:, :, query, key], atol=1e-5
+                )
+
+
 def test_features_keep_answers_apart_and_layers_in_order(build, sraven):
     collected = collect_codes(build(sraven), task_batches(sraven, "ood", 5), sraven.answer_keys)
     features = collected.features()

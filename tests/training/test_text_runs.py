@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,23 @@ def test_the_three_recipes_differ_in_the_attention_alone_and_have_equal_paramete
     with torch.device("meta"):
         sizes = {AutoModelForCausalLM.from_config(recipe.config).num_parameters() for recipe in recipes}
     assert sizes == {10_734_720}
+
+
+def test_the_probe_of_python_names_the_kind_of_every_byte():
+    module = runpy.run_path(str(RECIPES / "text" / "codes.py"))
+    row = b"if iffy:\n    x = 'if' + \"a\" * 12.5  # if 1\n\n\ty()"
+    expected = "kk nnnno iiiin o ssss o sss o dddd  cccccc  inoo"
+    letters = dict(zip(module["KINDS"], "csdkni o", strict=True))
+    found = "".join(letters[module["KINDS"][kind]] for kind in module["kinds_of"](row))
+    assert found == expected
+
+
+def test_the_probe_of_python_reads_codes_of_a_run(finished, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", ["codes.py", str(finished)])
+    runpy.run_path(str(RECIPES / "text" / "codes.py"), run_name="__main__")
+    scores = dict(
+        re.findall(r"^(two bytes|layer 1|all layers) +(\d\.\d+) ±", capsys.readouterr().out, flags=re.MULTILINE)
+    )
+    assert scores.keys() == {"two bytes", "layer 1", "all layers"} and scores["layer 1"] == scores["all layers"]
+    assert float(scores["two bytes"]) > 0.9  # numbers, names and spaces
