@@ -43,23 +43,25 @@ OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "e
 # The type in which numba sees the elements of a dtype, by torch's name of the dtype.
 STORED = {"float64": "float64", "float32": "float32", "bfloat16": "int16", "float16": "uint16"}
 _FLAGS = ("contract", "nsz", "arcp")
+# Functions that only others call, and that become a part of these: numba makes no entries for Python and for C, which takes time.
+_INNER = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def jit(function):
-    return numba.njit(forceinline=True, **OPTIONS)(function) if numba else function
+    return numba.njit(**_INNER, **OPTIONS)(function) if numba else function
 
 
 def jit_in_order(function):
     """Keeps sums in the order in which they are written, for functions that depend on how they round."""
     options = OPTIONS | {"fastmath": {"contract"}}
-    return numba.njit(forceinline=True, **options)(function) if numba else function
+    return numba.njit(**_INNER, **options)(function) if numba else function
 
 
 def compiled_by_type(function):
     """Compiles for `function` what the decorated function returns for the types of the arguments."""
     if numba is None:
         return lambda choose: choose
-    return overload(function, jit_options={"forceinline": True, **OPTIONS})
+    return overload(function, jit_options=_INNER | OPTIONS)
 
 
 def compiled(signature, function):
