@@ -81,13 +81,15 @@ gpu-rehearsal:
 	test -s runs/gpu-rehearsal/run.json -a -s runs/gpu-rehearsal/learning_curve.png
 
 # Renders the cards of the trained models again, after a change of templates or results: beside the records of the same recipe
-# and of the recipes that are named like it but for the attention, such as sraven-softmax-30k for sraven-hyla-30k.
+# and of the recipes that are named like it but for the attention and the number of steps, such as sraven-softmax-30k for
+# sraven-hyla-30k.
 hub-cards: setup
 	@set -e; shopt -s nullglob; for run in hub_cards/*/run.json; do \
 		folder=$$(dirname $$run); \
 		name=$$($(BIN)/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["name"])' $$run); \
 		records=(); for attention in hyla softmax linear; do \
-			records+=(recipes/results/$$(sed -E "s/hyla|softmax|linear/$$attention/" <<< $$name)/*.json); \
+			other=recipes/results/$$(sed -E "s/hyla|softmax|linear/$$attention/" <<< $$name); \
+			records+=($$other/*.json $$other-max_steps=*/*.json); \
 		done; \
 		$(BIN)/hyla card $$folder --repo-id hf-hyla/$$(basename $$folder) --with $${records[@]}; \
 	done

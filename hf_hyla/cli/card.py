@@ -26,8 +26,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         nargs="+",
         default=(),
-        help="runs (folders or JSON records) of the same recipe with other seeds, for means and standard errors, and of the same "
-        "task with another attention, for the comparison",
+        help="runs (folders or JSON records) of the same recipe with other seeds, for means and standard errors, and of other "
+        "recipes for the same task, such as those of another attention, for the comparison",
     )
 
 

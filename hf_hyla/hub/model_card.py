@@ -4,7 +4,7 @@ import dataclasses
 import json
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
         run: whose model answers the question that the card shows; `probe/` in its folder is what `hyla probe` wrote, if it
             was called.
         repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from the run's folder.
-        others: records (folders of runs, or JSON files) of the same recipe with other seeds, for the spread, and of the same
-            task with another attention, for the comparison; the run's own may be among them.
+        others: records (folders of runs, or JSON files) of the same recipe with other seeds, for the spread, and of other recipes
+            for the same task, such as those of another attention, for the comparison; the run's own may be among them.
 
     Raises:
         ValueError: if `others` are runs of something else, or `probe/` is about other weights.
@@ -108,10 +108,10 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
 
 def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], list[list[RunRecord]]]:
     """
-    The runs of this run's recipe, itself the first, and those of each recipe with another attention.
+    The runs of this run's recipe, itself the first, and those of each other recipe for the same task.
 
     Raises:
-        ValueError: for a record that is neither or lacks scores, two recipes of one attention, or two runs with the same seeds.
+        ValueError: for a record that is neither or lacks scores, or two runs of a recipe with the same seeds.
     """
     record, of_others = run.record, []
     seeds = [record]
@@ -119,24 +119,18 @@ def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], lis
         if without_seeds(other.recipe) == without_seeds(record.recipe):
             # A copy of a run is no other seed.
             seeds += [other] if other.identity not in {one.identity for one in seeds} else []
-        elif plots.task_settings(other) == plots.task_settings(record) and plots.attention_of(other) not in (
-            None,
-            run.config.attention_type,
-        ):
+        elif plots.task_settings(other) == plots.task_settings(record) and plots.attention_of(other):
             of_others.append(other)
         else:
             raise ValueError(
-                f"{other.name} (seeds {other.seeds}) is a run of another recipe: expected runs that differ in nothing but their "
-                "seeds, or runs of the same task with another attention."
+                f"{other.name} (seeds {other.seeds}) cannot be compared with this run: expected runs that differ in nothing but "
+                "their seeds, or runs for the same task that did not start from other weights."
             )
         if any(run.task.metric_names[0] not in other.metrics.get(split, {}) for split in record.metrics):
             raise ValueError(
                 f"{other.name} (seeds {other.seeds}) lacks scores of the splits {', '.join(record.metrics)}: train that run again."
             )
     baselines = grouped(of_others)
-    known = [plots.attention_of(group[0]) for group in baselines]
-    if len(set(known)) < len(known):
-        raise ValueError("Two recipes of one attention are among the records: name the runs of one of them.")
     for group in (seeds, *baselines):
         if len({json.dumps(one.seeds, sort_keys=True) for one in group}) < len(group):
             raise ValueError("Two of the records have the same seeds, but other results: name one of them.")
@@ -269,7 +263,7 @@ def _render(
             baselines=baselines,
             several=any(len(group) > 1 for group in (seeds, *baselines)),
             comparison=_comparison(run, seeds, baselines),
-            differing=_differing(run.record, baselines),
+            differing=_differing(seeds, baselines),
             probe=probe,
             printed=printed,
             command=_command(record),
@@ -350,7 +344,7 @@ def _command(record: RunRecord) -> str:
 def _comparison(run: Run, seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> list[list[str]]:
     """
     Rows of a table: attention, runs, training samples, the headline score on each split, and the paper's on `ood`: of this run,
-    of all runs of its recipe, and of each baseline.
+    of all runs of its recipe, and of each other recipe.
     """
     metric = run.task.metric_names[0]
 
@@ -367,15 +361,20 @@ def _comparison(run: Run, seeds: list[RunRecord], baselines: list[list[RunRecord
     rows = [row(f"**{name}, this model**", seeds[:1])]
     if len(seeds) > 1:
         rows.append(row(f"{name}, all seeds", seeds))
-    return rows + [row(ATTENTION_NAMES[plots.attention_of(group[0]) or ""], group) for group in baselines]
+    return rows + [row(as_text(label), group) for label, group in _named(seeds, baselines)]
 
 
-def _differing(record: RunRecord, baselines: list[list[RunRecord]]) -> list[tuple[str, str, Any, Any]]:
-    """In which settings baselines differ from a run besides the attention: key, attention, their value and the run's."""
-    ours = without_seeds(record.recipe)
+def _named(seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> Iterator[tuple[str, list[RunRecord]]]:
+    """The other recipes with what the picture calls them."""
+    return zip(plots.labels([seeds, *baselines])[1:], baselines, strict=True)
+
+
+def _differing(seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> list[tuple[str, str, Any, Any]]:
+    """In which settings other recipes differ from a run besides the attention: key, recipe, their value and the run's."""
+    ours = without_seeds(seeds[0].recipe)
     found = []
-    for group in baselines:
-        theirs, name = without_seeds(group[0].recipe), ATTENTION_NAMES[plots.attention_of(group[0]) or ""]
+    for name, group in _named(seeds, baselines):
+        theirs = without_seeds(group[0].recipe)
         keys = [key for key in ours | theirs if key != "model.attention_type" and ours.get(key) != theirs.get(key)]
         found += [(key, name, theirs.get(key), ours.get(key)) for key in keys]
     return found

@@ -159,10 +159,15 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
 
 def told_apart(record: RunRecord, all_recipes: list[RunRecord]) -> str:
     """The recipe's name, and those of its settings in which recipes of this name differ."""
+    return " ".join([record.name, *differing_settings(record, all_recipes)])
+
+
+def differing_settings(record: RunRecord, all_recipes: list[RunRecord]) -> list[str]:
+    """The settings of a recipe in which recipes of its name differ, such as `max_steps=40000`."""
     namesakes = [other for other in all_recipes if other.name == record.name]
     settings, *others = (without_seeds(one.recipe) for one in (record, *namesakes))
     differing = [key for key in settings if any(other.get(key) != settings[key] for other in others)]
-    return " ".join([record.name, *(f"{key.partition('.')[2]}={settings[key]}" for key in differing)])
+    return [f"{key.partition('.')[2]}={settings[key]}" for key in differing]
 
 
 def _pair(value: float | None, spread: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..tasks import get_task
 from ..utils import ATTENTION_NAMES
-from .compare import told_apart
+from .compare import differing_settings
 from .paper import paper_result
 from .record import RunRecord, mean_and_error, without_seeds
 
@@ -141,14 +141,27 @@ def over_samples(groups: list[list[RunRecord]]) -> bytes:
     return _png(figure)
 
 
-def _named_lines(groups: list[list[RunRecord]]) -> Iterator[tuple[list[RunRecord], tuple[str, str, str]]]:
-    """Each group with its label, style and colour: named by its attention, and by its recipe too if several share that."""
+def labels(groups: list[list[RunRecord]]) -> list[str]:
+    """
+    What to call each recipe: its attention, and what tells it apart where several have that. This is the recipe's name, or the
+    settings in which recipes of one name differ.
+    """
     recipes = [group[0] for group in groups]
-    attentions = [attention_of(recipe) for recipe in recipes]
-    for number, (group, attention) in enumerate(zip(groups, attentions, strict=True)):
-        name = ATTENTION_NAMES.get(attention or "")
-        if name is None or attentions.count(attention) > 1:
-            name = ", ".join(filter(None, [name, told_apart(group[0], recipes)]))
+    found = []
+    for recipe in recipes:
+        attention = ATTENTION_NAMES.get(attention_of(recipe) or "")
+        alike = [other for other in recipes if attention_of(other) == attention_of(recipe)]
+        several_names = len({other.name for other in alike}) > 1
+        apart = [one for one in differing_settings(recipe, alike) if not one.startswith("attention_type=")]
+        name = [recipe.name] if several_names or not (attention and (apart or len(alike) == 1)) else []
+        found.append(", ".join(filter(None, [attention, " ".join(name + apart)])))
+    return found
+
+
+def _named_lines(groups: list[list[RunRecord]]) -> Iterator[tuple[list[RunRecord], tuple[str, str, str]]]:
+    """Each group with its label, style and colour. Recipes of one attention differ in their style."""
+    attentions = [attention_of(group[0]) for group in groups]
+    for number, (group, name, attention) in enumerate(zip(groups, labels(groups), attentions, strict=True)):
         style = _STYLES[attentions[:number].count(attention) % len(_STYLES)]
         seeds = f", {len(group)} seeds" if len(group) > 1 else ""
         yield group, (name + seeds, style, _COLOURS[attention])

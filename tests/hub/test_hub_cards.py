@@ -32,10 +32,14 @@ trained = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.n
 
 
 def results_of(folder: Path) -> list[Path]:
-    """The records of the model's recipe, and of the recipes that are named like it but for the attention, as in the Makefile."""
-    name = RunRecord.load(folder).name
+    """
+    The records of the model's recipe, and of the recipes that are named like it but for the attention and the number of steps,
+    as in the Makefile.
+    """
+    name, results = RunRecord.load(folder).name, PROJECT / "recipes" / "results"
     names = [re.sub("hyla|softmax|linear", attention, name) for attention in ("hyla", "softmax", "linear")]
-    return [path for name in names for path in sorted((PROJECT / "recipes" / "results" / name).glob("*.json"))]
+    folders = [one for name in names for one in (results / name, *sorted(results.glob(f"{name}-max_steps=*")))]
+    return [path for folder in folders for path in sorted(folder.glob("*.json"))]
 
 
 @functools.cache
