@@ -74,14 +74,27 @@ def find_task(name: str, may_import: bool = False) -> type[Task]:
     task = getattr(sys.modules[module], class_name, None)
     if not isinstance(task, type) or not issubclass(task, Task):
         raise ValueError(f"{name} is not a task: expected a subclass of hf_hyla.tasks.Task.")
-    if left := sorted(task.__abstractmethods__):
+    _check_users_task(name, task)
+    return task
+
+
+def _check_users_task(name: str, task: type[Task]) -> None:
+    if "__dataclass_fields__" not in vars(task):
+        # Its settings would be attributes that no record holds.
+        raise ValueError(f"The task {name} is not a dataclass: put @dataclasses.dataclass before the class.")
+    names = [attribute for attribute in ("model_columns", "metric_names") if not getattr(task, attribute, None)]
+    if left := sorted(task.__abstractmethods__) + names:
         raise ValueError(f"The task {name} is incomplete: it lacks {', '.join(left)}.")
     if not re.fullmatch("[a-z][a-z0-9_]*", getattr(task, "name", "")) or task.name in TASKS:
         raise ValueError(
-            f"The task {name} needs a name in lower case and without spaces, such as {class_name.lower()!r}; "
-            f"{' and '.join(TASKS)} are taken."
+            f"The task {name} needs a name in lower case and without spaces, such as {task.__name__.lower()!r}; "
+            f"{', '.join(TASKS)} are taken."
         )
-    return task
+    if task.headline_split not in task.splits or "train" not in task.splits:
+        raise ValueError(
+            f"The task {name} has the splits {', '.join(task.splits)}, but its splits must include train and its "
+            f"headline_split, which is {task.headline_split}."
+        )
 
 
 def import_module(module: str) -> None:

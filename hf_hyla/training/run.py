@@ -287,6 +287,11 @@ def _metrics_of(task: Task, model: PreTrainedModel):
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = _logits(prediction.predictions), prediction.label_ids
         scores = task.metrics(logits, labels, cast(np.ndarray, prediction.inputs))
+        if unknown := sorted(scores.keys() - {"loss", *task.metric_names}):
+            raise ValueError(
+                f"The metrics of the task {task.name} include {unknown[0]}, which its metric_names lack: add the name there, or "
+                "leave the score out."
+            )
         if "loss" in scores:
             return scores
         # The Trainer's own loss is a mean over batches. The last batch may be shorter or, with several processes, repeat

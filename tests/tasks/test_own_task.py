@@ -186,12 +186,33 @@ def test_a_users_task_runs_where_the_user_names_it(run, new_process, monkeypatch
         ("os:system", "is not a task"),
         ("my_sums", "There is no task 'my_sums': expected one of logic, sraven, text, or module:Class"),
         ("half:Taken", "needs a name in lower case and without spaces"),
+        ("plain:SumTask", "is not a dataclass: put @dataclasses.dataclass before the class"),
+        ("unscored:SumTask", "is incomplete: it lacks metric_names"),
+        ("unread:SumTask", "is incomplete: it lacks model_columns"),
+        ("unsplit:SumTask", "must include train and its headline_split, which is other"),
     ],
 )
 def test_a_name_that_is_not_a_task_is_refused_with_a_sentence(folder, tmp_path, monkeypatch, capsys, name, message):
-    (tmp_path / "half.py").write_text(MODULE.replace("SumTask", "Taken").replace('"sums"', '"logic"'))
+    for module, changed in {
+        "half": MODULE.replace("SumTask", "Taken").replace('"sums"', '"logic"'),
+        "plain": MODULE.replace("@dataclasses.dataclass\n", ""),
+        "unscored": MODULE.replace('    metric_names = ("accuracy",)\n', ""),
+        "unread": MODULE.replace('    model_columns = ("input_ids", "labels")\n', ""),
+        "unsplit": MODULE.replace('"sums"\n', '"sums"\n    headline_split = "other"\n'),
+    }.items():
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        (tmp_path / f"{module}.py").write_text(changed)
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["train", str(folder / "sums.yaml"), "--task.name", name, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_score_that_a_task_does_not_name_ends_the_run_at_its_first_evaluation(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "misnamed.py").write_text(MODULE.replace('{"accuracy": float', '{"acc": float'))
+    monkeypatch.syspath_prepend(tmp_path)
+    few = [word for key in ("max_steps", "eval_steps", "save_steps") for word in (f"--trainer.{key}", "20")]
+    command = ["train", str(folder / "sums.yaml"), "--task.name", "misnamed:SumTask", *few]
+    assert main([*command, "--output", str(tmp_path / "run")]) == 2
+    assert "metrics of the task sums include acc, which its metric_names lack" in capsys.readouterr().err
