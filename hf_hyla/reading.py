@@ -8,8 +8,8 @@ import yaml
 
 
 # The most bytes that are read: in JSON, a curve of half a million entries; in YAML, whose parser is slow, a hundred recipes.
-_MOST_JSON, _MOST_YAML = 50_000_000, 100_000
-_MOST_LEVELS = 50
+_MAX_JSON_BYTES, _MAX_YAML_BYTES = 50_000_000, 100_000
+_MAX_LEVELS = 50
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_text(path: Path, most_bytes: int = _MOST_JSON) -> str:
+def read_text(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> str:
     """
     The text of a file.
 
@@ -46,9 +46,9 @@ def read_text(path: Path, most_bytes: int = _MOST_JSON) -> str:
     if not path.is_file():  # a pipe would be waited for, and a device may have no end
         raise ValueError("it is a folder" if path.is_dir() else "it is not a regular file")
     with path.open("rb") as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"it is larger than {most_bytes:,} bytes")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes:,} bytes")
     return content.decode("utf-8")
 
 
@@ -74,7 +74,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
         OSError, ValueError: as `read_text` and `parse_yaml` do.
     """
-    return parse_yaml(read_text(path, _MOST_YAML))
+    return parse_yaml(read_text(path, _MAX_YAML_BYTES))
 
 
 def parse_yaml(text: str) -> Any:
@@ -97,7 +97,7 @@ def parse_yaml(text: str) -> Any:
 def _check_depth(content: Any) -> None:
     """What is nested less deep can be compared, printed and written by Python's recursive functions."""
     level = [content]
-    for _ in range(_MOST_LEVELS):
+    for _ in range(_MAX_LEVELS):
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
         if not inner:
             return
@@ -106,4 +106,4 @@ def _check_depth(content: Any) -> None:
 
 
 def _too_deep() -> ValueError:
-    return ValueError(f"it is nested deeper than {_MOST_LEVELS} levels")
+    return ValueError(f"it is nested deeper than {_MAX_LEVELS} levels")

@@ -66,7 +66,7 @@ assert SravenAccuracy().compute(predictions=[[1, 2]], references=[[1, 2]])["accu
         (lambda: logic_r2(np.zeros(2), np.zeros(2), np.array([1.0, 0.0])), "base_mse must be positive"),
         (lambda: perplexity(np.array([-1.0, 0.5]), np.ones(2)), "so at most 0, got 0.5"),
         (lambda: perplexity(np.array([-1.0, np.nan]), np.ones(2)), "so at most 0, got nan"),
-        (lambda: perplexity(-np.ones(2), np.zeros(2)), "not all 0, got a least of 0.0 and a sum of 0.0"),
+        (lambda: perplexity(-np.ones(2), np.zeros(2)), "not all 0, got a minimum of 0.0 and a sum of 0.0"),
         (lambda: perplexity(-np.ones(2), np.ones(3)), r"got \(2,\) and \(3,\)"),
         (lambda: logic_r2(np.zeros((2, 1)), np.zeros(2), np.ones(2)), r"got \(2, 1\) and \(2,\)"),
     ],

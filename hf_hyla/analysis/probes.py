@@ -140,13 +140,13 @@ def code_similarity(features: np.ndarray, values: np.ndarray, num_classes: int, 
         raise ValueError(f"Class {int(counts.argmin())} has no codes to average: pass more samples.")
     codes = features.astype(np.float64)
     means = shown.T @ codes / counts[:, None]
-    least = np.full((num_classes, 1), 1e-6 * np.abs(means).max())
+    threshold = np.full((num_classes, 1), 1e-6 * np.abs(means).max())
     if centred:
         within = np.maximum(shown.T @ codes**2 / counts[:, None] - means**2, 0).sum(axis=1)
-        least = np.maximum(least, 3 * np.sqrt(within / counts)[:, None])
+        threshold = np.maximum(threshold, 3 * np.sqrt(within / counts)[:, None])
         means -= codes.mean(axis=0)
     norms = np.linalg.norm(means, axis=1, keepdims=True)
-    means = np.divide(means, norms, out=np.zeros_like(means), where=norms > least)
+    means = np.divide(means, norms, out=np.zeros_like(means), where=norms > threshold)
     return means @ means.T
 
 

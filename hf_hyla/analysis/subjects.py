@@ -10,7 +10,7 @@ from .latents import Batch
 
 
 # A probe is fitted and scored on at least this many examples of every class.
-LEAST_PER_CLASS = 10
+MIN_PER_CLASS = 10
 # The samples of a split that are searched to find the number that a probe needs.
 _SEARCHED = 20_000
 # The number of bins for a numeric answer that a probe reads as one-hot features.
@@ -85,7 +85,7 @@ def check_sizes(task: Task, split: str, train_samples: int, num_samples: int) ->
         if count < needed:
             raise ValueError(
                 f"{name} must be at least {needed}, so that the split {where} shows each class of a probe "
-                f"{LEAST_PER_CLASS} times, got {count}."
+                f"{MIN_PER_CLASS} times, got {count}."
             )
 
 
@@ -99,6 +99,6 @@ def _samples_needed(task: Task, split: str) -> int:
         if subject.kind == "classes":
             shown = shown[:, None] == np.arange(len(subject.names))
         by_sample = shown.reshape(_SEARCHED, -1, shown.shape[-1]).sum(axis=1).cumsum(axis=0)
-        enough = by_sample >= np.minimum(LEAST_PER_CLASS, by_sample[-1])
+        enough = by_sample >= np.minimum(MIN_PER_CLASS, by_sample[-1])
         needed = max(needed, int(enough.all(axis=1).argmax()) + 1)
     return needed

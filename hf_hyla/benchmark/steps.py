@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import AutoModelForSequenceClassification, set_seed
 
-from ..model.modeling_hyla import HylaForSequenceClassification
 from ..tasks import Task
-from ..tasks.throughput import data_throughput
 from ..training import HylaTrainer, Recipe, load_recipe
+from .data import data_throughput
 from .meter import SEED, Meter, Workload, in_a_line
 from .products import LinearShape, fastest_products, linear_shapes
 
@@ -82,7 +81,7 @@ class _TrainingStep:
         set_seed(SEED)
         # Each step has a config of its own, since layers look up their implementation there in every call.
         config = copy.deepcopy(recipe.config)
-        model = HylaForSequenceClassification._from_config(config, attn_implementation=implementation)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
         if answers_only:
             model.model.register_forward_pre_hook(
                 lambda module, args, kwargs: (args, kwargs | {"num_last": config.num_answers}), with_kwargs=True

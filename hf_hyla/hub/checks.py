@@ -19,7 +19,16 @@ from ..model import HylaPreTrainedModel
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
-from ..runs.record import BATCH_SIZE, RECORD_NAME, RunRecord, code_of, digests, file_digest, mean_and_error
+from ..runs.record import (
+    BATCH_SIZE_KEY,
+    DEFAULT_BATCH_SIZE,
+    RECORD_NAME,
+    RunRecord,
+    code_of,
+    digests,
+    file_digest,
+    mean_and_error,
+)
 from ..runs.weights import load_model, new_model
 from ..tasks import Task, TaskDataset
 from ..utils import check_repo_id, one_line
@@ -186,7 +195,7 @@ def check_counts(run: Run) -> None:
     record, trainer = run.record, run.record.recipe["trainer"]
     with torch.device("meta"):
         num_parameters = new_model(run.config, run.task.auto_class).num_parameters()
-    of_an_update = trainer.get("train_batch_size", BATCH_SIZE) * trainer.get("gradient_accumulation_steps", 1)
+    of_an_update = trainer.get(BATCH_SIZE_KEY, DEFAULT_BATCH_SIZE) * trainer.get("gradient_accumulation_steps", 1)
     for name, said, expected in (
         ("num_parameters", record.num_parameters, num_parameters),
         ("samples_seen", record.samples_seen, record.steps * of_an_update),

@@ -263,11 +263,11 @@ def _render(
             baselines=baselines,
             several=any(len(group) > 1 for group in (seeds, *baselines)),
             comparison=_comparison(run, seeds, baselines),
-            differing=_differing(seeds, baselines),
+            differing=_differing_from_baselines(seeds, baselines),
             probe=probe,
             printed=printed,
             command=_command(record),
-            different=_different(task, config),
+            not_default=_not_default(task, config),
             environment={**record.environment, **record.hardware},
             citation=CITATION,
         )
@@ -320,8 +320,8 @@ def _eval_results(run: Run, dataset: str) -> str:
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
 
 
-def _different(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:
-    """Settings of task and model that are not the default: name, value, default."""
+def _not_default(task: Task, config: HylaConfig) -> list[tuple[str, Any, Any]]:
+    """The settings of task and model that differ from the default: name, value, default."""
     defaults = {field.name: field.default for field in dataclasses.fields(task)}
     papers = HylaConfig(**task.model_defaults)
     of_task = [(f"task.{name}", value, defaults[name]) for name, value in task.settings.items()]
@@ -369,8 +369,10 @@ def _named(seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> Iterator
     return zip(plots.labels([seeds, *baselines])[1:], baselines, strict=True)
 
 
-def _differing(seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> list[tuple[str, str, Any, Any]]:
-    """In which settings other recipes differ from a run besides the attention: key, recipe, their value and the run's."""
+def _differing_from_baselines(
+    seeds: list[RunRecord], baselines: list[list[RunRecord]]
+) -> list[tuple[str, str, Any, Any]]:
+    """The settings besides the attention in which other recipes differ from a run: key, recipe, their value, the run's."""
     ours = without_seeds(seeds[0].recipe)
     found = []
     for name, group in _named(seeds, baselines):

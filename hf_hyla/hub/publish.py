@@ -30,6 +30,16 @@ _OURS = {
     "dataset": ("*.parquet", "*/*.parquet"),
     "space": ("hf_hyla/*", "hf_hyla/*/*", "hf_hyla/*/*/*"),
 }
+# What is said of a publication that failed: the state of its repository, and by the Hub's status, why it failed and what to do.
+_STATE = "its files are as they were or all published, and if it is new, it may be there and empty"
+_REASONS = {
+    400: "the Hub refuses the card's metadata or the files (status 400): look at the top of the card",
+    401: "the Hub does not accept your token (status 401): log in by `hf auth login`, or set HF_TOKEN",
+    403: "your token may not write there (status 403): take one with write access, or another organisation",
+    409: "somebody else is changing it (status 409): see what they did",
+    412: "somebody else has changed it in the meantime (status 412): see what they did",
+    429: "the Hub has had too many requests (status 429): wait some minutes",
+}
 
 
 def publish(
@@ -182,14 +192,3 @@ def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
         raise OSError(
             f"Publishing the {what} failed, since {reason}, then publish again; {state}.{published}"
         ) from error
-
-
-_STATE = "its files are as they were or all published, and if it is new, it may be there and empty"
-_REASONS = {
-    400: "the Hub refuses the card's metadata or the files (status 400): look at the top of the card",
-    401: "the Hub does not accept your token (status 401): log in by `hf auth login`, or set HF_TOKEN",
-    403: "your token may not write there (status 403): take one with write access, or another organisation",
-    409: "somebody else is changing it (status 409): see what they did",
-    412: "somebody else has changed it in the meantime (status 412): see what they did",
-    429: "the Hub has had too many requests (status 429): wait some minutes",
-}

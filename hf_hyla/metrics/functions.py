@@ -13,7 +13,8 @@ def sraven_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str
     Returns:
         `accuracy`, the fraction of puzzles solved, and `feature_accuracy`, the fraction of features that are right.
     """
-    right = _same_shape(predictions, references, ndim=2)
+    _check_same_shape(predictions, references, ndim=2)
+    right = np.asarray(predictions) == np.asarray(references)
     return {"accuracy": float(right.all(axis=1).mean()), "feature_accuracy": float(right.mean())}
 
 
@@ -38,8 +39,8 @@ def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarr
     Raises:
         ValueError: if shapes differ or a `base_mse` is not positive.
     """
-    _same_shape(predictions, references, ndim=1)
-    _same_shape(predictions, base_mse, ndim=1)
+    _check_same_shape(predictions, references, ndim=1)
+    _check_same_shape(predictions, base_mse, ndim=1)
     base = np.asarray(base_mse, dtype=np.float64)
     if not (base > 0).all():
         raise ValueError(f"base_mse must be positive, got {base.min()}: the values of a sample must differ.")
@@ -49,20 +50,21 @@ def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarr
 
 def perplexity(log_likelihoods: np.ndarray, num_bytes: np.ndarray) -> dict[str, float]:
     """
-    Language: how likely a model finds a text, token by token.
+    The perplexity of a text, and its bits per byte, from the likelihood that a model gave to each token.
 
     Args:
         log_likelihoods: (tokens,), natural logarithms of the probabilities that the model gave to the tokens.
         num_bytes: (tokens,), bytes of the text that each token stands for, 0 for one that only ends a text.
 
     Returns:
-        `perplexity`, exp of the mean of -log_likelihoods, which compares models of one tokenizer, and `bits_per_byte`, their sum
-        in bits over all bytes, which compares models of any. Both are better if lower.
+        `perplexity`, exp of the mean of -log_likelihoods, which compares models with the same tokenizer, and `bits_per_byte`,
+        the sum of -log_likelihoods in bits divided by the number of bytes, which compares models with any tokenizers. For both,
+        lower is better.
 
     Raises:
         ValueError: if shapes differ, a logarithm is positive or not a number, or there are no bytes.
     """
-    _same_shape(log_likelihoods, num_bytes, ndim=1)
+    _check_same_shape(log_likelihoods, num_bytes, ndim=1)
     logs, sizes = np.asarray(log_likelihoods, dtype=np.float64), np.asarray(num_bytes)
     if not (logs <= 0).all():
         raise ValueError(
@@ -70,7 +72,7 @@ def perplexity(log_likelihoods: np.ndarray, num_bytes: np.ndarray) -> dict[str, 
         )
     if (sizes < 0).any() or not sizes.sum():
         raise ValueError(
-            f"num_bytes are 0 or more and not all 0, got a least of {sizes.min()} and a sum of {sizes.sum()}."
+            f"num_bytes must be 0 or more and not all 0, got a minimum of {sizes.min()} and a sum of {sizes.sum()}."
         )
     return {
         "perplexity": float(np.exp(-logs.mean())),
@@ -78,10 +80,9 @@ def perplexity(log_likelihoods: np.ndarray, num_bytes: np.ndarray) -> dict[str, 
     }
 
 
-def _same_shape(left: np.ndarray, right: np.ndarray, ndim: int) -> np.ndarray:
+def _check_same_shape(left: np.ndarray, right: np.ndarray, ndim: int) -> None:
     left, right = np.asarray(left), np.asarray(right)
     if left.shape != right.shape or left.ndim != ndim or left.shape[0] == 0:
         raise ValueError(
             f"Expected two arrays of one shape with {ndim} axes and at least one row, got {left.shape} and {right.shape}."
         )
-    return left == right

@@ -32,10 +32,10 @@ _DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")
 # The folder of the checkout, if the package lies in one.
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _CODE_FOLDER = "hf_hyla/model/"
-# Samples in a batch, unless the recipe says otherwise.
-BATCH_SIZE = 128
-_LONGEST_NAME = 1000
-_LARGEST_NUMBER = 10**30
+# The key of a recipe's section `trainer` for the samples of a batch, which all processes share, and its default.
+BATCH_SIZE_KEY, DEFAULT_BATCH_SIZE = "train_batch_size", 128
+_MAX_NAME_LENGTH = 1000
+_NUMBER_LIMIT = 10**30
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
 
 
@@ -115,8 +115,8 @@ class RunRecord:
         """Checks what types cannot express."""
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"its schema_version is {self.schema_version}")
-        if len(self.name) > _LONGEST_NAME:
-            raise ValueError(f"its name has more than {_LONGEST_NAME} characters")
+        if len(self.name) > _MAX_NAME_LENGTH:
+            raise ValueError(f"its name has more than {_MAX_NAME_LENGTH} characters")
         for section, key, kind in (("task", "name", str), ("trainer", "max_steps", int)):
             if type(self.recipe.get(section, {}).get(key)) is not kind:
                 raise ValueError(f"its recipe lacks {section}.{key}")
@@ -173,7 +173,7 @@ class RunRecord:
 
 def _check_numbers(numbers: dict[str, int | float], at_least: int | None = None) -> None:
     for name, number in numbers.items():
-        if not abs(number) < _LARGEST_NUMBER:  # NaN is refused too
+        if not abs(number) < _NUMBER_LIMIT:  # NaN is refused too
             raise ValueError(f"its {name} is {number!s:.20}")
         if at_least is not None and number < at_least:
             raise ValueError(f"its {name} must be at least {at_least}, got {number}")

@@ -212,8 +212,8 @@ class Task(ABC):
     @property
     def reference(self) -> str:
         """The name by which `get_task` finds the task: its own, or `module:Class` for a user's task."""
-        own = not type(self).__module__.startswith(__package__ or "")
-        return f"{type(self).__module__}:{type(self).__qualname__}" if own else self.name
+        is_users_own = not type(self).__module__.startswith(__package__ or "")
+        return f"{type(self).__module__}:{type(self).__qualname__}" if is_users_own else self.name
 
     @property
     def spec(self) -> dict[str, Any]:

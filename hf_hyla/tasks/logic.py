@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SET_ASIDE = 0.25
 # What a setting in somebody's file may ask for: a few seconds and megabytes.
-_MOST_EXAMPLES, _MOST_COMBINATIONS = 10_000, 2_000_000
+_MAX_EXAMPLES, _MAX_COMBINATIONS = 10_000, 2_000_000
 
 
 class LogicWords(Words):
@@ -197,9 +197,9 @@ class LogicTask(Task):
     def __post_init__(self):
         if not 2 <= self.num_variables <= 8:
             raise ValueError(f"num_variables must be 2 to 8, got {self.num_variables}.")
-        if not 2 <= self.num_examples <= _MOST_EXAMPLES:
+        if not 2 <= self.num_examples <= _MAX_EXAMPLES:
             raise ValueError(
-                f"num_examples must be 2 to {_MOST_EXAMPLES}, one to answer and the others to learn from, got {self.num_examples}."
+                f"num_examples must be 2 to {_MAX_EXAMPLES}, one to answer and the others to learn from, got {self.num_examples}."
             )
         set_aside = self._num_set_aside
         if not 1 <= self.num_terms <= set_aside:
@@ -208,10 +208,10 @@ class LogicTask(Task):
                 f"{self.num_variables} variables, got {self.num_terms}."
             )
         combinations = math.comb(2**self.num_variables - set_aside, self.num_terms)
-        if combinations > _MOST_COMBINATIONS:
+        if combinations > _MAX_COMBINATIONS:
             raise ValueError(
                 f"{self.num_terms} terms of {self.num_variables} variables have {combinations:.1e} combinations, more than the "
-                f"{_MOST_COMBINATIONS:.0e} that can be listed: choose a smaller num_terms or num_variables."
+                f"{_MAX_COMBINATIONS:.0e} that can be listed: choose a smaller num_terms or num_variables."
             )
         self.split_combinations  # noqa: B018  an impossible split is refused here rather than in training
 

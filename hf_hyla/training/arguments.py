@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..runs.record import BATCH_SIZE
+from ..runs.record import DEFAULT_BATCH_SIZE
 from .schedule import REFERENCE_FLOOR
 
 
@@ -50,7 +50,7 @@ class HylaTrainingArguments(TrainingArguments):
     eval_samples: int = 2048
 
     seed: int = 0
-    per_device_train_batch_size: int = BATCH_SIZE
+    per_device_train_batch_size: int = DEFAULT_BATCH_SIZE
     per_device_eval_batch_size: int = 1024
     max_grad_norm: float = 0.0
     lr_scheduler_type: SchedulerType | str = REFERENCE_SCHEDULE

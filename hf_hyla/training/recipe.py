@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
 from ..paths import find_recipe
-from ..runs.record import HUB_KEYS, tells_recipes_apart
+from ..runs.record import BATCH_SIZE_KEY, HUB_KEYS, tells_recipes_apart
 from ..tasks import TASKS, Task, find_task, get_task
 from ..utils import check_repo_id, nearest, one_line
 from .arguments import MUON, HylaTrainingArguments
@@ -19,15 +19,13 @@ from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 
 
-# Samples of a batch, which the processes share; transformers counts those of each device.
-BATCH_SIZE = "train_batch_size"
 SECTIONS = ("task", "model", "trainer", "expect")
 _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
 # Keys that `trainer` may hold: with any of them, a run resumes exactly and is scored on all samples. transformers has a
 # hundred more, some of which would change a score silently.
 _ALLOWED_TRAINER = {
     *_REQUIRED_TRAINER,
-    *(BATCH_SIZE, "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
+    *(BATCH_SIZE_KEY, "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("muon_learning_rate", "muon_learning_rate_qk", "schedule_floor"),
     *("train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory"),
@@ -57,7 +55,7 @@ _REFUSED_TRAINER = {
         if field.name not in _ALLOWED_TRAINER
     },
     "output_dir": "is set by --output",
-    "per_device_train_batch_size": f"depends on the number of processes: write {BATCH_SIZE}, the samples of all of them, and",
+    "per_device_train_batch_size": f"depends on the number of processes: write {BATCH_SIZE_KEY}, the samples of all of them, and",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _BY_THE_LAUNCH),
     **dict.fromkeys(
         (
@@ -106,11 +104,11 @@ _NAMES_TRAINER = {
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
 }
-_LEAST_TRAINER = {
+_MINIMUM_TRAINER = {
     **dict.fromkeys(("max_steps", "eval_steps", "save_steps", "logging_steps"), 1),
     # A single checkpoint would be removed before the next one is whole.
     "save_total_limit": 2,
-    **dict.fromkeys((BATCH_SIZE, "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys((BATCH_SIZE_KEY, "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "seed"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0),
@@ -118,8 +116,8 @@ _LEAST_TRAINER = {
 }
 _BELOW_TRAINER = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
 # Sizes beyond which a run would fill the memory before its first step.
-_MOST_TRAINER = {
-    **dict.fromkeys((BATCH_SIZE, "per_device_eval_batch_size", "eval_samples"), 10**7),
+_MAXIMUM_TRAINER = {
+    **dict.fromkeys((BATCH_SIZE_KEY, "per_device_eval_batch_size", "eval_samples"), 10**7),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "dataloader_prefetch_factor"), 10**6),
     "dataloader_num_workers": 1024,
     "max_steps": 10**9,
@@ -287,7 +285,7 @@ def checked_task(
 
 def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
     trainer = in_types(
-        f"{source}: trainer", section, HylaTrainingArguments, refused=_REFUSED_TRAINER, also={BATCH_SIZE: int}
+        f"{source}: trainer", section, HylaTrainingArguments, refused=_REFUSED_TRAINER, also={BATCH_SIZE_KEY: int}
     )
     for required in _REQUIRED_TRAINER:
         if required not in trainer:
@@ -298,10 +296,10 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
             continue
         if key in _NAMES_TRAINER:
             one_of(where, value, _NAMES_TRAINER[key])
-        if key in _LEAST_TRAINER and value < _LEAST_TRAINER[key]:
-            raise ValueError(f"{where} must be at least {_LEAST_TRAINER[key]}, got {value}.")
-        if key in _MOST_TRAINER and value > _MOST_TRAINER[key]:
-            raise ValueError(f"{where} must be at most {_MOST_TRAINER[key]}, got {value}.")
+        if key in _MINIMUM_TRAINER and value < _MINIMUM_TRAINER[key]:
+            raise ValueError(f"{where} must be at least {_MINIMUM_TRAINER[key]}, got {value}.")
+        if key in _MAXIMUM_TRAINER and value > _MAXIMUM_TRAINER[key]:
+            raise ValueError(f"{where} must be at most {_MAXIMUM_TRAINER[key]}, got {value}.")
         if key in _BELOW_TRAINER and value >= _BELOW_TRAINER[key]:
             raise ValueError(f"{where} must be less than {_BELOW_TRAINER[key]}, got {value}.")
         if key in _WHOLE_TRAINER and value != int(value):
@@ -318,13 +316,13 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batch_size(trainer: dict[str, Any]) -> int:
-    return trainer.get(BATCH_SIZE, HylaTrainingArguments.per_device_train_batch_size)
+    return trainer.get(BATCH_SIZE_KEY, HylaTrainingArguments.per_device_train_batch_size)
 
 
 def _arguments(
     trainer: dict[str, Any], output: str | Path, num_processes: int = 1, **changes: Any
 ) -> HylaTrainingArguments:
-    settings = {key: value for key, value in trainer.items() if key not in (BATCH_SIZE, *HUB_KEYS)}
+    settings = {key: value for key, value in trainer.items() if key not in (BATCH_SIZE_KEY, *HUB_KEYS)}
     share = share_of_batch(_batch_size(trainer), num_processes)
     # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
     own = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": share}
@@ -338,9 +336,9 @@ def _checked_expectation(source: str, section: dict[str, Any], task: Task) -> Ex
     for field in ("metric", "value", "tolerance", "source"):
         if field not in expected:
             raise ValueError(f"{source} lacks expect.{field}: expected all of metric, value, tolerance and source.")
-    for field, least in (("tolerance", 0), ("budget", 1)):
-        if expected.get(field) is not None and expected[field] < least:
-            raise ValueError(f"{source}: expect.{field} must be at least {least}, got {expected[field]}.")
+    for field, minimum in (("tolerance", 0), ("budget", 1)):
+        if expected.get(field) is not None and expected[field] < minimum:
+            raise ValueError(f"{source}: expect.{field} must be at least {minimum}, got {expected[field]}.")
     scored = [f"{split}/{metric}" for split in task.splits if split != "train" for metric in task.metric_names]
     one_of(f"{source}: expect.metric", expected["metric"], scored)
     return Expectation(**expected)

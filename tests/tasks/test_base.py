@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.benchmark.data import data_throughput
 from hf_hyla.tasks import TASKS, get_task
-from hf_hyla.tasks.throughput import data_throughput
 
 
 # The tasks whose samples are drawn.

@@ -28,7 +28,7 @@ _ORDERS = np.array(list(itertools.permutations(range(GRID))))
 # maximum number of draws.
 _FIRST = 512
 _MAX_ATTEMPTS = 20_000
-_MOST_VALUES = 1000
+_MAX_VALUES = 1000
 
 
 @strict
@@ -102,9 +102,9 @@ class SravenTask(Task):
     def __post_init__(self):
         if not 2 <= self.num_features <= 8:
             raise ValueError(f"num_features must be 2 to 8, got {self.num_features}.")
-        if not GRID <= self.num_values <= _MOST_VALUES:
+        if not GRID <= self.num_values <= _MAX_VALUES:
             raise ValueError(
-                f"num_values must be {GRID} to {_MOST_VALUES}, since 'distribute three' needs three symbols, got {self.num_values}."
+                f"num_values must be {GRID} to {_MAX_VALUES}, since 'distribute three' needs three symbols, got {self.num_values}."
             )
         self.split_combinations  # noqa: B018  an impossible split is refused here rather than in training
         if self.unambiguous:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-_LONGEST = 1_000_000
+_MAX_SEQUENCE_LENGTH = 1_000_000
 
 
 @strict
@@ -106,8 +106,8 @@ class TextTask(Task):
                 raise ValueError(f"{setting} is of a dataset_name, which is missing: add it, or leave {setting} out.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}.")
-        if not 2 <= self.sequence_length <= _LONGEST:
-            raise ValueError(f"sequence_length must be 2 to {_LONGEST}, got {self.sequence_length}.")
+        if not 2 <= self.sequence_length <= _MAX_SEQUENCE_LENGTH:
+            raise ValueError(f"sequence_length must be 2 to {_MAX_SEQUENCE_LENGTH}, got {self.sequence_length}.")
         if self.reference_split:
             raise ValueError(
                 "reference_split is of tasks with combinations of parts, and text has none: leave it out."

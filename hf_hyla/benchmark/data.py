@@ -1,12 +1,12 @@
 """How many training samples per second a task draws on one core."""
 
+import random
 import statistics
 import time
 from typing import Any
 
-import numpy as np
-
-from .base import Task
+from ..tasks import Task
+from .meter import SEED
 
 
 def data_throughput(task: Task, batch_size: int = 128, seconds: float = 1.0) -> dict[str, Any]:
@@ -23,10 +23,10 @@ def data_throughput(task: Task, batch_size: int = 128, seconds: float = 1.0) -> 
         anywhere in the training split; `batch_size`; and `batches`, the number of batches timed in each order.
     """
     dataset = task.dataset("train")
-    rng = np.random.default_rng(0)
+    shuffled = random.Random(SEED)
     orders = {
         "sequential": lambda batch: range(batch * batch_size, (batch + 1) * batch_size),
-        "shuffled": lambda batch: rng.integers(0, len(dataset), batch_size).tolist(),
+        "shuffled": lambda batch: shuffled.choices(range(len(dataset)), k=batch_size),
     }
     times: dict[str, list[float]] = {name: [] for name in orders}
     # The orders take turns, so that a change in the machine's speed affects both alike.
