@@ -32,10 +32,7 @@ class Curve:
 
 
 def term_names(task: LogicTask) -> list[str]:
-    return [
-        " and ".join(f"x{i}" if bit == "1" else f"not x{i}" for i, bit in enumerate(task.part_name(term), 1))
-        for term in range(2**task.num_variables)
-    ]
+    return [task.term_in_words(term) for term in range(2**task.num_variables)]
 
 
 def status(task: LogicTask, terms: tuple[int, ...]) -> str:

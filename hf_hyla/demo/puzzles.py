@@ -12,7 +12,7 @@ from ..analysis.probes import fit_probe
 from ..analysis.subjects import task_batches
 from ..model import SymbolicReasoningPipeline
 from ..tasks.sraven import GRID, RULES, SravenTask
-from ..tasks.sraven.observer import explain, posterior
+from ..tasks.sraven.observer import explain, most_probable, posterior
 from .shown import Shown
 
 
@@ -69,7 +69,7 @@ class Verdict:
     def words(self) -> str:
         if not self.possible:
             return "No rules explain these eight panels, so that no answer is right."
-        best = max(self.possible, key=self.possible.__getitem__)
+        best = most_probable(self.possible)
         if len(self.possible) == 1:
             return f"The answer is unique: only {_digits(best)} is possible."
         own = ""
@@ -180,7 +180,7 @@ def verdict(task: SravenTask, puzzle: Puzzle) -> Verdict:
     cells = np.array(puzzle.panels).reshape(1, GRID, GRID, task.num_features)
     combinations = sorted({one for split in task.splits for one in task.combinations(split)})
     possible = posterior(explain(cells, task)[0], combinations, task.permute)
-    best = max(possible, key=lambda panel: (possible[panel], panel), default=None)
+    best = most_probable(possible) if possible else None
     return Verdict(possible, best if puzzle.edited else puzzle.panels[-1])
 
 

@@ -269,7 +269,7 @@ class LogicTask(Task):
         from datasets import ClassLabel, Features, List, Value
 
         number = Value("float32")
-        terms = ClassLabel(names=[self._term(term) for term in range(2**self.num_variables)])
+        terms = ClassLabel(names=[self.term_in_words(term) for term in range(2**self.num_variables)])
         return Features(
             {
                 "points": List(List(number, length=self.num_variables), length=self.num_examples),
@@ -297,12 +297,13 @@ class LogicTask(Task):
         ]
         points[-1] = points[-1].partition(" = ")[0] + " = ?"
         hidden = [f"... {len(points) - 4} more ..."] if len(points) > 4 else []
-        function = " or ".join(f"({self._term(int(term))})" for term in sample["terms"])
+        function = " or ".join(f"({self.term_in_words(int(term))})" for term in sample["terms"])
         return "\n".join(
             [*points[:3], *hidden, *points[3:][-1:], f"answer: {sample['labels']:.2f}", f"f = {function}"]
         )
 
-    def _term(self, term: int) -> str:
+    def term_in_words(self, term: int) -> str:
+        """A term by its id, such as `x1 and not x2`."""
         bits = enumerate(self.part_name(term), start=1)
         return " and ".join(f"x{i}" if bit == "1" else f"not x{i}" for i, bit in bits)
 

@@ -1,5 +1,7 @@
 """Puzzles follow the rules that were chosen, answers are those of the model, and the verdict is that of the ideal observer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,15 @@ def test_an_edited_puzzle_is_judged_by_the_most_probable_panel():
         puzzle = edit(TASK, puzzle, number, f"1 2 3 {number // 3}")
     found = verdict(TASK, puzzle)
     assert found.right == max(found.possible, key=found.possible.get) == (1, 2, 3, 2)
+
+
+def test_of_equally_probable_panels_the_verdict_and_its_words_take_the_same_one():
+    tied = 0
+    for index in range(40):
+        found = verdict(TASK, dataclasses.replace(sample(TASK, "ood", index, shuffled=True), edited=True))
+        tied += list(found.possible.values()).count(max(found.possible.values())) > 1
+        assert "made with" not in found.words()
+    assert tied > 0
 
 
 def test_the_page_says_what_was_computed(solver):
