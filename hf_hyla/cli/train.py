@@ -102,25 +102,29 @@ def _run_name(recipe: str, quick: bool, overrides: dict[str, str]) -> str:
 
 
 def _report(recipe, record) -> str:
-    """A table of the scores per split beside the paper's, and the share of the paper's budget that was used."""
+    """A table of the scores per split and, for the paper's tasks, the paper's and the share of its budget that was used."""
     from ..runs.paper import paper_result
 
     paper = paper_result(recipe.settings)
     metric_names = recipe.task.metric_names
-    lines = [f"{'split':<15}" + "".join(f"{name:>18}" for name in metric_names) + f"{'paper, full budget':>22}"]
+    heading = f"{'paper, full budget':>22}" if recipe.task.paper else ""
+    lines = [f"{'split':<15}" + "".join(f"{name:>18}" for name in metric_names) + heading]
     for split, scores in record.metrics.items():
         theirs = "-"
         if paper and paper.metric.startswith(f"{split}/"):
             theirs = f"{paper.metric.partition('/')[2]} {paper.mean:.4f} ± {paper.standard_error:.4f}"
         # A score that could not be computed on any sample is missing from the record.
         ours = [f"{scores[name]:.4f}" if name in scores else "-" for name in metric_names]
-        lines.append(f"{split:<15}" + "".join(f"{score:>18}" for score in ours) + f"{theirs:>22}")
+        lines.append(
+            f"{split:<15}" + "".join(f"{score:>18}" for score in ours) + (f"{theirs:>22}" if heading else "")
+        )
     minutes = f"{record.seconds / 60:.1f} minutes of training"
     if paper:
         share = record.samples_seen / paper.num_samples
         lines.append(f"{record.samples_seen:,} training samples, {share:.1%} of the paper's budget, in {minutes}")
     else:
-        lines.append(f"{record.samples_seen:,} training samples in {minutes}; the paper has no such run")
+        why = "; the paper has no such run" if recipe.task.paper else ""
+        lines.append(f"{record.samples_seen:,} training samples in {minutes}{why}")
     if recipe.expect:
         split, _, name = recipe.expect.metric.partition("/")
         lines.append(

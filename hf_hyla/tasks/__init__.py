@@ -68,7 +68,7 @@ def find_task(name: str, may_import: bool = False) -> type[Task]:
     if module not in sys.modules and not may_import:
         raise ValueError(
             f"The task {name} is code in the module {module}, which is not run only because a file names it: if you trust the "
-            f"module, import it first, on the command line by `hyla --import {module}`."
+            f"module, import it first, on the command line by `hyla --import {module}` before the command."
         )
     import_module(module)
     task = getattr(sys.modules[module], class_name, None)
