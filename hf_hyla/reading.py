@@ -1,4 +1,4 @@
-"""Text that somebody else may have written: read only from regular files, of a bounded size and depth, and never run."""
+"""Reads files that somebody else may have written: only regular files of limited size and depth, and no code is run."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,16 @@ from typing import Any
 import yaml
 
 
-# The most bytes that are read: in JSON, a curve of half a million entries; in YAML, whose parser is slow, a hundred recipes.
+# Enough for a curve of half a million entries in JSON, and for a hundred recipes in YAML, whose parser is slow.
 _MAX_JSON_BYTES, _MAX_YAML_BYTES = 50_000_000, 100_000
 _MAX_LEVELS = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands there twice, of which PyYAML silently takes the second, and aliases, which make gigabytes of lines."""
+    """
+    Refuses keys that occur twice, of which PyYAML silently takes the second, and aliases, by which a few lines can stand for
+    gigabytes.
+    """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -38,11 +41,11 @@ def read_text(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> str:
     The text of a file.
 
     Raises:
-        OSError: if there is none, or it may not be read.
-        ValueError: if it is no regular file, such as a folder or a pipe, or too large, or not UTF-8. Here and below the error
-            does not name the file: its caller does.
+        OSError: if it does not exist or may not be read.
+        ValueError: if it is not a regular file, too large, or not UTF-8. Here and below, the message does not name the file:
+            the caller adds the name.
     """
-    path.stat()  # raises if there is none
+    path.stat()  # raises if it does not exist
     if not path.is_file():  # a pipe would be waited for, and a device may have no end
         raise ValueError("it is a folder" if path.is_dir() else "it is not a regular file")
     with path.open("rb") as file:
@@ -95,7 +98,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_depth(content: Any) -> None:
-    """What is nested less deep can be compared, printed and written by Python's recursive functions."""
+    """
+    Refuses what is nested so deep that Python's recursive functions could not compare, print or write it.
+
+    Raises:
+        ValueError: if it is nested too deep.
+    """
     level = [content]
     for _ in range(_MAX_LEVELS):
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]

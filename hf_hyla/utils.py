@@ -1,4 +1,4 @@
-"""Helpers of several parts: files that a crash cannot leave half written, the folder of recipes, and texts of errors."""
+"""What several parts share: whole files in spite of crashes, the folders that come with the package, names, and errors."""
 
 import difflib
 import os
@@ -45,14 +45,14 @@ def models_folder() -> Path:
 
 
 def _folder(name: str) -> Path:
-    """What comes with the package lies inside it where it is installed, and beside it in a checkout."""
+    """The folder of this name: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"`, or an empty text if no known name is close."""
+    """`" (did you mean 'x'?)"`, or an empty string if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -87,6 +87,6 @@ def check_repo_id(repo_id: str | None) -> None:
 def no_score(split: str) -> FloatingPointError:
     """The error for a model whose answers on a split are not all finite."""
     return FloatingPointError(
-        f"The model's answers on the split {split} are not all finite, so that they have no score: its weights are damaged, or "
+        f"The model's answers on the split {split} are not all finite, so they have no score: its weights are damaged, or "
         "its training has diverged; take another checkpoint, or train it again."
     )

@@ -115,9 +115,7 @@ def _report(recipe, record) -> str:
             theirs = f"{paper.metric.partition('/')[2]} {paper.mean:.4f} ± {paper.standard_error:.4f}"
         # A score that could not be computed on any sample is missing from the record.
         ours = [f"{scores[name]:.4f}" if name in scores else "-" for name in metric_names]
-        lines.append(
-            f"{split:<15}" + "".join(f"{score:>18}" for score in ours) + (f"{theirs:>22}" if heading else "")
-        )
+        lines.append(f"{split:<15}" + "".join(f"{score:>18}" for score in ours) + (f"{theirs:>22}" if heading else ""))
     minutes = f"{record.seconds / 60:.1f} minutes of training"
     if paper:
         share = record.samples_seen / paper.num_samples

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     import datasets
 
 
-# Most draws of the held-out combinations before a split is refused for leaving some part untrained.
+# The maximum number of draws of the held-out combinations. Then a split is refused, since every draw left some part untrained.
 _MAX_SPLIT_DRAWS = 20_000
-# Most combinations in all of these draws: of many combinations, draws take longer and hardly ever leave a part untrained.
+# The maximum number of combinations in all of these draws together. A draw of many combinations takes longer, and hardly ever
+# leaves a part untrained.
 _MAX_DRAWN_COMBINATIONS = 10_000_000
 # The fingerprint covers these samples of every split: its first 64, and the last 64 of 20 million.
 _FINGERPRINT_INDICES = np.r_[0:64, 19_999_936:20_000_000]
@@ -67,9 +68,9 @@ class Task(ABC):
     }
     # The split whose headline metric is compared.
     headline_split: ClassVar[str] = "ood"
-    # Columns of `samples` that a model reads, including the labels. The others describe a sample.
+    # The columns of `samples` that a model reads, including the labels. The other columns describe a sample.
     model_columns: ClassVar[tuple[str, ...]]
-    # Those of them that `metrics` takes as labels. The model's loss is of the first, and its forward ignores the others.
+    # The model's columns that `metrics` takes as labels. The model computes its loss from the first, and ignores the others.
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)
     # The column of `samples` with the ids (samples, parts) of each sample's parts.
     parts_column: ClassVar[str] = "parts"
@@ -77,7 +78,7 @@ class Task(ABC):
     metric_names: ClassVar[tuple[str, ...]]
     # Whether a larger headline metric is better.
     greater_is_better: ClassVar[bool] = True
-    # Samples of a batch that is scored, where nobody says otherwise.
+    # The default number of samples in a batch that is scored.
     eval_batch_size: ClassVar[int] = 1024
     # The task's texts for cards.
     words: ClassVar[type[Words]] = Words
@@ -125,8 +126,8 @@ class Task(ABC):
 
     def predictions(self, logits: torch.Tensor, labels: Any) -> torch.Tensor:
         """
-        What `metrics` takes of a batch's logits; by default all of them. A task whose logits for a whole split are too large
-        for the memory returns less, and its `metrics` includes the `loss`.
+        What `metrics` needs of a batch's logits; by default all of them. If the logits of a whole split do not fit into memory,
+        a task returns less here, and its `metrics` includes the `loss`.
         """
         return logits
 
@@ -233,7 +234,7 @@ class Task(ABC):
 
     def fingerprint(self) -> str:
         """
-        A digest of the data, which is equal on two machines if they draw the same data. It is `"sha256:"` followed by the
+        A digest of the data, by which two machines can tell that they draw the same data. It is `"sha256:"` followed by the
         hexadecimal digest of the bytes below.
 
         The bytes cover every split in the order of `splits`, and in each split the columns of `samples(split, indices)` in

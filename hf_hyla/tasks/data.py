@@ -34,9 +34,9 @@ class Manifest:
     Attributes:
         task: the task's `name` and settings.
         data_fingerprint: the task's `fingerprint`.
-        splits: for each split, `num_examples`, `num_bytes` (in memory), `file_bytes`, and `means`, with the mean of every
-            column that holds one number or truth value per example.
-        text: whether there are columns with text for language models too, see `text_columns`.
+        splits: for each split, `num_examples`, `num_bytes` (in memory), `file_bytes`, and `means`, the mean of every column
+            that holds one number or truth value per example.
+        text: whether there are also columns with text for language models, see `text_columns`.
     """
 
     task: dict[str, Any]
@@ -52,7 +52,7 @@ class Manifest:
     def load(cls, folder: Path) -> "Manifest":
         """
         Raises:
-            ValueError: if the folder has no manifest, or it is none.
+            ValueError: if the folder has no task.json, or its content is not a manifest.
         """
         try:
             manifest = cls(**read_json(folder / MANIFEST_NAME))

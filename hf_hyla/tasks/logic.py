@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 _SET_ASIDE = 0.25
-# What a setting in somebody's file may ask for: a few seconds and megabytes.
+# Limits for settings from somebody else's file, which keep the work to a few seconds and megabytes.
 _MAX_EXAMPLES, _MAX_COMBINATIONS = 10_000, 2_000_000
 
 

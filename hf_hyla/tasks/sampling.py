@@ -2,8 +2,8 @@
 
 The generator is Philox 4x64 (Salmon et al. 2011), whose state is a counter. Each sample of a stream has a range of counters of
 its own, so any sample can be drawn alone, in any order, by any number of processes. numpy guarantees the stream of raw words of
-its bit generators, and only these words are used. Integer arithmetic turns them into numbers, which gives the same result on
-every platform.
+its bit generators, and only these words are used. Integer arithmetic turns them into numbers, with the same result on every
+platform.
 """
 
 import hashlib

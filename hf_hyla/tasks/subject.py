@@ -11,7 +11,7 @@ class Subject:
     A property of each answer that a probe reads from its code.
 
     Attributes:
-        name: name of the property.
+        name: the property's name.
         values: one row per answer token: integers (rows,) for classes, booleans (rows, names) if several classes can be true
             at once, or floats (rows,) for a number.
         names: names of the classes; empty for a number.

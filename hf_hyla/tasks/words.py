@@ -1,4 +1,4 @@
-"""What cards say of a task, in Markdown. A task with words of its own has a subclass of `Words`; all others get these."""
+"""What cards say about a task, in Markdown. `Words` suits every task, and a subclass of it has a task's own texts."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,11 @@ class HubMetric:
     A task's metric as a repository that `evaluate.load` reads.
 
     Attributes:
-        name: of the repository.
-        class_name, function: of `hf_hyla.metrics`.
-        description: a sentence for its card.
-        example: arguments, which the card shows with their result.
-        inputs: a sentence on what the arguments hold.
+        name: the name of the repository.
+        class_name, function: the names of the class and the function in `hf_hyla.metrics`.
+        description: a sentence for the card.
+        example: arguments that the card shows with their result.
+        inputs: a sentence about what the arguments hold.
     """
 
     name: str
@@ -27,16 +27,16 @@ class HubMetric:
 
 class Words:
     """
-    The words of one task with its settings. Whatever is empty is left out of a card.
+    The words of one task with its settings. A card leaves out whatever is empty.
 
     Attributes:
-        title: of the task, in the middle of a sentence.
-        dataset_title: of its dataset.
-        dataset_categories: of its dataset, by the Hub's names of tasks.
-        metric: its metric on the Hub, if it is published there.
-        tags: of a model's card, besides the attention and the task's name.
-        pipeline_tag: of a model's card, the Hub's name of what the model does.
-        dataset_id: the repository with the samples, where they are not those of `hyla data`; empty if there is none.
+        title: the task's title, as it reads in the middle of a sentence.
+        dataset_title: the title of the task's dataset.
+        dataset_categories: the categories of the dataset, by the Hub's names of tasks.
+        metric: the task's metric as a repository, if it can be published.
+        tags: tags of a model's card, besides the attention and the task's name.
+        pipeline_tag: the Hub's name for what a model of the task does.
+        dataset_id: the repository with the samples, if they do not come from `hyla data`; empty if there is no repository.
     """
 
     title: str = ""
@@ -61,7 +61,7 @@ class Words:
         return ""
 
     def ceiling(self, split: str) -> float | None:
-        """The headline score on a split that no model can expect to exceed, if a committed record says it."""
+        """The headline score that no model can expect to exceed on a split, if a committed record has one."""
         return None
 
     def probed(self, fixed_query: bool, attention_type: str) -> str:
@@ -69,7 +69,7 @@ class Words:
         return "The probes read the code of each answer token for itself."
 
     def asked(self) -> str:
-        """A sentence on what the snippet asks."""
+        """A sentence about what the snippet asks."""
         return "The question is the first sample of `ood`."
 
     def limits(self) -> list[str]:
@@ -97,7 +97,7 @@ print(f"logits {{logits[0].tolist()}}, right is {sample["labels"].tolist()}")"""
         return ""
 
     def inputs(self) -> str:
-        """Python that defines `to_inputs(rows)`: what a model reads of rows of the dataset, columns of arrays."""
+        """Python that defines `to_inputs(rows)`, which turns rows of the dataset, as columns of arrays, into what a model reads."""
         names = ", ".join(f'"{name}": rows["{name}"]' for name in self.task.model_columns)
         return f"""\
 def to_inputs(rows):
@@ -116,11 +116,11 @@ def to_inputs(rows):
         return ""
 
     def text_notes(self) -> str:
-        """A section, with its heading, on how a language model is asked and scored, in a folder that has these columns."""
+        """A section, with its heading, about how a language model is asked and scored, for a folder with these columns."""
         return ""
 
     def dataset_notes(self) -> str:
-        """A section, with its heading, on anything else that a reader of the dataset's card must know."""
+        """A section, with its heading, about anything else that a reader of the dataset's card must know."""
         return ""
 
     def page(self) -> dict[str, str] | None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import datasets
 
 _ORDERS = np.array(list(itertools.permutations(range(GRID))))
-# An unambiguous task is refused if none of the first puzzles of a split is unique, so that a sample hardly ever needs the
-# maximum number of draws.
+# An unambiguous task is refused if none of this many first puzzles of a split is unique. A sample of any other task hardly ever
+# needs the maximum number of draws.
 _FIRST = 512
 _MAX_ATTEMPTS = 20_000
 _MAX_VALUES = 1000
@@ -175,8 +175,8 @@ class SravenTask(Task):
 
     def with_rules(self, split: str, indices: np.ndarray, rules: np.ndarray) -> dict[str, np.ndarray]:
         """
-        The samples with these indices as they would be with other rules: a feature that keeps its rule keeps its values, and
-        columns are permuted as they were. Whether the answer is unique is not looked at.
+        The samples with these indices as they would be with other rules. A feature that keeps its rule keeps its values, and
+        the columns keep their permutations. It is not checked whether the answer is unique.
 
         Args:
             rules: (samples, features) ids into `RULES`, in the order of the features before they are permuted.
@@ -188,7 +188,7 @@ class SravenTask(Task):
         self, split: str, indices: np.ndarray, attempt: int = 0, rules: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         count, features = len(indices), self.num_features
-        # The first attempt reads the stream that the ambiguous task reads.
+        # The first attempt reads the same stream as the ambiguous task.
         words = self.random_words(f"{split}/{attempt}" if attempt else split, indices, 1 + GRID + features * 4 * GRID)
         if rules is None:
             combinations = self.split_combinations[split]

@@ -1,4 +1,4 @@
-"""SRAVEN as text, for language models: a prompt for each puzzle, the answer that should follow, and the ideal observer's."""
+"""SRAVEN as text for language models: prompts, the right answers, and whether the ideal observer answers right."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from .samples import SravenTask, cells
 if TYPE_CHECKING:
     import datasets
 
-# Puzzles of the split train that a prompt with worked examples shows before its own.
+# The number of solved puzzles of the split train that a prompt with worked examples shows before its own puzzle.
 WORKED_EXAMPLES = 3
 _INSTRUCTION = """\
 A puzzle is a grid of three rows of three panels. Each panel holds {features} numbers from 0 to {last}. Each number follows one \
@@ -37,16 +37,17 @@ def text_columns(
     """
     Samples of a split as text.
 
-    A prompt is the instruction, the puzzle and `Answer:`. One with worked examples has three puzzles of the split train, and
-    their answers, after the instruction: for sample i of any split the samples 3 i + 2 to 3 i + 4, none of which is i.
+    A prompt is the instruction, the puzzle and `Answer:`. A prompt with worked examples also has three puzzles of the split
+    train with their answers, after the instruction. For sample i of any split these are the samples 3 i + 2 to 3 i + 4, none of
+    which is i.
 
     Args:
-        indices: (samples,), of the samples in the split.
-        samples: their columns, as `Task.samples` gives them.
+        indices: (samples,), the indices of the samples in the split.
+        samples: the columns of these samples, as `Task.samples` gives them.
 
     Returns:
-        `prompt`, `prompt_with_examples` and `answer_text`, strings; `observer_right`, whether the ideal observer, which
-        knows the generator and the combinations of rules of this split, gives the answer that counts as right.
+        `prompt`, `prompt_with_examples` and `answer_text`, strings; and `observer_right`, whether the answer of the ideal
+        observer is the one that counts as right. The observer knows the generator and the split's combinations of rules.
     """
     start = instruction(task)
     first = WORKED_EXAMPLES * np.asarray(indices) + 2

@@ -11,7 +11,7 @@ from typing import Any
 from ...utils import nearest, one_line
 
 
-# Parts of the standard library that not every interpreter has, or that are not its own.
+# Folders in the standard library's that not every interpreter has, or that do not belong to the library.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 Documents = dict[str, list[str]]
 
@@ -29,7 +29,7 @@ def read_documents(
     The documents of the splits `train` and `test`, see `TextTask` for the arguments. Empty documents are left out.
 
     Raises:
-        ValueError: if there are none, one is not text, or a split is empty.
+        ValueError: if there are no documents, if one is not text, or if a split is empty.
         OSError: if a file or a folder is missing or cannot be read.
     """
     if dataset_name is not None:
@@ -57,7 +57,7 @@ def read_documents(
 def is_held_out(name: str, held_out: float) -> bool:
     """
     Whether a document belongs to `test`: where the first eight bytes of the SHA-256 of its name, as a fraction of 2**64, are
-    below `held_out`. No other document and no seed has a part in it.
+    below `held_out`. The answer depends on no other document and on no seed.
     """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < held_out * 2**64
 
@@ -81,7 +81,7 @@ def _standard_library() -> Iterator[tuple[str, str]]:
 
 
 def _local(files: str) -> Iterator[tuple[str, str]]:
-    """The documents of a file, of all files of a folder but hidden ones, or of a pattern, by paths relative to the folder."""
+    """The documents of a file, of a folder without its hidden files, or of a pattern, by paths relative to the folder."""
     top = Path(files)
     if top.is_dir():
         paths = [path for path in top.rglob("*") if path.is_file()]

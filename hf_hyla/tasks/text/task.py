@@ -32,8 +32,8 @@ class TextTask(Task):
     """
     The next token of documents.
 
-    A sample is a row of `sequence_length` tokens of a single document, see `Tokens`; what is left of the last row of a document
-    is padding. Training goes through all rows in an order that is drawn anew for every epoch, from `seed`. So sample i is a
+    A sample is a row of `sequence_length` tokens of a single document, see `Tokens`. The rest of a document's last row is
+    padding. Training goes through all rows in an order that is drawn anew for every epoch, from `seed`. So sample i is a
     function of the documents, the settings, the split and i.
 
     Without `files` and `dataset_name`, the documents are the Python sources of the running interpreter's standard library, without
@@ -55,7 +55,7 @@ class TextTask(Task):
             The column of the dataset that holds the text.
         held_out (`float`, *optional*, defaults to 0.05):
             The share of documents that is held out as `test`, by a hash of the file's path relative to the folder or of the
-            row's text; see `is_held_out`. The seed has no part in it.
+            row's text, see `is_held_out`. It does not depend on the seed.
         tokenizer (`str`, *optional*, defaults to `"bytes"`):
             `"bytes"`, or a tokenizer's folder or repository.
         sequence_length (`int`, *optional*, defaults to 256):
@@ -103,14 +103,16 @@ class TextTask(Task):
         }
         for setting, default in of_dataset.items():
             if self.dataset_name is None and getattr(self, setting) != default:
-                raise ValueError(f"{setting} is of a dataset_name, which is missing: add it, or leave {setting} out.")
+                raise ValueError(
+                    f"{setting} belongs to a dataset_name, which is missing: add it, or leave {setting} out."
+                )
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}.")
         if not 2 <= self.sequence_length <= _MAX_SEQUENCE_LENGTH:
             raise ValueError(f"sequence_length must be 2 to {_MAX_SEQUENCE_LENGTH}, got {self.sequence_length}.")
         if self.reference_split:
             raise ValueError(
-                "reference_split is of tasks with combinations of parts, and text has none: leave it out."
+                "reference_split belongs to tasks with combinations of parts, and text has none: leave it out."
             )
 
     @functools.cached_property
@@ -171,18 +173,18 @@ class TextTask(Task):
     @property
     def split_combinations(self) -> dict[str, np.ndarray]:
         raise ValueError(
-            "The task text has no combinations of parts, so that its codes are not probed and its scores not split by "
+            "The task text has no combinations of parts, so its codes are not probed and its scores are not split by "
             "combination: choose another task."
         )
 
     def features(self) -> "datasets.Features":
         raise ValueError(
-            "The task text reads documents that exist already, so that it is not written as a dataset: name them by files or "
+            "The task text reads documents that already exist, so it is not written as a dataset: name them by files or "
             "dataset_name."
         )
 
     def dataset(self, split: str, num_samples: int | None = None) -> TaskDataset:
-        """As for other tasks, but no row is scored twice: other splits than `train` have at most as many samples as rows."""
+        """As for other tasks, but no row is scored twice: splits other than `train` have at most as many samples as rows."""
         self._check_split(split)
         rows = self.num_samples[split]
         return super().dataset(
@@ -219,7 +221,7 @@ class TextTask(Task):
         return f"sha256:{digest.hexdigest()}"
 
     def predictions(self, logits: torch.Tensor, labels: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """The log-likelihood (samples, tokens - 1) of every token but the first; 0 where there is none to predict."""
+        """The log-likelihood (samples, tokens - 1) of every token but the first; 0 where no token is to be predicted."""
         labels = labels[0] if isinstance(labels, tuple) else labels
         losses = nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none"

@@ -40,8 +40,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     The tokenizer of a folder or a repository, or `byte_tokenizer` for `"bytes"`.
 
     Raises:
-        ValueError: if there is none, it does not tell which part of a text a token stands for, or it has no token that ends a
-            text.
+        ValueError: if there is no such tokenizer, if it does not tell which part of a text a token stands for, or if it has no
+            token that ends a text.
     """
     if name == BYTES:
         return byte_tokenizer()
@@ -67,11 +67,11 @@ class Tokens:
     """
     Documents as one array of tokens, and its rows. Each document begins and ends with the end token.
 
-    A row holds `length` tokens of a single document. It begins with the last token of the row before, so that every token of
-    a document but the first is predicted once. The last row of a document may be shorter.
+    A row holds `length` tokens of a single document. It begins with the last token of the row before, so every token of a
+    document but the first is predicted once. The last row of a document may be shorter.
 
     Attributes:
-        ids: (tokens,) of all documents, one after the other.
+        ids: (tokens,), the tokens of all documents, one document after the other.
         num_bytes: (tokens,), bytes of the text that each token stands for; they add up to the bytes of each document.
         starts, stops: (rows,), where each row begins and ends in `ids`.
     """
@@ -126,8 +126,8 @@ def _as_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tup
         some = texts[first : first + _TEXTS_AT_ONCE]
         found = tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, ids, offsets in zip(some, found["input_ids"], found["offset_mapping"], strict=True):
-            # Bytes up to the end of each token. A character of several tokens counts for the first of them, and what no token
-            # stands for counts for the next one.
+            # Bytes up to the end of each token. A character that several tokens share counts for the first of them, and text that
+            # no token stands for counts for the next token.
             letters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
             bytes_before = np.r_[0, np.cumsum(1 + sum(letters > last for last in (0x7F, 0x7FF, 0xFFFF)))]
             ends = np.maximum.accumulate([0, *(bytes_before[stop] for _, stop in offsets)])

@@ -8,7 +8,7 @@ import numpy as np
 from ..words import Words
 
 
-# Tokens of a held-out document that the card's snippet goes on from, and those that it adds.
+# The number of tokens of a held-out document that the card's snippet continues, and the number that it adds.
 _SHOWN, _WRITTEN = 64, 96
 
 
@@ -21,7 +21,7 @@ class TextWords(Words):
 
     def __init__(self, task: Any):
         super().__init__(task)
-        # A path of somebody's folder is no repository.
+        # The path of somebody's folder does not name a repository.
         name = task.dataset_name or ""
         self.dataset_id = name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
 
@@ -51,7 +51,7 @@ It reads {tokens}, and predicts the next one. It was trained on {self._documents
 better: 8 for a model that knows nothing. `perplexity` is per token, and depends on the tokenizer."""
 
     def asked(self) -> str:
-        return "The model goes on from the beginning of a document that was held out."
+        return "The model continues the beginning of a document that was held out."
 
     def limits(self) -> list[str]:
         return [
