@@ -85,8 +85,8 @@ def find_run(word: str | Path) -> Path:
 
 def find_model(word: str) -> str:
     """
-    The folder of a run or a model, here or among those that come with the package, as `hyla-logic` or `hub_cards/hyla-logic`;
-    or else a repository on the Hub, which is asked once.
+    The folder of a run or a model, here or among those that come with the package, such as `hyla-logic` or
+    `hub_cards/hyla-logic`; or else the name of a repository on the Hub, which is asked once.
 
     Raises:
         OSError: if there is no such folder and no such repository.

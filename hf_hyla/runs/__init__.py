@@ -1,4 +1,4 @@
-"""A finished run: its folder and record, the paper's figures beside it, comparison and pictures. Imports no trainer."""
+"""A finished run: its folder and record, the paper's values beside it, comparisons and pictures. Imports no trainer."""
 
 from .folder import Run
 from .record import RunRecord

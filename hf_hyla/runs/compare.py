@@ -20,15 +20,16 @@ class Comparison:
     The runs of one recipe, which differ in their seeds.
 
     Attributes:
-        name: of the recipe, and the overrides of its runs if several recipes share the name.
-        metric: `split/name`: the one that is expected, or the task's headline.
-        values: one per run, sorted by seed; copies of a run are one.
-        mean, standard_error: of the values; the latter needs two.
-        expected, tolerance: of the recipe.
-        paper, paper_standard_error: what the paper's Table A1 says of this model, if anything.
-        samples, budget: training samples of a run, and those that the expected or else the paper's value is about.
-        verdict: `reached` within the tolerance, `exceeded` if better, `missed` if worse, `too few samples` where a run was
-            shorter than the budget, `nothing expected`.
+        name: the recipe's name, followed by the overrides of its runs if several recipes share the name.
+        metric: `split/name`, the metric that the recipe expects something of, or else the task's headline metric.
+        values: the scores, one per run, sorted by seed; copies of a run count once.
+        mean, standard_error: of the values. The standard error is `None` for a single run.
+        expected, tolerance: what the recipe expects.
+        paper, paper_standard_error: what the paper's Table A1 says about this model, if anything.
+        samples, budget: the training samples of the shortest run, and the number that the expected value, or else the paper's,
+            was reached with.
+        verdict: `reached` within the tolerance, `exceeded` if better, `missed` if worse, `too few samples` if a run was shorter
+            than the budget, or `nothing expected`.
     """
 
     name: str
@@ -80,7 +81,7 @@ def compare(records: Iterable[RunRecord]) -> list[Comparison]:
 
 
 def grouped(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
-    """The runs of each recipe, which differ in their seeds, in the order of their first runs; copies of a run are one."""
+    """The runs of each recipe, which differ in their seeds. Recipes are in the order of their first runs; copies count once."""
     groups: dict[str, dict[str, RunRecord]] = {}
     for record in records:
         recipe = json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True)
@@ -158,7 +159,7 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
 
 
 def told_apart(record: RunRecord, all_recipes: list[RunRecord]) -> str:
-    """The recipe's name, and those of its settings in which recipes of this name differ."""
+    """The recipe's name, and its settings in which the recipes of this name differ."""
     return " ".join([record.name, *differing_settings(record, all_recipes)])
 
 

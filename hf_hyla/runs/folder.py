@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and their content, read once."""
+"""The folder of a run: the names of its files, and their content, which is read once."""
 
 import dataclasses
 import math
@@ -28,8 +28,8 @@ class Run:
     A run's folder and its record. Everything else is read from the folder on first use, and kept.
 
     Attributes:
-        folder: of the run.
-        record: of the run.
+        folder: the run's folder.
+        record: the run's record.
     """
 
     folder: Path
@@ -68,9 +68,8 @@ class Run:
             OSError: if it is missing.
         """
         try:
-            read_json(
-                self.folder / "config.json"
-            )  # transformers would wait for a pipe, and crash at what is nested deep
+            # transformers would wait for a pipe, and crash at content that is nested too deep.
+            read_json(self.folder / "config.json")
             return HylaConfig.from_pretrained(self.folder)
         except (StrictDataclassError, TypeError, ValueError) as error:
             raise ValueError(
@@ -94,7 +93,7 @@ class Run:
 
     @property
     def budget(self) -> float:
-        """Training samples, as a share of the paper's."""
+        """The number of training samples, as a share of the paper's."""
         return self.record.samples_seen / self.task.num_samples["train"]
 
     def _check_finished(self) -> None:
@@ -111,7 +110,7 @@ class Run:
             )
         for split in expected:
             scores = record.metrics.get(split, {})
-            # Other scores are left out if no sample can be measured by them.
+            # Other scores may be missing, if they cannot be computed on any sample.
             for name in dict.fromkeys((self.task.metric_names[0], "num_samples", *scores)):
                 if not math.isfinite(scores.get(name, math.nan)):
                     raise ValueError(

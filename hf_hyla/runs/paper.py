@@ -1,4 +1,4 @@
-"""The figures of arXiv 2406.05816 that runs are compared with: Table A1, whose columns belong to the tasks."""
+"""The results of arXiv 2406.05816 that runs are compared with: Table A1, whose columns belong to the tasks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from ..utils import one_line
 _ROW_FIELDS = ("attention_type", "score_norm", "value_activation", "value_depth", "ffn_type")
 # The paper does not say how its mixtures of experts are made.
 _UNKNOWN_FIELDS = ("num_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
-# How a model is trained, as the optimiser is. The weights of `o_proj` can make up for any multiplier of the output of attention.
+# These belong to the training, like the optimiser: the weights of `o_proj` can make up for any multiplier of attention's output.
 _TRAINING_FIELDS = ("attention_dropout", "attention_out_multiplier")
 # The rows of Table A1: the values of the fields above, and the name of the row in the tasks' results.
 _ROWS = {
@@ -35,7 +35,7 @@ _ROWS = {
 
 @dataclass(frozen=True)
 class PaperResult:
-    """Mean and standard error over three seeds, of the metric named `split/metric`, after `num_samples` samples."""
+    """The mean and standard error of `metric` (`split/name`) over three seeds, after `num_samples` training samples."""
 
     metric: str
     mean: float
@@ -54,9 +54,9 @@ def differing_settings(task: Task) -> dict[str, Any]:
 
 def paper_result(settings: dict[str, Any]) -> PaperResult | None:
     """
-    What Table A1 says of the model of a run with these settings, the sections `task` and `model` of a recipe. `None` if the
-    paper has no such row, if task or model differ from the paper's in anything else, and if training started from a
-    checkpoint, since the paper trains no model further. Optimiser and dropout may differ.
+    What Table A1 says about the model of a run with these settings, which are the sections `task` and `model` of a recipe.
+    Optimiser and dropout may differ from the paper's. The result is `None` if the paper has no such row, if anything else
+    differs, or if training started from a checkpoint, since the paper never does that.
 
     Raises:
         ValueError: if the settings make no task or no model.
@@ -70,7 +70,7 @@ def paper_result(settings: dict[str, Any]) -> PaperResult | None:
     try:
         config = HylaConfig.from_dict({**task.model_defaults, **settings["model"]})
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"The recipe's section model is not that of a model: {one_line(error)}") from None
+        raise ValueError(f"The recipe's section model does not describe a model: {one_line(error)}") from None
     others = set(HylaConfig.__annotations__) - {*_ROW_FIELDS, *_UNKNOWN_FIELDS, *_TRAINING_FIELDS}
     if any(getattr(config, name) != getattr(papers, name) for name in others):
         return None

@@ -42,7 +42,7 @@ def learning_curve(record: RunRecord) -> bytes:
     """
     splits = ["train", *record.metrics]
     noted = {name for point in record.curve for name in point}
-    named = {"loss": {"train": "loss"}}  # of each axis: what it shows of which split
+    named = {"loss": {"train": "loss"}}  # for each axis, the name of each split's curve in the record
     for split, scores in record.metrics.items():
         for metric in scores:
             if f"{split}/{metric}" in noted:
@@ -87,12 +87,12 @@ def learning_curve(record: RunRecord) -> bytes:
 
 def over_samples(groups: list[list[RunRecord]]) -> bytes:
     """
-    The headline score on the headline split, such as `ood`, over training samples: a line for each recipe, which is the mean of
-    its runs, a dot for their results with its standard error, the paper's values at the paper's budget, and what an ideal
-    observer reaches.
+    The headline score on the headline split, such as `ood`, over training samples. Each recipe has a line for the mean of its
+    runs, and a dot with a standard error for their results. The paper's values are drawn at the paper's budget, and what an
+    ideal observer reaches as a horizontal line.
 
     Args:
-        groups: of each recipe, its runs, see `grouped`.
+        groups: the runs of each recipe, see `grouped`.
 
     Raises:
         ValueError: without matplotlib, or if the records are of several tasks.
@@ -123,7 +123,7 @@ def over_samples(groups: list[list[RunRecord]]) -> bytes:
     axes.plot([], [], "o", color="grey", label="result of the finished run")
     left, right = axes.dataLim.intervalx
     budget = _draw_papers(axes, records)
-    # The limits of the axis count nothing that is drawn aside of its place.
+    # The automatic limits ignore markers that are drawn beside their places.
     axes.set_xlim(left / 1.2, max(right, budget) * 1.4)
     if ceiling := task.words(task).ceiling(split):
         axes.axhline(ceiling, color="grey", linestyle="--", label="ideal observer")
@@ -168,7 +168,7 @@ def _named_lines(groups: list[list[RunRecord]]) -> Iterator[tuple[list[RunRecord
 
 
 def _draw_papers(axes, records: list[RunRecord]) -> int:
-    """Draws what the paper reports of the attentions of these runs; the paper's training samples, 0 if there is nothing."""
+    """Draws what the paper reports for the attentions of these runs. Returns its number of training samples, or 0 without any."""
     from matplotlib.transforms import ScaledTranslation
 
     drawn = 0
@@ -176,7 +176,7 @@ def _draw_papers(axes, records: list[RunRecord]) -> int:
     for attention in dict.fromkeys(map(attention_of, records)):
         settings = {"task": records[0].recipe["task"], "model": {"attention_type": attention}}
         if attention and (paper := paper_result(settings)):
-            # Aside of its place, where it covers no result after as many samples.
+            # Beside its place, where it does not cover a result after the same number of samples.
             aside = ScaledTranslation((9 + 7 * drawn) / 72, 0, axes.figure.dpi_scale_trans)
             axes.errorbar(
                 paper.num_samples, paper.mean, yerr=paper.standard_error, fmt="D", color=_COLOURS[attention],
@@ -190,7 +190,7 @@ def _draw_papers(axes, records: list[RunRecord]) -> int:
 
 
 def _mean_curve(group: list[RunRecord], name: str) -> tuple[list[float], list[float]]:
-    """Training samples, and the mean score over the runs that noted it there."""
+    """The numbers of training samples at which all runs noted the score, and the mean score there."""
     noted: dict[float, list[float]] = {}
     for record in group:
         for point in record.curve:

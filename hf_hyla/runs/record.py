@@ -1,4 +1,4 @@
-"""run.json: the record of a run, from which cards and tables are made; and what is computed of several records."""
+"""run.json, the record of a run, from which cards and tables are made; and what is computed from several records."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 # The settings in which runs of one recipe may differ: seeds, where their samples are read from, and where they are published.
 _OF_ONE_RUN = {"task.seed", "trainer.seed", "task.data", *(f"trainer.{key}" for key in HUB_KEYS)}
-# What a record holds the digests of.
+# The files whose digests a record holds.
 _DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")
 # The folder of the checkout, if the package lies in one.
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -46,23 +46,22 @@ class RunRecord:
     The record of a run; a value of another type than it has here is refused.
 
     Attributes:
-        name: of the recipe.
-        recipe: the sections task, model, trainer and, where the run was expected to reach something, expect; overrides
-            applied.
-        seeds: `task`, of held-out combinations and samples; `trainer`, of initial weights and dropout.
-        num_parameters: of the model.
-        steps, samples_seen: updates made and training samples they used.
-        seconds: wall time of training, including evaluations during it and what came before interruptions.
+        name: the recipe's name.
+        recipe: the recipe's sections task, model, trainer and, if it has one, expect, with overrides applied.
+        seeds: `task`, the seed of held-out combinations and samples, and `trainer`, the seed of initial weights and dropout.
+        num_parameters: the number of the model's parameters.
+        steps, samples_seen: the number of updates, and of the training samples that they used.
+        seconds: the wall time of training, including evaluations during it and the time before interruptions.
         metrics: per split, the scores and `num_samples`, the number of samples they were measured on.
-        curve: log entries in order; each has `step` and `seconds`, training entries `loss` and `learning_rate`, evaluation
-            entries scores named `split/metric`.
+        curve: log entries in order. Each has `step` and `seconds`; training entries have `loss` and `learning_rate`, and
+            evaluation entries have scores named `split/metric`.
         environment, hardware: see `environment` and `hardware`.
-        data_fingerprint: `Task.fingerprint`, which proves which data were trained and scored on; `None` in records that are
-            older than it.
-        digests: of the weights, the config and the model's code when the run was finished, see `digests`; `None` in records
-            that are older than them.
-        schema_version: of this format; it rises when a field is removed or changes its meaning. New fields have a default, so
-            that older records load.
+        data_fingerprint: `Task.fingerprint`, which proves which data were trained and scored on; `None` in records from before
+            this field.
+        digests: the digests of the weights, the config and the model's code when the run was finished, see `digests`; `None` in
+            records from before this field.
+        schema_version: the version of this format. It rises when a field is removed or changes its meaning. New fields have a
+            default, which lets older records load.
     """
 
     name: str
@@ -105,7 +104,7 @@ class RunRecord:
 
     @property
     def identity(self) -> str:
-        """What two records share if they are copies of one run, wherever they lie: its seeds, its data and its results."""
+        """A text that is equal for two copies of one run's record: the run's seeds, data and results."""
         results = {
             split: {name: float(value) for name, value in scores.items()} for split, scores in self.metrics.items()
         }
@@ -124,7 +123,7 @@ class RunRecord:
             raise ValueError("its recipe lacks the section model")
         for key in ("model_name_or_path", "revision"):
             if not isinstance(self.recipe["model"].get(key), (str, type(None))):
-                raise ValueError(f"its recipe's model.{key} is no text")
+                raise ValueError(f"its recipe's model.{key} is not text")
         self._check_expected()
         for key in ("task", "trainer"):
             if key not in self.seeds:
@@ -136,7 +135,7 @@ class RunRecord:
             if type(scores.get("num_samples")) is not int:
                 raise ValueError(f"its metrics of {split!r} lack num_samples")
             _check_numbers({"num_samples": scores["num_samples"]}, at_least=1)
-            # A score may be NaN in a record of one's own making, which is not a finished run.
+            # A score may be NaN in a record that was not made by a finished run.
             _check_numbers({name: value for name, value in scores.items() if value == value})
         for number, point in enumerate(self.curve):
             if type(point.get("step")) is not int or "seconds" not in point:
@@ -145,15 +144,15 @@ class RunRecord:
             _check_numbers({"step": point["step"]}, at_least=0)
         for name, value in {**self.environment, **self.hardware}.items():
             if not isinstance(value, (str, int, float, bool, type(None))):
-                raise ValueError(f"its {name} is no text or number")
+                raise ValueError(f"its {name} is neither text nor a number")
         if not isinstance(self.environment.get("git_commit"), (str, type(None))):
-            raise ValueError("its git_commit is no text")
+            raise ValueError("its git_commit is not text")
         processes = self.hardware.get("num_processes", 1)
         if type(processes) is not int or processes < 1:
             raise ValueError(f"its num_processes is {processes!r:.40}")
         for digest in (self.data_fingerprint, *(self.digests or {}).values()):
             if digest is not None and not re.fullmatch("sha256:[0-9a-f]{64}", digest):
-                raise ValueError(f"{digest!r:.40} is no sha256 digest")
+                raise ValueError(f"{digest!r:.40} is not a sha256 digest")
 
     def _check_expected(self) -> None:
         expect = self.recipe.get("expect")
@@ -166,7 +165,7 @@ class RunRecord:
             raise ValueError(f"its expect.metric is {expect['metric']!r:.80}, expected a split, a / and a metric")
         budget = expect.get("budget")
         if budget is not None and type(budget) is not int:
-            raise ValueError("its expect.budget is no whole number")
+            raise ValueError("its expect.budget is not a whole number")
         numbers = ("value", "tolerance", "budget")
         _check_numbers({f"expect.{key}": expect[key] for key in numbers if expect.get(key) is not None})
 
@@ -194,7 +193,7 @@ def file_digest(paths: Iterable[Path]) -> str:
 
 
 def by_key(settings: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings by `section.key`, without what is expected of its run, which may change with what is known."""
+    """A recipe's settings by `section.key`, without `expect`, since what is expected of a run may change later."""
     return {
         f"{section}.{key}": value
         for section, values in settings.items()
@@ -216,12 +215,12 @@ def tells_recipes_apart(key: str) -> bool:
 
 
 def without_seeds(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings by `section.key` that runs of one recipe share: runs with equal ones differ in their seeds only."""
+    """The settings by `section.key` that all runs of one recipe share. Runs for which they are equal differ only in their seeds."""
     return {key: value for key, value in by_key(settings).items() if tells_recipes_apart(key)}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean of some values, and its standard error, which needs two."""
+    """The mean of some values and its standard error, which is `None` for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error
 
@@ -234,7 +233,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    # torch's own version also names what it was built for, which not every distribution's metadata does.
+    # torch.__version__ also says what torch was built for, which the metadata of some distributions leave out.
     return versions | {"torch": str(torch.__version__), "git_commit": _git_commit()}
 
 

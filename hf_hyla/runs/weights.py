@@ -1,4 +1,4 @@
-"""A model's weights, from the folder of a run or from a repository on the Hub."""
+"""A model with fresh weights, or with those in the folder of a run or in a repository on the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def load_model(name: str | Path, auto_class: str = "AutoModelForSequenceClassifi
     The model of a folder or repository, loaded by a class of transformers; `kwargs` are those of its `from_pretrained`.
 
     Raises:
-        ValueError, OSError: if there is none, or it is damaged or not whole; pickles and remote code are not loaded.
+        ValueError, OSError: if there is no such model, or it is damaged or incomplete. Pickles and remote code are not loaded.
     """
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").exists():

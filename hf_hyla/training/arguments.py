@@ -20,23 +20,23 @@ REFERENCE_SCHEDULE = "reference"
 @dataclass
 class HylaTrainingArguments(TrainingArguments):
     """
-    transformers' `TrainingArguments` with the reference's settings as defaults (AdamW 0.9 / 0.999 / 1e-8, its learning-rate
-    curve, batches of 128 per device, no gradient clipping) and these besides.
+    transformers' `TrainingArguments` with the reference's settings as defaults (AdamW 0.9 / 0.999 / 1e-8, the reference's
+    learning-rate curve, batches of 128 per device, no gradient clipping) and with these arguments.
 
     Args:
         optim (`str`, *optional*):
             `"muon"`, or an optimiser of transformers. Muon (torch.optim.Muon, momentum 0.95) trains the matrices inside the
-            layers, see `muon_parameters`, and AdamW everything else, by `learning_rate` and the `adam_*` arguments. Logs
-            name AdamW's learning rate; Muon's is the same share of its own.
+            layers, see `muon_parameters`. AdamW trains everything else, by `learning_rate` and the `adam_*` arguments. Logs
+            show AdamW's learning rate. The schedule multiplies both learning rates by the same factor.
         muon_learning_rate (`float`, *optional*):
-            Muon's learning rate. An update moves a matrix by about so much in its spectral norm, times the root of rows /
-            columns where there are more rows.
+            Muon's learning rate. It is about the spectral norm of an update, which is larger by a factor of
+            sqrt(rows / columns) for a matrix with more rows than columns.
         muon_learning_rate_qk (`float`, *optional*, defaults to `muon_learning_rate`):
             Muon's learning rate for the projections of queries and keys.
         lr_scheduler_type (`str`, *optional*, defaults to `"reference"`):
             `"reference"`, see `reference_schedule`, or a schedule of transformers.
         schedule_floor (`float`, *optional*, defaults to 0.1):
-            The share of the learning rates that the reference's schedule ends with, from 0 to 1; its own is 0.1.
+            The last learning rate of the reference's schedule, as a share of the largest, from 0 to 1. The reference has 0.1.
         eval_samples (`int`, *optional*, defaults to 2048):
             Samples per split for the curve during training. The evaluation at the end uses the paper's number.
 
@@ -56,7 +56,7 @@ class HylaTrainingArguments(TrainingArguments):
     lr_scheduler_type: SchedulerType | str = REFERENCE_SCHEDULE
     # Collators of tasks keep what the model reads, and need whole samples.
     remove_unused_columns: bool = False
-    # All parameters have a part in every loss, and looking for others takes time in every step.
+    # Every loss depends on all parameters, and a search for unused ones takes time in every step.
     ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = torch.cuda.is_available()
     # The metric of the fuzzy-logic task needs the values shown in the context.
@@ -93,7 +93,9 @@ class HylaTrainingArguments(TrainingArguments):
         rates = {name: getattr(self, name) for name in ("muon_learning_rate", "muon_learning_rate_qk")}
         given = [name for name, rate in rates.items() if rate is not None]
         if given and not takes_muon:
-            raise ValueError(f"{given[0]} is of optim 'muon', but optim is {self.optim!s}: set optim, or remove it.")
+            raise ValueError(
+                f"{given[0]} belongs to optim 'muon', but optim is {self.optim!s}: set optim, or remove it."
+            )
         if takes_muon and self.muon_learning_rate is None:
             raise ValueError("optim 'muon' needs muon_learning_rate, such as 4e-3: learning_rate is AdamW's.")
         for name in ("optim_args", "optim_target_modules"):
@@ -108,7 +110,7 @@ class HylaTrainingArguments(TrainingArguments):
             )
         if not takes_reference and self.schedule_floor != REFERENCE_FLOOR:
             raise ValueError(
-                f"schedule_floor is of lr_scheduler_type 'reference', but lr_scheduler_type is {self.lr_scheduler_type!s}: "
+                f"schedule_floor belongs to lr_scheduler_type 'reference', but lr_scheduler_type is {self.lr_scheduler_type!s}: "
                 "remove one of them."
             )
         if not 0 <= self.schedule_floor <= 1:

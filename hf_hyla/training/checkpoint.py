@@ -1,4 +1,4 @@
-"""Whole checkpoints: a seal with the sizes and hashes of a checkpoint's files is written last."""
+"""Whole checkpoints: a seal with the sizes and hashes of a checkpoint's files is written after all of them."""
 
 import contextlib
 import hashlib

@@ -15,7 +15,7 @@ from .arguments import HylaTrainingArguments
 class StackedMuon(Muon):
     """
     `torch.optim.Muon` with `adjust_lr_fn="original"` that orthogonalises all matrices of one shape together, since calls
-    cost more than multiplications for small matrices. Updates equal torch's to the rounding of bfloat16, and the state is
+    cost more than multiplications for small matrices. Updates equal torch's up to the rounding of bfloat16, and the state is
     the same.
     """
 
@@ -103,6 +103,7 @@ def muon_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     The parameters that Muon takes, by name: the trained weights of the linear maps inside the layers.
 
     Muon makes the singular values of an update equal, which suits maps from hidden states to hidden states. It does not take
+
     - embeddings, input projections, heads and routers, since their rows belong to single symbols, answers or experts;
     - biases, norms and tables of positions, which are not linear maps;
     - `value_mixing` and the weights of experts, which are stacks of matrices, and torch's Muon takes only matrices.

@@ -42,15 +42,15 @@ def check_launch() -> None:
 
 def keep_freed_memory() -> None:
     """
-    Has glibc, where that is the C library, keep the memory that a training step frees for the next one, and take it in huge pages.
+    Makes glibc, if that is the C library, keep the memory that a training step frees for the next step, in huge pages.
 
-    By default glibc returns most of it to the system and asks for it again, page by page, in every step. Blocks above 32 MiB
-    are returned as before. Huge pages save most address look-ups, which take a tenth of a step.
+    By default, glibc returns most of this memory to the system and asks for it again, page by page, in every step. Blocks above
+    32 MiB are returned as before. Huge pages save most address look-ups, which take a tenth of a step.
     """
     if sys.platform != "linux":
         return
-    trim_threshold, mmap_threshold = -1, -3  # by their numbers in malloc.h
-    largest = 32 * 2**20  # that glibc accepts for the second
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    largest = 32 * 2**20  # the largest mmap_threshold that glibc accepts
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, largest)
@@ -89,7 +89,7 @@ def check_devices(num_devices: int) -> None:
 
 def share_of_batch(batch_size: int, num_processes: int) -> int:
     """
-    Each process's share of a recipe's batch, so that an update is the same whatever it is computed on.
+    The number of samples of a recipe's batch that each process computes. An update is then the same for any number of processes.
 
     Raises:
         ValueError: if the processes cannot share the batch evenly.

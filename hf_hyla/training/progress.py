@@ -6,12 +6,12 @@ from tqdm import tqdm
 from transformers.trainer_callback import ProgressCallback
 
 
-# Ends of the names that the progress bar leaves out.
+# The progress bar leaves out names that end like this.
 _NOT_SHOWN = ("_runtime", "_per_second", "_time", "epoch", "seconds", "grad_norm")
 
 
 class RunProgress(ProgressCallback):
-    """transformers' progress bar with one readable line per log entry, redrawn rarely where the output is no terminal."""
+    """transformers' progress bar with one readable line per log entry. It is redrawn rarely if the output is not a terminal."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -29,5 +29,5 @@ class RunProgress(ProgressCallback):
         if self.training_bar is None or not logs or "train_runtime" in logs:
             return
         shown = {name.removeprefix("eval_"): value for name, value in logs.items() if not name.endswith(_NOT_SHOWN)}
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self.training_bar.write(f"step {state.global_step:>6}  {numbers}")
+        entry = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.training_bar.write(f"step {state.global_step:>6}  {entry}")

@@ -39,7 +39,7 @@ _ALLOWED_TRAINER = {
     *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
     *HUB_KEYS,  # read by `hyla train` when the run is finished, never by the Trainer
 }
-# Why each of the others is refused, as the end of a sentence.
+# Why each of the other keys is refused, as the end of a sentence.
 _BY_THE_RUN = "is set by the run itself"
 _BY_MAX_STEPS = "has no effect: a run is max_steps long and follows the reference's schedule"
 _PUBLISHED_ONCE = (
@@ -143,7 +143,7 @@ class Expectation:
 @dataclasses.dataclass
 class Recipe:
     """
-    A checked recipe. `settings` is what the run record keeps: the four sections, overrides applied.
+    A checked recipe. `settings` is what the run record keeps: the four sections, with overrides applied.
 
     `expect` is `None` if the recipe has no such section, or if an override changed anything but a seed, since the
     expectation is then about another run. `data` is the folder, made by `hyla data`, that training samples are read from;
@@ -225,7 +225,7 @@ def read_sections(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: Collection[str] = ()) -> Recipe:
-    """The `Recipe` of these sections; see `load_recipe`. `source` is what errors call it."""
+    """The `Recipe` of these sections; see `load_recipe`. Errors call the recipe `source`."""
     model_settings = in_types(
         f"{source}: model",
         sections["model"],
@@ -241,7 +241,7 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
     if "model_name_or_path" in model_settings:
         config = config_of_checkpoint(f"{source}: model", model_settings, task)
     elif "revision" in model_settings:
-        raise ValueError(f"{source}: model.revision is of a model_name_or_path, which is missing: add it.")
+        raise ValueError(f"{source}: model.revision belongs to a model_name_or_path, which is missing: add it.")
     else:
         config = _built(f"{source}: model", HylaConfig, {**task.model_defaults, **model_settings})
         task.check_model(config)
@@ -271,10 +271,10 @@ def checked_task(
     where: str, settings: dict[str, Any], overrides: dict[str, str] | None = None, may_import: bool = False
 ) -> Task:
     """
-    The task of these settings, of which `name` is one; `overrides` are texts by key. See `find_task` for `may_import`.
+    The task with these settings, among them its `name`. `overrides` are texts by key. See `find_task` for `may_import`.
 
     Raises:
-        ValueError: for a missing, unknown or wrong setting; `where` says in it where the settings come from.
+        ValueError: for a missing, unknown or wrong setting. The message calls the settings `where`.
     """
     settings = settings | {key: read_value(key, text) for key, text in (overrides or {}).items()}
     if "name" not in settings:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides transformers' files, so that a run resumes exactly, and when it counts as whole."""
+"""What a checkpoint holds besides transformers' files, for an exact resume, and when a checkpoint counts as whole."""
 
 import shutil
 import time
@@ -19,9 +19,11 @@ from .guard import INTACT
 
 class ResumeState(TrainerCallback):
     """
-    Adds to every checkpoint what transformers leaves out, and seals the checkpoint when all of its files are written. It
-    adds the sum of the losses since the last log entry, so that the curve does not depend on interruptions; the seconds of
-    training; and the random state that attention dropout is drawn from, which is the same on every process.
+    Adds to every checkpoint what transformers leaves out, and seals the checkpoint when all of its files are written. It adds
+
+    - the sum of the losses since the last log entry, which makes the curve independent of interruptions;
+    - the seconds of training;
+    - the random state that attention dropout is drawn from, which is the same on every process.
 
     Attributes:
         resume_from (`Path`, *optional*): the checkpoint that training resumes from.
@@ -65,7 +67,7 @@ class ResumeState(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, those before interruptions included."""
+        """Seconds of training, including those before interruptions."""
         return self._seconds_before + time.perf_counter() - self._started
 
     def add(self, loss: torch.Tensor, skip_not_finite: bool, state) -> None:
@@ -76,7 +78,10 @@ class ResumeState(TrainerCallback):
         self._loss = so_far + loss
 
     def logged(self, loss: float, state) -> float:
-        """The loss of a log entry. It is transformers' own, except that the first entry after a resume includes the steps before it."""
+        """
+        The loss of a log entry. It is transformers' own, except that the first entry after a resume includes the steps since
+        the last entry before it.
+        """
         if self._carried and self._loss is not None:
             loss = gather(self._loss[None]).mean().item() / (state.global_step - self._last_logged)
         self._loss, self._last_logged, self._carried = None, state.global_step, False

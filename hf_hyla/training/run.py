@@ -55,7 +55,7 @@ def train(
 
     Args:
         max_minutes: training saves a checkpoint and stops before it has taken so many minutes.
-        num_samples: samples per split of the evaluation at the end; the paper's number where it is `None`.
+        num_samples: samples per split of the evaluation at the end; `None` for the paper's number.
 
     Raises:
         FileExistsError: if `output` holds a finished run, or one of another recipe, and `overwrite` is not set.
@@ -115,7 +115,7 @@ def train(
 def check_before_start(recipe: Recipe) -> None:
     """
     Raises:
-        ValueError: if the recipe asks for what this machine lacks.
+        ValueError: if the recipe asks for something that this machine lacks.
     """
     on_cpu = recipe.trainer.get("use_cpu") or PartialState().device.type == "cpu"
     if recipe.trainer.get("fp16") and on_cpu:
@@ -137,8 +137,11 @@ def evaluate(
     batch_size: int | None = None,
 ) -> dict[str, float]:
     """
-    Scores of a model on a split, of the paper's length where `num_samples` is `None`, in batches of the task's size where
-    `batch_size` is.
+    The scores of a model on a split.
+
+    Args:
+        num_samples: the samples to score; `None` for the paper's number.
+        batch_size: samples per batch; `None` for the task's number.
 
     Raises:
         ValueError: if model and task do not fit.
@@ -215,7 +218,7 @@ def _written_recipe(path: Path) -> dict:
 
 
 def _write_results(trainer: HylaTrainer, record: RunRecord, tokenizer: Any, output: Path) -> None:
-    """Writes weights, code, curve and record; on every process, since each may hold a part of the weights."""
+    """Writes weights, code, curve and record. Every process must call it, since each may hold a part of the weights."""
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return
@@ -249,8 +252,8 @@ def _say_how_it_resumes(checkpoint: Path, num_processes: int) -> None:
         _say(f"Resumes from {checkpoint.name}.")
         return
     _say(
-        f"Resumes from {checkpoint.name}, which was written with {then}, with {now}: the result will be equal to rounding, not "
-        "bit by bit."
+        f"Resumes from {checkpoint.name}, which was written with {then}, with {now}: the result will be equal up to rounding, "
+        "not bit for bit."
     )
 
 
@@ -307,7 +310,7 @@ def _predictions_of(task: Task):
 
 
 def _logits(predictions) -> Any:
-    """The logits among a model's outputs, which hidden states follow if the config asks for them."""
+    """The logits, which are the first of a model's outputs if its config also asks for hidden states."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
@@ -335,6 +338,6 @@ def _curve(history: list[dict], splits: list[str]) -> list[dict[str, float]]:
             for name, value in entry.items():
                 if name.startswith(prefix) and name.removeprefix(prefix) not in _TIMINGS:
                     point[f"{split}/{name.removeprefix(prefix)}"] = value
-        if len(point) > 2:
+        if len(point) > 2:  # more than step and seconds
             curve.append({name: value for name, value in point.items() if math.isfinite(value)})
     return curve

@@ -13,7 +13,7 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 
 
-# Steps between the points at which several processes agree whether to stop, for which all wait.
+# Several processes ask each other whether to stop only every so many steps, since all of them wait for the answer.
 _STEPS_PER_QUESTION = 10
 # Reasons to stop, in the words of the message, with their exit codes. A later one takes precedence.
 _OUT_OF_TIME = "at --max-minutes"
@@ -113,7 +113,7 @@ class StopRequests(TrainerCallback):
 
     def check(self, state) -> None:
         """
-        After training, whose checkpoint at the end is saved: from here on signals and the limit of time stop at once.
+        Call this after training, whose last checkpoint is saved. From here on, signals and the time limit stop the run at once.
 
         Raises:
             Stopped: if training was stopped before its end.

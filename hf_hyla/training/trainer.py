@@ -24,8 +24,8 @@ class HylaTrainer(Trainer):
     `Trainer` with the reference's choice of decayed parameters and, for `HylaTrainingArguments`, its learning-rate curve.
 
     It stops when a loss, gradient or weight is not finite. Every log entry holds the seconds of training so far. A checkpoint
-    counts only when it is whole, and holds all that an exact resume needs. Nothing is published from here: publishing reads
-    the folder of a finished run. On a CPU the process keeps freed memory, see `keep_freed_memory`.
+    counts only when it is whole, and holds all that an exact resume needs. The trainer publishes nothing: publishing reads the
+    folder of a finished run. On a CPU the process keeps freed memory, see `keep_freed_memory`.
 
     Raises:
         ValueError: for arguments that it would not follow: `push_to_hub`, `enable_jit_checkpoint`, `save_total_limit` 1, and
@@ -40,7 +40,7 @@ class HylaTrainer(Trainer):
         refuse_shards(self._takes_muon() and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
         if self.args.device.type == "cpu":
             keep_freed_memory()
-        # In this order, so that a checkpoint with weights that are not finite is never sealed.
+        # In this order, a checkpoint with weights that are not finite is never sealed.
         self.add_callback(self._guard)
         self.add_callback(self._resume_state)
 
@@ -130,7 +130,7 @@ class HylaTrainer(Trainer):
             part.load_state_dict(state)  # type: ignore[union-attr]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Refuses `push_to_hub` among the arguments, as `push_to_hub` refuses itself."""
+        """Refuses the argument `push_to_hub=True`, for which transformers calls this."""
         self.push_to_hub()
 
     def push_to_hub(self, *args, **kwargs) -> str:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""The weights that a model starts with: those of a checkpoint, or fresh ones."""
+"""The weights that training starts from: those of a checkpoint, or fresh ones."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..utils import one_line
 
 # Keys of a recipe's model section that name a checkpoint to start from.
 CHECKPOINT_KEYS = {"model_name_or_path": str, "revision": str}
-# Fields that affect neither the shape nor the meaning of weights, so that a run may change them.
+# Fields that a run may change, since they affect neither the shape nor the meaning of weights.
 _OF_THE_RUN = ("attention_dropout", "num_answers", "problem_type", "output_router_logits", "router_aux_loss_coef")
 
 
@@ -24,8 +24,8 @@ def initial_model(
     settings: dict[str, Any], config: HylaConfig, auto_class: str = "AutoModelForSequenceClassification"
 ) -> HylaPreTrainedModel:
     """
-    The model that a run starts with, from the checkpoint that its `model` settings name or with fresh weights, of the class that
-    `auto_class` of transformers makes.
+    The model that a run starts from, with the weights of the checkpoint that its `model` settings name, or with fresh weights.
+    Its class is the one that `auto_class` of transformers makes.
     """
     if "model_name_or_path" not in settings:
         return new_model(config, auto_class)
@@ -48,8 +48,8 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
 
     Args:
         where: the section's name in errors.
-        settings: the section; its `revision` is replaced by the commit of the repository that was found, so that a run
-            resumes from the same weights.
+        settings: the section. Its `revision` is replaced by the commit that was found, since a resumed run must start from the
+            same weights.
 
     Raises:
         ValueError: if there is no such checkpoint, or settings or task do not fit it.

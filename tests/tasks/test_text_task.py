@@ -256,8 +256,8 @@ def test_files_and_tokenizers_that_are_not_there_are_refused(folder, settings, e
     ("settings", "message"),
     [
         ({"files": "a", "dataset_name": "b"}, "both say where documents come from"),
-        ({"text_column": "page"}, "text_column is of a dataset_name, which is missing"),
-        ({"files": "a", "dataset_split": "test"}, "dataset_split is of a dataset_name"),
+        ({"text_column": "page"}, "text_column belongs to a dataset_name, which is missing"),
+        ({"files": "a", "dataset_split": "test"}, "dataset_split belongs to a dataset_name"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
         ({"sequence_length": 1}, "sequence_length must be 2 to"),
         ({"reference_split": True}, "text has none"),

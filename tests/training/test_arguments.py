@@ -141,7 +141,7 @@ def test_unsupported_arguments_are_refused_at_construction(tmp_path, args_class,
     ("settings", "message"),
     [
         ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs has no effect with lr_scheduler_type 'ref"),
-        ({"lr_scheduler_type": "linear", "schedule_floor": 0.2}, "schedule_floor is of lr_scheduler_type 'reference'"),
+        ({"lr_scheduler_type": "linear", "schedule_floor": 0.2}, "schedule_floor belongs to lr_scheduler_type 'reference'"),
         ({"optim": "muon", "muon_learning_rate": 1.0, "optim_args": "a=1"}, "optim_args has no effect with optim 'muon'"),
         ({"optim": "muon", "muon_learning_rate": 1.0, "optim_target_modules": "all-linear"}, "optim_target_modules has"),
     ],

@@ -267,8 +267,8 @@ def test_muon_takes_the_matrices_of_an_adapter_and_no_frozen_parameter(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"muon_learning_rate": 1e-3}, "muon_learning_rate is of optim 'muon', but optim is"),
-        ({"muon_learning_rate_qk": 1e-3}, "muon_learning_rate_qk is of optim 'muon', but optim is"),
+        ({"muon_learning_rate": 1e-3}, "muon_learning_rate belongs to optim 'muon', but optim is"),
+        ({"muon_learning_rate_qk": 1e-3}, "muon_learning_rate_qk belongs to optim 'muon', but optim is"),
         ({"optim": "muon"}, "optim 'muon' needs muon_learning_rate"),
         ({"optim": "muon", "muon_learning_rate_qk": 1e-3}, "optim 'muon' needs muon_learning_rate"),
         ({**MUON, "optim_args": "momentum=0.9"}, "optim_args has no effect with optim 'muon'"),

@@ -123,7 +123,7 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(trainer={"optim": "muon"}), "trainer: optim 'muon' needs muon_learning_rate"),
         (
             changed(trainer={"muon_learning_rate": 1e-3}),
-            "trainer: muon_learning_rate is of optim 'muon', but optim is",
+            "trainer: muon_learning_rate belongs to optim 'muon', but optim is",
         ),
         (changed(trainer={"optim": "muon", "muon_learning_rate": -1.0}), "muon_learning_rate must be at least 0"),
         (changed(trainer={"schedule_floor": 2}), "trainer: schedule_floor must lie between 0 and 1, got 2"),

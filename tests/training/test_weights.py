@@ -136,7 +136,7 @@ def test_other_models_missing_weights_and_a_revision_without_a_model_are_refused
         start(recipe(model_name_or_path=str(tmp_path / "bare")))
     path = tmp_path / "fresh.yaml"
     path.write_text(yaml.safe_dump({"task": PUZZLES, "model": {"revision": "main"}, "trainer": TRAINER}))
-    with pytest.raises(ValueError, match="revision is of a model_name_or_path, which is missing"):
+    with pytest.raises(ValueError, match="revision belongs to a model_name_or_path, which is missing"):
         load_recipe(path)
 
 
