@@ -1,4 +1,4 @@
-"""What all cards share: templates, licence, citation, snippets that are run, and the names of repositories."""
+"""What all cards share: templates, licence, citation, the running of snippets, and the names of repositories."""
 
 import contextlib
 import hashlib
@@ -30,12 +30,12 @@ def template(name: str) -> str:
     return (importlib.resources.files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
-# Words, numbers, versions and paths, which Markdown takes for nothing else; a name of an address or of a link is none of them.
+# Words, numbers, versions and paths, which mean nothing else in Markdown. It would make links of addresses.
 _PLAIN = re.compile(r"(?!https?:|www\.)[\w(][\w .,:;%()/+=-]*")
 
 
 def as_code(text: str) -> str:
-    """A text as inline code of Markdown in one line, where it means nothing but itself, in a table too."""
+    """A text as inline code of Markdown in one line, which also fits into a table, and which Markdown shows as it is."""
     text = " ".join(str(text).split()).replace("|", "\\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if not text or text.startswith("`") or text.endswith("`") else ""
@@ -43,7 +43,7 @@ def as_code(text: str) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A setting as a reader would write it; whatever Markdown could take for something else than words is inline code."""
+    """A setting as a reader would write it. Whatever Markdown could take for something other than words is inline code."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, float):  # the types of a recipe turn some whole numbers into floats
@@ -58,8 +58,8 @@ def run_snippet(text: str, replacements: dict[str, str], names: dict[str, Any] |
 
     Args:
         text: the card.
-        replacements: texts of the snippet, and what replaces them while it runs, so that it needs no network.
-        names: variables that the snippet finds defined.
+        replacements: texts of the snippet, and what replaces them while it runs without network.
+        names: variables that are defined for the snippet.
 
     Raises:
         ValueError: if it fails.
@@ -71,7 +71,7 @@ def run_snippet(text: str, replacements: dict[str, str], names: dict[str, Any] |
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             exec(compile(code, "README.md", "exec"), dict(names or {}))
-    except Exception as error:
+    except Exception as error:  # whatever the snippet raises
         raise ValueError(
             f"The snippet of the card fails ({type(error).__name__}: {error}): the model beside the record cannot be used."
         ) from error
@@ -85,8 +85,8 @@ def sibling_repo(repo_id: str | None, name: str) -> str:
 
 def dataset_repo(task: Task, repo_id: str | None) -> str | None:
     """
-    The repository of a task's samples, `None` if there is none. Settings other than the paper's are in its name, since the
-    samples depend on them, or their digest if the name would not be valid.
+    The repository of a task's samples, or `None` if there is no such repository. Settings other than the paper's are in its name,
+    since the samples depend on them; if that name would not be valid, their digest is.
     """
     elsewhere = task.words(task).dataset_id
     if elsewhere is not None:

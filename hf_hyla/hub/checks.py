@@ -50,10 +50,10 @@ _PARSERS: dict[str, Callable[[Path], Any]] = {
     ".json": read_json,
     ".yaml": read_yaml,
 }
-# The model's code, which is published beside the weights, by the names that it has in the repository.
+# The files of the model's code, which are published beside the weights, by their names in the repository.
 CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 _WEIGHTS = "model.safetensors"
-# Weights are scored again on all samples that a record names, up to this many of each split, in parts.
+# Weights are scored again on the samples of the record, up to this many of each split, divided into so many parts.
 _SCORED_AGAIN, _PARTS = 1 << 16, 128
 # How far a score on the same samples may differ by rounding on other hardware, where some answers flip; and for a run in lower
 # precision, since weights are scored again in float32.
@@ -64,7 +64,7 @@ _LOW_PRECISION = ("bf16", "fp16", "tf32")
 def check_base_model(base_model: str | None, run: str) -> None:
     """
     Raises:
-        ValueError: if the weights that a run started from are a folder's, or are named by what names no repository.
+        ValueError: if the weights that a run started from are in a folder, or if their name is not that of a repository.
     """
     if base_model and Path(base_model).exists():
         raise ValueError(
@@ -81,11 +81,12 @@ def check_base_model(base_model: str | None, run: str) -> None:
 def check_committed(commit: str | None, run: str) -> None:
     """
     Raises:
-        ValueError: if the code of a checkout is not that of a commit; `None` is an installed package, known by its version.
+        ValueError: if the code of a checkout differs from its commit. `None` stands for an installed package, which its version
+            identifies.
     """
     if commit is not None and not re.fullmatch("[0-9a-f]{40}", commit):
         raise ValueError(
-            f"{run} is made by code that differs from its commit (git_commit is {commit}), so that nobody can repeat it: "
+            f"{run} is made by code that differs from its commit (git_commit is {commit}), so nobody can repeat it: "
             "commit the changes, and train again before it is published."
         )
 
@@ -107,7 +108,7 @@ def _is_pickle(path: Path) -> bool:
         start = file.read(8)
         if start.startswith(_PICKLE_STARTS):
             return True
-        # Read by libraries of their own; their numbers may look like anything.
+        # Libraries of their own read these files, whose bytes may look like anything.
         if path.suffix == ".safetensors" or start.startswith(_KNOWN_STARTS):
             return False
         data = start + file.read()
@@ -117,7 +118,7 @@ def _is_pickle(path: Path) -> bool:
     except zlib.error:
         pass
     try:
-        # Protocols 0 and 1 have no mark of their own, but no other file is a program that leaves one object.
+        # Protocols 0 and 1 have no mark, but hardly any other file is a program of pickle that leaves one object.
         pickletools.dis(data, out=io.StringIO())
     except (ValueError, IndexError):
         return False
@@ -127,7 +128,7 @@ def _is_pickle(path: Path) -> bool:
 def check_text(files: dict[str, Path]) -> None:
     """
     Raises:
-        ValueError: if a file whose name says that it is Python, JSON or YAML is not.
+        ValueError: if a file is not the Python, JSON or YAML that its name says.
     """
     for path in files.values():
         try:
@@ -142,7 +143,7 @@ def check_text(files: dict[str, Path]) -> None:
 def check_format(run: Run) -> None:
     """
     Raises:
-        ValueError: if the code of this package reads weights of another format than the run's.
+        ValueError: if the code of this package reads another format of weights than the run's.
     """
     if run.config.format_version != FORMAT_VERSION:
         raise ValueError(
@@ -154,11 +155,11 @@ def check_format(run: Run) -> None:
 def check_weights(run: Run, files: dict[str, Path]) -> None:
     """
     Args:
-        files: of the folder, but for its checkpoints, by name.
+        files: the files of the folder by name, without its checkpoints.
 
     Raises:
         FileNotFoundError: if the weights are missing.
-        ValueError: if there are others too, or they are damaged, not those of the config's model, or not finite.
+        ValueError: if there are other weights too, or the weights are damaged, not finite, or not those of the config's model.
     """
     if _WEIGHTS not in files or "config.json" not in files:
         raise FileNotFoundError(f"{run.folder} holds no model: expected config.json and {_WEIGHTS}.")
@@ -233,7 +234,7 @@ def check_unaltered(run: Run) -> None:
     record, folder = run.record, run.folder
     if record.data_fingerprint not in (None, run.task.fingerprint()):
         raise ValueError(
-            f"{folder} was trained and scored on other data than the task {run.task.name} draws now, so that its scores are not of "
+            f"{folder} was trained and scored on other data than the task {run.task.name} draws now, so its scores do not belong to "
             "these data: train it again, or use the version of hf_hyla that trained it."
         )
     if record.digests is None:  # of an older version
@@ -255,7 +256,7 @@ def check_unaltered(run: Run) -> None:
 
 
 def differing_code(record: RunRecord) -> str | None:
-    """A file of the model's code that was another at the end of the run than it is in this package, or `None`."""
+    """A file of the model's code that has changed since the end of the run, or `None`."""
     of_run = _code_of_run(record)
     of_package = {name: file_digest([path]) for name, path in CODE.items()}
     return next((name for name in sorted({*of_run, *of_package}) if of_run.get(name) != of_package.get(name)), None)
@@ -268,13 +269,13 @@ def _code_of_run(record: RunRecord) -> dict[str, str]:
 
 def check_scores(run: Run) -> None:
     """
-    Scores the weights again, on the samples that the record's scores are of.
+    Scores the weights again, on the samples that the record's scores were measured on.
 
     Raises:
-        ValueError: if the record's scores are further away than by rounding; or, of a split with more samples than are scored
-            again, than by chance.
+        ValueError: if a score differs from the record's by more than rounding; or, if only a part of a split is scored again, by
+            more than rounding and chance.
     """
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar for each tensor
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bar
         trained = load_model(run.folder, run.task.auto_class).eval()
     is_low_precision = any(run.record.recipe["trainer"].get(key) for key in _LOW_PRECISION)
     rounding = _LOW_PRECISION_ROUNDING if is_low_precision else _ROUNDING
@@ -287,8 +288,8 @@ def check_scores(run: Run) -> None:
         is_sample = count < recorded["num_samples"]
         of_parts = [_scores(run.task, part) for part in parts] if is_sample else []
         for name in (name for name in run.task.metric_names if name in recorded and name in scores):
-            # A part of the samples differs from all of them by chance; six standard errors, since an error that is estimated
-            # from a metric with long tails, such as r2, is often too small.
+            # A part of the samples differs from all of them by chance. Six standard errors are allowed, since the estimated error
+            # of a metric with long tails, such as r2, is often too small.
             error = mean_and_error([part[name] for part in of_parts if name in part])[1] if of_parts else None
             chance = 6 * (error or 0.0)
             if not abs(scores[name] - recorded[name]) <= chance + rounding * max(1.0, abs(recorded[name])):

@@ -1,4 +1,4 @@
-"""The card of a dataset, from what its folder holds. The template is templates/dataset_card.md."""
+"""The card of a dataset, from the content of its folder. The template is templates/dataset_card.md."""
 
 import dataclasses
 from pathlib import Path

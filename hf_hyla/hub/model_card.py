@@ -30,11 +30,10 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
     The card of a finished run, as files by name: README.md, its pictures, `.eval_results/`, and what `hyla probe` has found.
 
     Args:
-        run: whose model answers the question that the card shows; `probe/` in its folder is what `hyla probe` wrote, if it
-            was called.
-        repo_id: `ORG/NAME` of the repository the card is for; without it the card loads the model from the run's folder.
+        run: the run. Its model answers the question that the card shows. `probe/` in its folder is what `hyla probe` wrote.
+        repo_id: `ORG/NAME` of the card's repository; without it, the card's snippet loads the model from the run's folder.
         others: records (folders of runs, or JSON files) of the same recipe with other seeds, for the spread, and of other recipes
-            for the same task, such as those of another attention, for the comparison; the run's own may be among them.
+            for the same task, such as those of another attention, for the comparison. The run's own record may be among them.
 
     Raises:
         ValueError: if `others` are runs of something else, or `probe/` is about other weights.
@@ -81,8 +80,8 @@ def write_card(
 
 def check_card_before_training(name: str, settings: dict[str, Any], task: Task, config: HylaConfig) -> None:
     """
-    Renders and checks the card of a run that is yet to come, with zeros for results, so that a wrong field is found
-    before hours of training.
+    Renders and checks the card of a run that has not been trained, with zeros for results. So a wrong field is found before
+    hours of training.
 
     Raises:
         ValueError: if the card would not be valid.
@@ -108,7 +107,7 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
 
 def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], list[list[RunRecord]]]:
     """
-    The runs of this run's recipe, itself the first, and those of each other recipe for the same task.
+    The runs of this run's recipe, beginning with the run itself, and the runs of each other recipe for the same task.
 
     Raises:
         ValueError: for a record that is neither or lacks scores, or two runs of a recipe with the same seeds.
@@ -117,7 +116,7 @@ def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], lis
     seeds = [record]
     for other in others:
         if without_seeds(other.recipe) == without_seeds(record.recipe):
-            # A copy of a run is no other seed.
+            # A copy of a run does not count as another seed.
             seeds += [other] if other.identity not in {one.identity for one in seeds} else []
         elif plots.task_settings(other) == plots.task_settings(record) and plots.attention_of(other):
             of_others.append(other)
@@ -139,10 +138,10 @@ def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], lis
 
 def _probe_of(run: Run) -> dict[str, Any] | None:
     """
-    The report of `hyla probe` in a run's folder, if there is one, and what the card shows of it.
+    The report of `hyla probe` in a run's folder, with what the card shows of it; `None` without a report.
 
     Raises:
-        ValueError: if it is not a report, or is about other weights than the run's.
+        ValueError: if it is not a report, or is about weights other than the run's.
         OSError: if a figure of it is missing.
     """
     path = run.folder / PROBE_NAME
@@ -169,7 +168,7 @@ def _probe_of(run: Run) -> dict[str, Any] | None:
     if not figures:
         raise ValueError(f"{path} has no figures, since drawing them was not finished: {again}")
     for name in figures:
-        # A figure lies beside its report; any other path would publish a file from elsewhere.
+        # Figures lie beside the report. Any other path could publish a file from elsewhere.
         if not (isinstance(name, str) and re.fullmatch(r"\w+\.png", name)):
             raise ValueError(f"{path} names the figure {name!r}, expected a plain name that ends with .png: {again}")
     last_map = next((name for name in reversed(figures) if name.startswith("map_layer_")), None)
@@ -183,8 +182,8 @@ def _ablation_of(probe: dict[str, Any]) -> dict[str, Any] | None:
 
 def _probe_table(probe: dict[str, Any]) -> list[list[str]]:
     """
-    Rows of a table: what is asked for, the metric, and the scores of each layer, of all layers, of the control and of the answer
-    alone. Classes that can be true together are not scored by accuracy, which is high for a probe that always says no.
+    The rows of a table: what is asked for, the metric, and the scores of each layer, of all layers, of the control and of the
+    answer alone. For classes that can be true together accuracy is left out, since a probe that always says no has a high one.
     """
 
     def cell(score: dict[str, float], chance: float) -> str:
@@ -275,7 +274,7 @@ def _render(
 
 
 def _percent(share: float) -> str:
-    """A share in three digits; less than all is never shown as all."""
+    """A share as a percentage with three digits. A share below 1 is never shown as 100 %."""
     return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.3g} %"
 
 
@@ -343,8 +342,8 @@ def _command(record: RunRecord) -> str:
 
 def _comparison(run: Run, seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> list[list[str]]:
     """
-    Rows of a table: attention, runs, training samples, the headline score on each split, and the paper's on `ood`: of this run,
-    of all runs of its recipe, and of each other recipe.
+    The rows of a table, for this run, for all runs of its recipe, and for each other recipe: name, number of runs, training
+    samples, the headline score on each split, and the paper's on `ood`.
     """
     metric = run.task.metric_names[0]
 

@@ -1,8 +1,8 @@
 """
 Repositories → the Hub.
 
-Everything is read and checked before the first call; then each repository gets one commit, so that its files
-are as they were or complete, whatever breaks, and the same command resumes from there. A new repository may be left empty.
+Everything is read and checked before the first call to the Hub. Each repository gets one commit. So its files are as they were
+or complete, whatever breaks, and the same command resumes from there. A new repository may be left empty.
 """
 
 import contextlib
@@ -52,14 +52,14 @@ def publish(
     Publishes what `plan` returned. Returns a line about each repository, and one about the collection.
 
     Args:
-        private: whether the repositories are only for their organisation; `None` for its default.
-        collection: title of a collection of the organisation, which all of them are put into.
-        token: default: the one of `hf auth login` or `HF_TOKEN`.
+        private: whether only the organisation can see the repositories; `None` for the organisation's default.
+        collection: the title of a collection of the organisation, which all of the repositories are put into.
+        token: by default the token of `hf auth login` or `HF_TOKEN`.
 
     Raises:
-        OSError: if the Hub refuses or cannot be reached; the files of each repository are then as they were or complete,
-            and the same call resumes from there.
-        ValueError: if a repository is public already, and `private` is set; nothing is sent then.
+        OSError: if the Hub refuses or cannot be reached. The files of each repository are then as they were or complete, and
+            the same call resumes from there.
+        ValueError: if a repository is already public, and `private` is set. Nothing is sent then.
     """
     api = HfApi(token=token)
     repositories = list(repositories)
@@ -89,7 +89,7 @@ def publish_run(folder: str | Path, repo_id: str, private: bool | None = None) -
     Publishes a finished run. Returns a line about what was done. See `plan` and `publish`.
 
     Raises:
-        ValueError, OSError: as they do, saying too how to publish the run later.
+        ValueError, OSError: as they do. The message also says how to publish the run later.
     """
     try:
         [line] = publish(plan(folder, repo_id), private)
@@ -103,15 +103,15 @@ def publish_run(folder: str | Path, repo_id: str, private: bool | None = None) -
 
 def check_before_training(name: str, settings: dict[str, Any], task: Task, config: HylaConfig) -> None:
     """
-    Refuses what would keep a run from getting its card or, where its recipe says `push_to_hub`, from the Hub.
+    Checks before the training that a run can get its card and, if its recipe says `push_to_hub`, can be published.
 
     Args:
-        name: of the recipe.
+        name: the recipe's name.
         settings: the recipe's sections.
-        task, config: that the settings make.
+        task, config: the task and the config that the settings make.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: if it cannot. The message says what to do.
     """
     check_card_before_training(name, settings, task, config)
     if not settings["trainer"].get("push_to_hub"):
@@ -123,10 +123,10 @@ def check_before_training(name: str, settings: dict[str, Any], task: Task, confi
 
 def check_publishable(settings: dict[str, Any], repo_id: str) -> None:
     """
-    Refuses what would keep a run of a recipe with these settings from being published, whatever it reaches.
+    Checks that a run of a recipe with these settings can be published, whatever scores it reaches.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: if it cannot. The message says what to do.
     """
     check_repo_id(repo_id)
     if importlib.util.find_spec("matplotlib") is None:
@@ -149,7 +149,7 @@ def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:
         operations,
         repo_type=repo_type,
         commit_message="Publish with hf_hyla",
-        # So that what somebody else has committed in between is noticed, not overwritten.
+        # A commit that somebody else makes in between is then noticed, and not overwritten.
         parent_commit=before.sha,
     )
     state = "unchanged" if commit.oid == before.sha else "published"
@@ -167,10 +167,13 @@ def _is_public(api: HfApi, repository: Repository) -> bool:
 @contextlib.contextmanager
 def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
     """
-    Turns a failed or missing answer of the Hub into one sentence that says what to do and repeats nothing of the request. Any
-    other error stays as it is.
+    Turns a failed or missing answer of the Hub into one sentence that says what to do and repeats nothing of the request. Other
+    errors stay as they are.
 
-    `state` says what may have become of `what`, and `done` what was published before.
+    Args:
+        what: what is being published.
+        state: the state that it may be in after a failure.
+        done: a line about each thing that was published before.
     """
     try:
         yield
@@ -181,14 +184,14 @@ def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
             raise
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, json.JSONDecodeError):
-            reason = "the Hub answers with something else than JSON: wait"
+            reason = "the Hub answers with something other than JSON: wait"
         elif status is None:
             reason = f"the Hub cannot be reached ({type(cause).__name__}): look at the network"
         elif status >= 500:
             reason = f"the Hub is in trouble (status {status}): wait"
         else:
             reason = _REASONS.get(status, f"the Hub refuses it (status {status}): look at the name and at your rights")
-        published = f" Before it came: {', '.join(line.partition(': ')[0] for line in done)}." if done else ""
+        published = f" Published before it: {', '.join(line.partition(': ')[0] for line in done)}." if done else ""
         raise OSError(
             f"Publishing the {what} failed, since {reason}, then publish again; {state}.{published}"
         ) from error

@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import DatasetCard
@@ -33,7 +32,7 @@ from .secrets import check_secrets
 from .spaces import demo_files, demo_repo, metric_files, metric_repo
 
 
-# What of a folder is published, in a run's and in a dataset's.
+# The files that are published from the folder of a run, and of a dataset.
 _RUN_FILES = (
     "config.json",
     "generation_config.json",
@@ -45,14 +44,14 @@ _RUN_FILES = (
 )
 _DATASET_FILES = ("README.md", "task.json", "data/*.parquet")
 _NO_DIGESTS = (
-    f"{RECORD_NAME} is older than digests of weights and code, so that only its samples, scored again, say that its scores "
-    "are those of these weights."
+    f"{RECORD_NAME} is older than digests of weights and code. That its scores are those of these weights is known only from a new "
+    "scoring of its samples."
 )
 _OTHER_CODE = (
-    "{} was another when the model was trained; this package's is published, and reaches the record's scores "
-    "on the same samples."
+    "{} has changed since the model was trained. The package's version is published, and reaches the record's scores on the same "
+    "samples."
 )
-# How the card of a dataset names its own folder, before it is on the Hub.
+# What the card of a dataset calls its own folder, before the dataset is on the Hub.
 _DATASET_PLACE = "path/to/this/folder"
 
 
@@ -64,9 +63,9 @@ class Repository:
     Attributes:
         repo_id: `ORG/NAME`.
         repo_type: `"model"`, `"dataset"` or `"space"`.
-        files: by their names in the repository, each a path or its content.
-        left_out: files of the folder that are not published.
-        note: a sentence on what is not known of them.
+        files: the path or the content of each file, by its name in the repository.
+        left_out: the names of the folder's files that are not published.
+        note: a sentence about what could not be checked.
     """
 
     repo_id: str
@@ -122,15 +121,15 @@ def plan(
     The repositories of a run, checked; nothing is sent.
 
     Args:
-        folder: of a finished run.
+        folder: the folder of a finished run.
         repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
-        dataset: folder that `hyla data` wrote, to publish it too.
+        dataset: a folder that `hyla data` wrote and that is published too.
         metric, space: whether to publish the task's metric and a page that asks the model.
         beside: repositories of other models that the page shows too.
         others: see `card_files`.
 
     Raises:
-        ValueError: if anything must not be published, saying what and why.
+        ValueError: if anything must not be published. The message says what and why.
         OSError: if something is missing.
     """
     for model_id in (repo_id, *beside):
@@ -167,7 +166,7 @@ def plan(
         repositories.append(Repository(demo_repo(repo_id), "space", encoded(demo_files(task, repo_id, beside))))
     for repository in repositories:
         for name, content in repository.files.items():
-            if isinstance(content, bytes) or name in CODE:  # the others have been looked at in their folder
+            if isinstance(content, bytes) or name in CODE:  # other files were checked in their folder
                 check_secrets(f"{repository.repo_id}/{name}", content)
     return repositories
 
@@ -185,15 +184,15 @@ def _check_repeatable(run: Run) -> None:
 
 def _files_in(
     folder: Path, patterns: tuple[str, ...], skipped: tuple[str, ...] = ()
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Path], list[str]]:
     """
     The files that are published, by name, and the names of the others.
 
     Raises:
-        ValueError: for a secret or a pickle anywhere in the folder, in files that are left out too; `skipped` folders are
-            local, and only searched for secrets.
+        ValueError: for a secret or a pickle anywhere in the folder, even in a file that is not published. `skipped` folders are
+            searched for secrets only.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Path] = {}
     left_out = [f"{name}/" for name in skipped if (folder / name).is_dir()]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -211,7 +210,7 @@ def _files_in(
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern fits; its asterisks stay within one folder."""
+    """Whether the name fits one of the patterns. An asterisk does not match a slash."""
     return any(name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -220,7 +219,7 @@ def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
     from ..tasks.data import Manifest
 
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: write a dataset by `hyla data`, and name its folder.")
+        raise FileNotFoundError(f"{folder} is not a folder: write a dataset by `hyla data`, and name its folder.")
     files, left_out = _files_in(folder, _DATASET_FILES)
     manifest = Manifest.load(folder)
     manifest.check(task, folder)
@@ -235,8 +234,8 @@ def _dataset_repository(folder: Path, task: Task, repo_id: str) -> Repository:
         raise ValueError(
             f"{readme} is not the card of a dataset ({one_line(error)}): write it again by `hyla data`."
         ) from None
-    files["README.md"] = text.replace(_DATASET_PLACE, repo_id).encode()
-    return Repository(repo_id, "dataset", files, left_out)
+    card = text.replace(_DATASET_PLACE, repo_id).encode()
+    return Repository(repo_id, "dataset", {**files, "README.md": card}, left_out)
 
 
 def encoded(contents: dict[str, str | bytes]) -> dict[str, Path | bytes]:

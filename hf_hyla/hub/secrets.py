@@ -114,7 +114,7 @@ _PART, _OVERLAP = 1 << 24, 1 << 12
 def check_secrets(name: str, content: Path | bytes) -> None:
     """
     Raises:
-        ValueError: for anything that looks like a secret, or is the token in use; it is not repeated.
+        ValueError: for anything that looks like a secret, and for the token in use. The message does not repeat it.
     """
     token = get_token()
     own = {"your own Hugging Face token": (re.escape(token.encode()),)} if token else {}

@@ -13,7 +13,7 @@ from .cards import CITATION, LICENSE, dataset_repo, run_snippet, sibling_repo, t
 
 # The version of gradio that the pages were tested with.
 GRADIO_VERSION = "6.31.0"
-# What of the package the page of a model is made of, besides the files at its top.
+# The parts of the package that the page of a model needs, besides the files at the package's top level.
 _PARTS = ("analysis", "demo", "metrics", "model", "runs", "tasks")
 _REQUIREMENTS = """\
 --extra-index-url https://download.pytorch.org/whl/cpu
@@ -32,9 +32,9 @@ def metric_repo(task: Task, repo_id: str) -> str:
 
 def metric_files(task: Task, repo_id: str) -> dict[str, str | bytes]:
     """
-    What the metric's repository holds, by name.
+    The files of the metric's repository, by name.
 
-    Its code is this package's own; the script that `evaluate.load` reads names both files, since evaluate fetches only
+    The code is a copy of this package's. The script that `evaluate.load` reads imports both files, since evaluate fetches only
     what the script itself imports.
 
     Raises:
@@ -94,7 +94,7 @@ def demo_repo(repo_id: str) -> str:
 
 def demo_files(task: Task, repo_id: str, beside: Sequence[str] = ()) -> dict[str, str | bytes]:
     """
-    What the Space that asks the model holds, by name: the page of `hyla demo`, and the code that it needs.
+    The files of the Space that asks the model, by name: the page of `hyla demo`, and the code that it needs.
 
     Args:
         beside: repositories of other models of the same task, which the page shows too.

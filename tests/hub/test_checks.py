@@ -272,7 +272,7 @@ def test_a_run_of_another_version_of_the_code_is_scored_again_and_published_with
     assert plan(run, REPO)[0].note is None
     (run / "layers_hyla.py").unlink()
     spoil_record(lambda record: record["digests"].update({name: f"sha256:{'0' * 64}"}))(run)
-    assert plan(run, REPO)[0].note.startswith(f"{name} was another when the model was trained")
+    assert plan(run, REPO)[0].note.startswith(f"{name} has changed since the model was trained")
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_an_invalid_name_of_a_repository_is_refused(logic_run, repo_id):
 
 
 def test_a_folder_without_a_dataset_is_refused(logic_run, dataset, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         plan(logic_run, REPO, dataset=tmp_path / "nowhere")
     (dataset / "cache.pkl").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"cache\.pkl is a pickle"):

@@ -176,7 +176,7 @@ FAULTS = [
     ("POST /api/repos/create", 429, "too many requests"),
     (f"GET /api/models/{REPO}", 500, "in trouble (status 500)"),
     ("validate-yaml", 400, "refuses the card's metadata"),
-    ("validate-yaml", 503, "something else than JSON"),
+    ("validate-yaml", 503, "something other than JSON"),
     ("validate-yaml", "cut", "cannot be reached"),
     ("preupload", 401, "log in by `hf auth login`"),
     ("preupload", 503, "in trouble (status 503)"),
@@ -235,7 +235,7 @@ def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_
     with pytest.raises(OSError, match=r"^Publishing the collection 'HYLA' failed") as error:
         publish(repositories, collection="HYLA")
     assert message in str(error.value) and "it may hold some of them only" in str(error.value)
-    assert f"Before it came: space org/hyla_logic_r2, model {REPO}." in str(error.value)
+    assert f"Published before it: space org/hyla_logic_r2, model {REPO}." in str(error.value)
     hub_here.heal()
     publish(repositories, collection="HYLA")
     [collection] = hub_here.collections.values()
@@ -245,7 +245,7 @@ def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_
 def test_an_error_names_what_was_published_before_it(hub_here, logic_run, capsys):
     hub_here.fail(f"models/{REPO}/commit", with_=500, times=20)
     assert main(["publish", str(logic_run), "--repo-id", REPO, "--metric"]) == 2
-    assert "Before it came: space org/hyla_logic_r2." in capsys.readouterr().err
+    assert "Published before it: space org/hyla_logic_r2." in capsys.readouterr().err
     assert published(hub_here.repo(REPO)) == {}
 
 
