@@ -119,7 +119,7 @@ def convert_config(
             )
     if is_language and num_answers is not None:
         raise ValueError(
-            f"num_answers={num_answers} is for puzzles and truth tables, but {loss_fn} is of a language model."
+            f"num_answers={num_answers} is for puzzles and truth tables, but {loss_fn} belongs to a language model."
         )
     if is_untied and field("output_dim") != count("vocab_size"):
         raise ValueError(
@@ -276,7 +276,7 @@ def convert_parameters(params: Mapping[str, torch.Tensor], config: HylaConfig) -
 
 
 def model_of(config: HylaConfig) -> type[HylaForSequenceClassification] | type[HylaForCausalLM]:
-    """The class of the model that a converted config is of."""
+    """The class of the model that a converted config describes."""
     return HylaForCausalLM if config.architectures == [HylaForCausalLM.__name__] else HylaForSequenceClassification
 
 

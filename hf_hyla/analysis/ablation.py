@@ -69,7 +69,7 @@ def ablate_heads(
     Scores of the whole model, and of the model without each head.
 
     Args:
-        means: mean codes from `mean_codes`. Their samples may be others than those of the score.
+        means: mean codes from `mean_codes`. They may be of other samples than the score.
         score: computes a score (...) with this model.
 
     Returns:
@@ -86,21 +86,20 @@ def ablate_heads(
 
 def corrected_p_values(differences: np.ndarray, errors: np.ndarray, freedom: int) -> np.ndarray:
     """
-    How probable differences as large as these are if there is none: two-sided t-tests, with Holm's correction for their number.
+    The p-values of differences by two-sided t-tests, with Holm's correction for the number of tests.
 
     Args:
-        differences, errors: of each head, the difference and its standard error, arrays of one shape.
+        differences, errors: each head's difference and its standard error, arrays of one shape.
         freedom: degrees of freedom of the errors.
     """
     from scipy import stats  # which scikit-learn depends on
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        distances = np.nan_to_num(
-            np.abs(differences) / errors, nan=0, posinf=np.inf
-        )  # no difference and no error: none
+        # 0 / 0 is no difference and no error, which is a distance of 0.
+        distances = np.nan_to_num(np.abs(differences) / errors, nan=0, posinf=np.inf)
     p_values = 2 * stats.t.sf(distances, freedom).ravel()
     order = p_values.argsort()
-    # The smallest is multiplied by the number of tests, the next by one less; none may be smaller than the one before it.
+    # The smallest is multiplied by the number of tests, the next by one less, and so on. None may be smaller than the one before.
     multiplied = p_values[order] * np.arange(p_values.size, 0, -1)
     p_values[order] = np.minimum(np.maximum.accumulate(multiplied), 1)
     return p_values.reshape(differences.shape)

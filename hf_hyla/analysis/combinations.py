@@ -24,7 +24,7 @@ def score_by_combination(
     The scores of a classification model on each combination of a split, the worst first.
 
     Args:
-        num_samples: samples of the split; the paper's number if it is `None`.
+        num_samples: the number of samples of the split; `None` for the paper's.
 
     Returns:
         A dict for each combination that occurs among the samples: `parts` (ids), `trained` (the number of training

@@ -11,17 +11,17 @@ from ..utils import ATTENTION_NAMES
 from .latents import Codes
 
 
-# Okabe and Ito's colours, with a wine red in place of their yellow, which is hard to tell from orange and from paper; each class
-# has a marker of its own besides.
+# Okabe and Ito's colours, with a wine red in place of their yellow, which is hard to tell from orange and from white. Each class
+# also has its own marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
 _MARKERS = "osD^vP*X"
-# The width of every figure, in inches at 120 dots, which a card shows without shrinking letters.
+# The width of every figure in inches, at 120 dots per inch. A card shows it without shrinking the letters.
 _WIDTH = 8
 _SHADES = "cividis"
 _METRICS = {"accuracy": "accuracy", "f1": "F1", "r2": "R²"}
-# Points of a map; t-SNE takes a few seconds for so many.
+# The number of points of a map, for which t-SNE takes a few seconds.
 _POINTS = 1_500
-# Terms that get a map of their own: the ones best decoded.
+# The number of terms with a map of their own, which are those that probes read best.
 _SHOWN_LABELS = 3
 
 
@@ -30,13 +30,13 @@ def draw(report: dict[str, Any], codes: Codes, subjects: list[Subject], output: 
     Draws a report and the codes of its split into a folder.
 
     Returns:
-        names of the files: `probes.png`, `similarity.png`, `ablation.png` if heads were ablated, and `map_layer_<n>.png` for
+        The names of the files: `probes.png`, `similarity.png`, `ablation.png` if heads were ablated, and `map_layer_<n>.png` for
             layers whose codes differ at all.
     """
     figures = {"probes.png": _probes(report), "similarity.png": _similarity(report)}
     if report["ablation"]:
         figures["ablation.png"] = _ablation(report)
-    # All functions that are asked for one point have the same code in the first layer: nothing to map but rounding.
+    # Functions that are asked for the same point have the same code in the first layer, which leaves nothing to map but rounding.
     spread = np.ptp(codes.codes, axis=0).max(axis=(1, 2, 3)) / np.abs(codes.codes).max()
     for layer in tqdm(np.flatnonzero(spread > 1e-4).tolist(), desc="Drawing maps", disable=not progress):
         figures[f"map_layer_{layer + 1}.png"] = _maps(report, codes, subjects, layer)
@@ -59,7 +59,7 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _probes(report: dict[str, Any]):
-    """For each subject the headline metric by layer, with the shuffled control, chance, and what the answer alone tells."""
+    """For each subject, its main metric by layer, with the shuffled control, chance, and the probe of the answer alone."""
     names = list(dict.fromkeys(result["subject"] for result in report["probes"]))
     figure = _figure(_WIDTH, 3.4, f"What linear probes read from the codes: {_about(report)}")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -94,8 +94,8 @@ def _probes(report: dict[str, Any]):
 
 def _similarity(report: dict[str, Any]):
     """
-    Cosine similarity of mean codes, of the first subject with classes, with the mean of all removed. Layers in which the classes
-    do not differ are left out, unless there is no other.
+    The cosine similarity of the mean codes of the first subject with classes, with the mean of all codes removed. Layers in which
+    the classes do not differ are left out, unless that would leave out all.
     """
     name, similarity = next(iter(report["similarity"].items()))
     names, every = similarity["names"], range(len(similarity["centred"]))
@@ -121,7 +121,7 @@ def _similarity(report: dict[str, Any]):
 
 
 def _ablation(report: dict[str, Any]):
-    """What the score loses by each head's code being replaced by its mean, bold where that is more than chance."""
+    """What the score loses when a head's code is replaced by its mean, in bold where that is more than chance."""
     ablation = report["ablation"]
     difference, p_value = np.array(ablation["without"]) - ablation["whole"], np.array(ablation["p_value"])
     layers, heads = difference.shape
@@ -148,13 +148,13 @@ def _write(
     for (row, column), value in np.ndenumerate(matrix):
         colour = "white" if dark[row, column] else "black"
         weight = "bold" if bold is not None and bold[row, column] else "normal"
-        # Without the zero before the point, for which cells have no room.
+        # Without the zero before the point, since cells have no room for it.
         text = f"{round(value, digits) + 0.0:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour, fontweight=weight)
 
 
 def _maps(report: dict[str, Any], codes: Codes, subjects: list[Subject], layer: int):
-    """t-SNE and PCA of a layer's codes, a column for each colouring."""
+    """t-SNE and PCA of a layer's codes, with a column for each colouring."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import StandardScaler
@@ -181,7 +181,7 @@ def _maps(report: dict[str, Any], codes: Codes, subjects: list[Subject], layer: 
 
 
 def _colourings(report: dict[str, Any], subject: Subject, layer: int, chosen: np.ndarray):
-    """Title, values of the chosen rows, and names of their classes (none for numbers)."""
+    """For each colouring its title, the values of the chosen rows, and the names of their classes (empty for numbers)."""
     values = subject.values[chosen]
     if subject.kind == "labels":
         result = next(r for r in report["probes"] if (r["subject"], r["layer"]) == (subject.name, layer))
@@ -190,7 +190,7 @@ def _colourings(report: dict[str, Any], subject: Subject, layer: int, chosen: np
             (f"{subject.name} {name}", values[:, subject.names.index(name)].astype(int), ("absent", "present"))
             for name in best
         ]
-    # Values of a cell are numbers, however they are probed; rules are not.
+    # The values of a cell are numbers, although probes treat them as classes. Rules are not numbers.
     ordered = subject.kind == "number" or all(name.isdecimal() for name in subject.names)
     return [(subject.name, values, () if ordered or len(subject.names) > len(_COLOURS) else subject.names)]
 

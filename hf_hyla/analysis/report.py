@@ -1,4 +1,4 @@
-"""The report of `hyla probe`: what the codes of unseen combinations tell to probes fitted on training tasks, and its figures."""
+"""The report of `hyla probe`: what probes that are fitted on training samples read from other codes, and its figures."""
 
 import importlib.util
 import json
@@ -38,27 +38,31 @@ def probe_report(
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    Probes, similarities and, on request, ablations of a classification model's codes; with `output`, also a folder with
-    them in `probe.json` and as figures.
+    Probes, similarities and, on request, ablations of a classification model's codes. With `output`, they are also written into
+    that folder, as `probe.json` and figures.
 
     Probes are fitted on the first `train_samples` of the split train, and scored on the first `num_samples` of `split`,
-    layer by layer and on all layers together; see `Task.subjects` for what they ask and `Task.answer_keys` for the
-    codes they read. Standard errors take the samples of one combination for one observation. Ablations put the
-    mean codes of those training samples in place of a head's.
+    layer by layer and on all layers together. `Task.subjects` says what they ask, and `Task.answer_keys` which codes they read.
+    For standard errors, the samples of one combination are one observation. Ablations replace a head's codes by the mean codes of
+    those training samples.
 
     Args:
-        seed: of controls, bootstrap and t-SNE, and of the fixed query.
-        fixed_query: whether every sample is asked for the same point, as fuzzy logic in the official analysis, so that codes
-            differ by the combination alone. Ablations are scored on the task as it is.
-        about: what else the report holds: the model's name, versions, hardware.
+        seed: the seed of controls, bootstrap and t-SNE, and of the fixed query.
+        fixed_query: whether every sample is asked for the same point, as in the official analysis of fuzzy logic. Codes then
+            differ only by the combination. Ablations are scored on the task as it is.
+        about: other entries of the report, such as the model's name, versions and hardware.
 
     Returns:
-        `probes`, for each subject and layer (0 for the first, `None` for all) what `probe` returns, `f1_by_class` by name;
-        `answer_alone`, for each subject except the answer, the scores of a probe that reads the right answer instead of codes;
-        `similarity`, for each subject with classes `names` and a matrix per layer, `layers` of the mean codes as they are and
-        `centred` of their differences from the mean of all; `ablation`, `None` or `metric`, `whole`, and by layer and head
-        `without`, the `standard_error` of the difference from `whole`, and the `p_value` of that difference, by a t-test over
-        combinations with Holm's correction for all heads; `figures`, the files; and all settings.
+        All settings, and
+
+        - `probes`, for each subject and layer (0 for the first, `None` for all) what `probe` returns, with `f1_by_class` by name;
+        - `answer_alone`, for each subject except the answer, the scores of a probe that reads the right answer instead of codes;
+        - `similarity`, for each subject with classes their `names`, and a matrix per layer: `layers` for the mean codes as they
+          are, and `centred` for their differences from the mean of all codes;
+        - `ablation`, which is `None`, or holds the `metric`, its value `whole`, and by layer and head the value `without` that
+          head, the `standard_error` of the difference, and its `p_value` by a t-test over combinations with Holm's correction
+          for all heads;
+        - `figures`, the names of the files.
 
     Raises:
         ValueError: before anything is computed, if a package is missing, model and task do not fit, the seed is out of range, or

@@ -11,7 +11,7 @@ from .latents import Batch
 
 # A probe is fitted and scored on at least this many examples of every class.
 MIN_PER_CLASS = 10
-# The samples of a split that are searched to find the number that a probe needs.
+# The number of samples of a split that are searched to find how many a probe needs.
 _SEARCHED = 20_000
 # The number of bins for a numeric answer that a probe reads as one-hot features.
 _ANSWER_BINS = 16

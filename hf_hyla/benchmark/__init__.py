@@ -1,8 +1,8 @@
 """
-`hyla bench`: time and memory of attention, training steps, answers and data, with every backend in one run.
+`hyla bench`: time and memory of attention, training steps, answers and data, with every implementation in one run.
 
-Every backend is first checked against the definition in float64. If one disagrees, only the speed of the others is reported.
-Workloads that are compared take turns, so that a machine that slows down or speeds up does so for all of them.
+Every implementation is first checked against the definition in float64. If one disagrees, only the speed of the others is
+reported. Workloads that are compared take turns. A machine that slows down or speeds up then does so for all of them.
 """
 
 import contextlib
@@ -66,8 +66,8 @@ def benchmark(
         - `ratios`: the median divided by the medians of other subjects.
 
         Two subjects of a training step show how fast it could be. "matrix products" are the products of its linear layers
-        alone, each with its own shape and by the machine's fastest path. "at the rate of 1024" are the products of all tokens,
-        at the rate of torch's product of two 1024 × 1024 matrices.
+        alone, each with its own shape and by the machine's fastest path. "at the rate of 1024" is the time of the products of all
+        tokens, if they ran at the rate of torch's product of two 1024 × 1024 matrices.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -37,7 +37,7 @@ def compare_with(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """
-    Times both sides in processes of their own, which take turns: one training step here, one there, and so on.
+    Times both sides, each in its own process. They take turns: one training step here, one there, and so on.
 
     Args:
         other: a folder with a checkout, or a commit of this one.

@@ -1,4 +1,4 @@
-"""Attention by every backend: whether they agree, and what they cost."""
+"""Attention by every implementation: whether they agree, and what they cost."""
 
 import dataclasses
 import itertools
@@ -22,8 +22,8 @@ _OUTPUT_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
 # A hidden unit is at the kink of ReLU, where rounding decides its gradient, if it is closer to 0 than this share of the root mean
 # square of all hidden units.
 _AT_KINK = 1e-5
-# In half precision rounding decides so often that errors are compared with those of the eager implementation. The error of another
-# one may be this many times larger, plus one rounding.
+# In half precision, rounding decides so often that errors are compared with those of the eager implementation. The error of
+# another implementation may be this many times as large, plus one rounding.
 _TIMES_EAGER = 1.5
 # Elements of the largest intermediate result that the definition in float64 may have at a time.
 _BLOCK = 2**24
@@ -57,7 +57,7 @@ FLASH_SHAPE = Shape(8, 2048, 16, 64, torch.bfloat16)
 
 
 def measure_attention(meter: Meter, shape: Shape) -> None:
-    """Checks every backend on this shape, and times those that agree with the definition."""
+    """Checks every implementation on this shape, and times those that agree with the definition."""
     what, device = f"attention, {shape}", meter.device
     hyla, softmax = _layer(shape, "hyla").to(device), _layer(shape, "softmax").to(device)
     inputs = _inputs(shape, device)
@@ -90,7 +90,7 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
     if shape.dtype == torch.bfloat16:
         groups.append((softmax, plain, {"flash, no bias": (_flash_attention, plain)}))
 
-    meter.say(f"{what}: checks every backend against the definition")
+    meter.say(f"{what}: checks every implementation against the definition")
     workloads = {}
     for layer, defining, subjects in groups:
         bounds = _bounds(layer, defining)

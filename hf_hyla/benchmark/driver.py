@@ -2,8 +2,8 @@
 The process of one side of `hyla bench --against`. It times training steps and attention of the package in the folder where it
 is started. It runs with other commits of the package too, so it uses only what all of them have.
 
-It is a script. Its argument says in JSON what to measure. It answers each line that it reads, `step` or `attention`, by a line
-with the seconds that one of them took.
+It is a script. Its argument says in JSON what to measure. For each line that it reads, `step` or `attention`, it runs that
+workload once, and writes a line with the seconds that it took.
 """
 
 import itertools

@@ -36,7 +36,7 @@ class Meter:
         self.failed: list[str] = []
 
     def result(self) -> dict[str, Any]:
-        """The result so far, and where and how it was measured. Its lists grow with later measurements."""
+        """The result so far, with where and how it was measured. Its lists grow with later measurements."""
         return {
             "schema_version": SCHEMA_VERSION,
             "rows": self.rows,

@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="MODULE",
         action="append",
         default=[],
-        help="import a module with a task of your own, so that its runs can be read",
+        help="import a module with a task of your own, which lets its runs be read",
     )
     commands = parser.add_subparsers(metavar="COMMAND")
     for command in COMMANDS:
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _said(error: Exception) -> str:
-    """The error's message in one line. What the system says has a number instead of advice."""
+    """The error's message in one line, with advice in place of the number that errors of the system have."""
     said = str(error)
     if isinstance(error, OSError) and error.errno and error.filename:
         advice = "check the path, or make or copy it again" if error.errno == errno.ENOENT else "choose another path"

@@ -2,7 +2,7 @@
 The names of the settings that the command line takes as `--section.key value`, and the errors for unknown ones.
 
 Settings are declared where they are used: in `HylaConfig`, the tasks and `HylaTrainingArguments`. Their names are repeated
-here so that a misspelt one is reported at once, before the seconds in which torch is imported. A test compares the lists.
+here to report a misspelt one at once, before torch is imported, which takes seconds. A test compares the lists.
 """
 
 import difflib
@@ -42,7 +42,8 @@ SETTINGS = {
     "task": ["name", "data", *dict.fromkeys(name for names in TASKS.values() for name in names)],
     **{section: _NAMES[section].split() for section in ("model", "trainer", "expect")},
 }
-# A name this similar to a known one is misspelt. Keys that a recipe refuses for other reasons are less similar to any.
+# A name that is this similar to a known one is taken to be misspelt. Keys that a recipe refuses for other reasons are less
+# similar to any known name.
 _MISSPELT = 0.9
 
 

@@ -1,4 +1,4 @@
-"""The page of the demo: widgets and what they call. What is computed and drawn is in the other files."""
+"""The page of the demo: its widgets, and what they call. The other files compute and draw."""
 
 import os
 import random

@@ -1,11 +1,11 @@
-"""The pictures of the demo, as SVG and HTML: plain functions of numbers, which need nothing but Python."""
+"""The pictures of the demo, as SVG and HTML: plain functions of numbers, without any library."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
 
-# What a feature of a panel looks like: the first is drawn as the shape, and so on. Further features are only written as digits.
+# How features are drawn: the first is the shape, and so on. Further features are only written as digits.
 FEATURES = ("shape", "size", "colour", "number")
 SHAPES = ("circle", "triangle", "square", "diamond", "star", "plus", "ring", "bow tie")
 COLOURS = ("red", "orange", "gold", "green", "teal", "blue", "purple", "pink")
@@ -23,7 +23,7 @@ def feature_names(num_features: int) -> list[str]:
 
 
 def described(panel: Sequence[int]) -> str:
-    """A panel in words, for those who do not see it."""
+    """A panel in words, for screen readers."""
     digits = " ".join(map(str, panel))
     if max(panel) >= NUM_DRAWN:
         return digits
@@ -145,12 +145,12 @@ def shade(score: float) -> str:
 
 def curve(x: Sequence[float], truth: Sequence[float], answers: dict[str, Sequence[float]], name: str) -> str:
     """
-    The answers of models against the truth, as lines over one variable; each has a dash pattern of its own and its name.
+    The answers of models against the truth, as lines over one variable. Each line has its own dash pattern and a name.
 
     Args:
         x, truth: (points,), in [0, 1].
-        answers: by the name of the model, (points,); drawn no farther than a tenth outside [0, 1].
-        name: of the variable.
+        answers: (points,), the answers of each model, by its name. They are drawn up to a tenth outside of [0, 1].
+        name: the name of the variable.
     """
     width, height, left, top = 480, 280, 40, 12
 
@@ -196,7 +196,7 @@ def svg(width: float, height: float, inside: str, label: str, name: str = "") ->
 
 
 def _drawn(values: Sequence[int]) -> tuple[int, int, int, int]:
-    """Shape, size, colour and number; what a panel does not have is in the middle, and one item."""
+    """Shape, size, colour and number. With fewer features, size and colour are from the middle of their range, and there is one item."""
     shape, size, colour, number = (*values, *(0, 5, 5, 0)[len(values) :])[:4]
     return shape, size, colour, number
 

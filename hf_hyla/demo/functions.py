@@ -18,10 +18,10 @@ class Curve:
     """
     Attributes:
         x: (points,), values of one variable; the others stay where they are.
-        truth: (points,), of the function.
-        answers: by the title of the model, (points,).
-        r2: by the title of the model, over random points.
-        point: (variables,), where the other variables stay.
+        truth: (points,), the values of the function.
+        answers: (points,), the answers of each model, by its title.
+        r2: the R² of each model over random points, by its title.
+        point: (variables,), the values of all variables at the curve's first point.
     """
 
     x: np.ndarray
@@ -51,11 +51,11 @@ def curve(task: LogicTask, models: list[Shown], terms: tuple[int, ...], index: i
 
     Args:
         terms: ids of the function's terms, see `LogicTask`.
-        index: of the sample, in the split ood, whose points show the function.
-        variable: from 0.
+        index: the index of the sample in the split ood whose points show the function.
+        variable: the number of the variable that moves, from 0.
 
     Raises:
-        ValueError: if a term is there twice.
+        ValueError: if two terms are the same.
     """
     if len(set(terms)) < task.num_terms:
         raise ValueError(f"A function has {task.num_terms} different terms: choose another one.")

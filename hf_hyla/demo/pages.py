@@ -1,4 +1,4 @@
-"""What the demo's page says and shows, as HTML: functions of what was computed."""
+"""What the demo's page says and shows, as HTML made from what was computed."""
 
 from html import escape
 

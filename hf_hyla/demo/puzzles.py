@@ -16,7 +16,7 @@ from ..tasks.sraven.observer import explain, most_probable, posterior
 from .shown import Shown
 
 
-# Puzzles that a probe is fitted on, and scored on; a second or two per model.
+# The number of puzzles that a probe is fitted on, and of those that it is scored on. That takes a second or two per model.
 _PROBE_PUZZLES = 500
 PANELS = GRID * GRID - 1
 
@@ -25,12 +25,12 @@ PANELS = GRID * GRID - 1
 class Puzzle:
     """
     Attributes:
-        split, index: of the sample that it was made of.
-        rules: of the features in the order in which the last column lists them.
-        shuffled: whether every column lists the features in an order of its own.
-        panels: nine tuples of features; the last is the answer that the puzzle was made with.
+        split, index: the split and the index of the sample that the puzzle was made from.
+        rules: the rules of the features, in the order in which the last column lists these.
+        shuffled: whether every column lists the features in its own order.
+        panels: nine tuples of features. The last is the answer that the puzzle was made with.
         permutations: (3, features), see `SravenTask`.
-        edited: whether a panel was changed, so that the rules need not hold any more.
+        edited: whether a panel was changed. The rules then need not hold any more.
     """
 
     split: str
@@ -51,12 +51,12 @@ class Puzzle:
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """
-    The ideal observer's: it knows how puzzles are made and takes all combinations of rules for possible.
+    The verdict of the ideal observer, which knows how puzzles are made and considers all combinations of rules possible.
 
     Attributes:
-        possible: the probability of every ninth panel that is possible.
-        right: the panel that counts as right: the one that the puzzle was made with, or of an edited puzzle the most
-            probable; `None` where no rules explain the panels.
+        possible: the probability of every possible ninth panel.
+        right: the panel that counts as right: the one that the puzzle was made with or, for an edited puzzle, the most
+            probable one; `None` if no rules explain the panels.
     """
 
     possible: dict[tuple[int, ...], float]
@@ -84,12 +84,12 @@ class Verdict:
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """
-    What a model says of a puzzle.
+    What a model says about a puzzle.
 
     Attributes:
-        panel: its answer.
-        probabilities: (features, values).
-        codes: (layers, features, keys, heads), of each answer token for the two cells of its feature in the last row.
+        panel: the model's answer.
+        probabilities: (features, values), of each value.
+        codes: (layers, features, keys, heads), the codes of each answer token for the two cells of its feature in the last row.
         rules: (features, rules), the probability that the probe gives each rule.
     """
 
@@ -104,8 +104,8 @@ class Solver:
     A model with its pipeline and a probe that reads the rules from its codes.
 
     Attributes:
-        scales: (layers,), the size that 98 % of the scores of a layer do not exceed.
-        probe_accuracy: the probe's, on unseen combinations of rules.
+        scales: (layers,), the magnitude that 98 % of a layer's scores do not exceed.
+        probe_accuracy: the accuracy of the probe on unseen combinations of rules.
     """
 
     def __init__(self, shown: Shown, task: SravenTask):
@@ -132,14 +132,14 @@ class Solver:
 
 
 def sample(task: SravenTask, split: str, index: int, shuffled: bool) -> Puzzle:
-    """A sample of a split; not `shuffled` leaves its features in the same order in every column."""
+    """A sample of a split. Unless it is `shuffled`, its features have the same order in every column."""
     rules = task.samples(split, [index])["rules"][0]
     return _made(task, split, index, rules, shuffled)
 
 
 def with_rules(task: SravenTask, puzzle: Puzzle, rules: tuple[int, ...], shuffled: bool) -> Puzzle:
-    """The same puzzle by other rules, in the order of the last column; edits are undone."""
-    # Where the order of the last column changes, its rules go along with the features.
+    """The same puzzle by other rules, which are in the order of the last column. Edits are undone."""
+    # If the order of the last column changes, rules stay with their features.
     before = np.empty(task.num_features, dtype=np.int64)
     before[list(puzzle.permutations[-1])] = rules
     return _made(task, puzzle.split, puzzle.index, before, shuffled)
@@ -151,10 +151,10 @@ def edit(task: SravenTask, puzzle: Puzzle, panel: int, text: str) -> Puzzle:
 
     Args:
         panel: 0 to 7, row by row.
-        text: its digits, with spaces or commas between them or, where all have one digit, without.
+        text: the panel's numbers, with spaces or commas between them, or without if every number has one digit.
 
     Raises:
-        ValueError: if the text is not that.
+        ValueError: if the text does not hold the numbers of a panel.
     """
     words = re.findall(r"\d+", text)
     if len(words) == 1 and len(words[0]) == task.num_features and task.num_values <= 10:

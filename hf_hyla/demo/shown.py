@@ -19,10 +19,10 @@ from ..utils import ATTENTION_NAMES
 class Shown:
     """
     Attributes:
-        name: of its folder or repository.
-        title: the name of its attention, and the model's own where several have that attention.
-        model: in evaluation mode.
-        record: of the run that made it.
+        name: the model's folder or repository.
+        title: the name of the model's attention, followed by the model's name if several models have that attention.
+        model: the model in evaluation mode.
+        record: the record of the run that made the model.
     """
 
     name: str
@@ -44,13 +44,14 @@ class Shown:
 
 def load(names: Sequence[str]) -> list[tuple[Task, list[Shown]]]:
     """
-    Models, by task.
+    The models of each task.
 
     Args:
         names: folders of runs, or repositories on the Hub to which runs were published.
 
     Raises:
-        ValueError: if one is no finished run of the paper's tasks, or two of one task were trained with other settings.
+        ValueError: if a name is not that of a finished run of one of the paper's tasks, or if two runs of one task have different
+            task settings.
         OSError: if one cannot be read.
     """
     found: dict[str, tuple[Task, list[Shown]]] = {}
