@@ -310,7 +310,7 @@ def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, 
     return IMPLEMENTATIONS[kernel].problem(call)
 
 
-# The definition has a function of its own, and a single query is no model's only one.
+# The definition has its own function, and no model has single queries only.
 _NOT_BY_NAME = ("eager", "hyla_step")
 BACKENDS: dict[str, Callable] = {
     "eager": eager_attention_forward,

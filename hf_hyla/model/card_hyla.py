@@ -11,14 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The card of a model or config that is uploaded by `push_to_hub`, which knows nothing of training."""
+"""The card of a model or a config that `push_to_hub` uploads. It knows nothing about the training."""
 
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
 
-# What transformers' template writes wherever somebody should write something.
+# What transformers' template writes in place of missing information.
 _EMPTY = "[More Information Needed]"
 _ATTENTION = {
     "hyla": "HYLA, hypernetwork linear attention",
@@ -39,8 +39,8 @@ _CONFIG = "This is its config only. There were no weights when this card was wri
 
 def fill_in_card(folder: str | Path, repo_id: str, config, model=None) -> None:
     """
-    Replaces transformers' empty card in a folder, or that of a config without weights, by one that says what the config says, and
-    what the model says where it is uploaded too; any other card stays.
+    Replaces transformers' empty card in a folder, or the card of a config without weights, by one that describes the config and,
+    if it is uploaded too, the model. Any other card stays.
     """
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -47,7 +47,7 @@ _OTHER_NAMES = {
     "hidden_activation": "hidden_act", "activation_function": "hidden_act",
 }  # fmt: skip
 
-# Entries of a stored config that transformers reads without a look at their type.
+# Entries of a stored config whose type transformers does not check.
 _CONTAINERS = {
     "id2label": (dict, "an object of ids and names"),
     "label2id": (dict, "an object of names and ids"),
@@ -56,11 +56,11 @@ _CONTAINERS = {
     "architectures": (list, "a list of names of classes"),
 }
 
-_LARGEST = 10**7  # of any one size
-_MOST_LAYERS = 1000  # each of which takes time to build
-_MOST_WEIGHTS = 10**11
+_MAX_SIZE = 10**7
+_MAX_LAYERS = 1000  # each of which takes time to build
+_MAX_WEIGHTS = 10**11
 
-_LEAST = {
+_MINIMUM = {
     "vocab_size": 1,
     "input_size": 1,
     "hidden_size": 1,
@@ -90,11 +90,11 @@ def check_settings(config) -> None:
             f"Exactly one of vocab_size (for input_ids) and input_size (for input_values) must be set, got "
             f"vocab_size={config.vocab_size} and input_size={config.input_size}: set the other one to None."
         )
-    for name, least in _LEAST.items():
+    for name, minimum in _MINIMUM.items():
         value = getattr(config, name)
-        if value is not None and not (value >= least and math.isfinite(value)):
+        if value is not None and not (value >= minimum and math.isfinite(value)):
             finite = "" if isinstance(value, int) else " and finite"
-            raise ValueError(f"{name} must be at least {least}{finite}, got {value}.")
+            raise ValueError(f"{name} must be at least {minimum}{finite}, got {value}.")
         refuse_too_large(name, value)
     refuse_too_large("relative_attention_num_buckets", config.relative_attention_num_buckets)
     _refuse_too_many_weights(config)
@@ -113,7 +113,7 @@ def check_settings(config) -> None:
     if config.problem_type not in _PROBLEM_TYPES:
         raise ValueError(f"problem_type must be one of {_PROBLEM_TYPES}, got {config.problem_type!r}.")
     if config.format_version != FORMAT_VERSION:
-        # Where the package is installed, transformers takes it rather than the code beside the weights.
+        # If the package is installed, transformers uses it in place of the code beside the weights.
         logger.warning_once(
             f"This model was saved in format {config.format_version}, but the code in use, "
             f"{'which lies beside the weights' if is_remote_code() else 'the installed package hf_hyla'}, reads format "
@@ -191,16 +191,16 @@ def _check_rotary(config) -> None:
 
 
 def _refuse_too_many_weights(config) -> None:
-    # What a file asks for is refused before memory is: about as many as the largest matrices of every layer have.
+    # Checked before memory is allocated, since a file may ask for anything. The largest matrices of every layer are counted.
     heads = config.num_attention_heads * ((config.head_dim or 0) * 2 + (config.value_head_dim or 0) * 2)
     experts = config.num_experts if config.ffn_type == "moe" else 1
     layer = config.hidden_size * (heads + 2 * experts * config.intermediate_size)
     layer += config.num_attention_heads * (config.relative_attention_num_buckets or 0)
     ends = config.hidden_size * ((config.vocab_size or config.input_size or 0) + (config.num_labels or 0))
     weights = config.num_hidden_layers * layer + ends
-    if weights > _MOST_WEIGHTS:
+    if weights > _MAX_WEIGHTS:
         raise ValueError(
-            f"This config asks for {weights:.1e} weights, more than the {_MOST_WEIGHTS:.0e} that a model of this family may "
+            f"This config asks for {weights:.1e} weights, more than the {_MAX_WEIGHTS:.0e} that a model of this family may "
             "have: make its sizes smaller."
         )
 
@@ -214,8 +214,8 @@ def check_containers(entries: dict) -> None:
 
 
 def refuse_too_large(name: str, value) -> None:
-    """Refuses a size that no model of this family has, before memory is asked for it."""
-    largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+    """Refuses a size that no model of this family has, before memory is allocated for it."""
+    largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
     if isinstance(value, int) and value > largest:
         raise ValueError(f"{name} must be at most {largest}, got {value}.")
 
@@ -234,7 +234,7 @@ def nearest(name: str, known) -> str:
 
 def report_unknown_keywords(kwargs: dict, known) -> None:
     """Refuses keywords that are nearly those of a field, and warns of all others that nothing reads."""
-    # transformers stores whatever keyword it does not know, so that a typo would silently train the default.
+    # transformers stores keywords that it does not know, so a typo would silently train the default.
     known = {*known, *UNDECLARED_KEYWORDS}
     for name in kwargs:
         if name in known or name.startswith("_"):

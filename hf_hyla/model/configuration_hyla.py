@@ -93,24 +93,25 @@ class HylaConfig(PreTrainedConfig):
             `"relative"`: every layer adds a learnt bias per head and distance bucket to its scores. `"rotary"`: queries
             and keys are rotated by angles that grow with their position. `"none"`: no positions.
         relative_attention_num_buckets (`int`, *optional*, defaults to 36):
-            Number of distance buckets, and the distance from which on all share the last one.
+            Number of distance buckets. All distances from this number on share the last bucket.
         rope_parameters (`dict`, *optional*):
-            Of rotary positions, as everywhere in transformers: `rope_theta` (defaults to 10,000), `rope_type` (`"default"`
-            or a scaling type such as `"linear"`, `"dynamic"`, `"yarn"`, `"longrope"` or `"llama3"`) and what that type
-            needs. With `partial_rotary_factor` only so large a part of each head is rotated.
+            Parameters of rotary positions, as everywhere in transformers: `rope_theta` (defaults to 10,000), `rope_type`
+            (`"default"` or a scaling type such as `"linear"`, `"dynamic"`, `"yarn"`, `"longrope"` or `"llama3"`) and what
+            that type needs. `partial_rotary_factor` is the share of each head that is rotated.
         max_position_embeddings (`int`, *optional*, defaults to 2048):
-            Number of tokens that rotary positions are meant for, which the scaling types count from. The other positions
-            know no limit.
+            Number of tokens that rotary positions are meant for, from which the scaling types count. Other positions have
+            no limit.
         is_causal (`bool`, *optional*, defaults to `False`):
             Whether a query sees only its own and earlier keys. Always `True` in a language model.
         sliding_window (`int`, *optional*):
-            Number of keys, its own included, that a query of a causal model sees; a cache then keeps no more. `None`: all.
+            Number of keys, including its own, that a query of a causal model sees. A cache then keeps no more keys. `None`
+            means all.
         attention_dropout (`float`, *optional*, defaults to 0.1):
             Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
         attention_out_multiplier (`float`, *optional*, defaults to 1.0):
-            What the output of attention is multiplied by before it is added to the hidden states. Not in the paper. Scores that
-            are not normalised over keys make outputs that grow with the number of keys and heads. When training starts, they
-            are tens of times as large as softmax attention's in the paper's model.
+            Factor of the output of attention before it is added to the hidden states. It is not in the paper. If scores are not
+            normalised over keys, outputs grow with the number of keys and heads. When training starts, they are tens of times
+            as large as softmax attention's in the paper's model.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
         intermediate_size (`int`, *optional*, defaults to 256):
@@ -118,9 +119,9 @@ class HylaConfig(PreTrainedConfig):
         hidden_act (`str`, *optional*):
             Nonlinearity of the feed-forward. `None` follows `ffn_type`: swiglu `silu`, the others `gelu_pytorch_tanh`.
         num_experts (`int`, *optional*, defaults to 4):
-            Experts of a mixture. The paper gives neither this nor the next number: both are ours.
+            Number of experts of a mixture. The paper gives neither this nor the next number, so both are our choice.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
-            Experts that a token is sent to.
+            Number of experts that a token is sent to.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether a mixture returns the routers' logits and the load-balancing loss, and adds the latter to the loss.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
@@ -139,10 +140,10 @@ class HylaConfig(PreTrainedConfig):
             Whether the logits of a language model are divided by the square root of `hidden_size`. `None` follows
             `tie_word_embeddings`, as in the reference.
         use_cache (`bool`, *optional*, defaults to `True`):
-            Whether a causal model returns the keys and values of its layers for later tokens. In training it does so only
-            for a cache that it is given.
+            Whether a causal model returns the keys and values of its layers for later tokens. In training it does so only if
+            it is given a cache.
         format_version (`int`, *optional*, defaults to 1):
-            Version of the weights' layout and meaning; raised when older code would misread newer weights.
+            Version of the weights' layout and meaning. It rises when older code would misread newer weights.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: for settings of the wrong type or that contradict each other.
@@ -216,15 +217,15 @@ class HylaConfig(PreTrainedConfig):
             refuse_too_large("num_labels", num_labels)
         if self.vocab_size is None:
             self.answer_token_id, self.embedding_bias = None, False
-        # Every class is loadable from every repository, whichever of them was saved; set anew each time, since
-        # transformers points the entries of a downloaded config back to the repository they came from.
+        # Every class can be loaded from every repository, whichever class was saved. The entries are set each time, since
+        # transformers points those of a downloaded config back to the repository that they came from.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_hyla.HylaConfig",
             "AutoModel": "modeling_hyla.HylaModel",
             "AutoModelForCausalLM": "modeling_hyla.HylaForCausalLM",
             "AutoModelForSequenceClassification": "modeling_hyla.HylaForSequenceClassification",
         }
-        # transformers would ask for leave to run the repository's pipeline even where the package has registered its own.
+        # transformers would ask for permission to run the repository's pipeline even if the package has registered its own.
         kwargs.pop("custom_pipelines", None)
         if is_remote_code():
             kwargs["custom_pipelines"] = _custom_pipelines()
@@ -255,7 +256,7 @@ class HylaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As transformers', for what it stores: attributes of any name that were set on a config, too."""
+        """As transformers', and also takes attributes of other names, since a config that they were set on stores them."""
         if not isinstance(config_dict, dict):
             raise ValueError(f"A config must be an object of names and values, got {type(config_dict).__name__}.")
         check_containers(config_dict)
@@ -311,7 +312,7 @@ class HylaConfig(PreTrainedConfig):
         check_settings(self)
 
     def validate_rope(self):
-        """As transformers', whose error for a parameter that is missing is none that its callers expect."""
+        """As transformers', but a missing parameter raises a ValueError, which callers expect, in place of a KeyError."""
         try:
             super().validate_rope()
         except KeyError as error:

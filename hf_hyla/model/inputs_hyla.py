@@ -88,7 +88,7 @@ def check_one_sequence_a_row(
     shape than the tokens.
 
     `position_ids` may count up by one over the tokens of a row, from any number on. In a causal model without mask and cache
-    they may also begin anew within a row: then they say where a sequence begins, and `pair_mask` keeps sequences apart.
+    they may also start again within a row. Then they say where a sequence begins, and `pair_mask` keeps sequences apart.
     """
     advice = "pass one sequence a row, padded, with an attention_mask (DataCollatorWithPadding)."
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
@@ -130,8 +130,8 @@ def one_cache(
     The cache by whichever of its two names it was given.
 
     Raises:
-        ValueError: for two caches, for a model that is not causal, and for training with gradient checkpointing, which
-            computes each layer twice and would add its tokens twice.
+        ValueError: for two caches, for a model that is not causal, and for training with gradient checkpointing, which computes
+            each layer twice and would add the tokens twice.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one input: pass one of them.")

@@ -70,8 +70,8 @@ class HylaAttention(nn.Module):
     of any other model: hidden states (batch, sequence, hidden_size) in, the same shape out. It has no residual connection
     and no norm of its input.
 
-    Position biases start at zero and `value_mixing` at the identity; the models of this package initialise all weights anew,
-    as the reference does.
+    Position biases start at zero and `value_mixing` at the identity. The models of this package initialise all weights again, as
+    the reference does.
 
     Args:
         config (`HylaConfig`): `hidden_size`, `num_attention_heads`, `head_dim` and `value_head_dim` are the sizes. They do
@@ -155,12 +155,12 @@ class HylaAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape (batch, sequence, hidden_size)): the tokens.
             attention_mask (`torch.Tensor`, *optional*): (batch, key), 1 for tokens and 0 for padding; or
-                (batch or 1, 1, query, key), see `attended`, which then has to hide later tokens too if they are not to be seen.
+                (batch or 1, 1, query, key), see `attended`. A mask of four axes must also hide later tokens in a causal layer.
             position_buckets (`torch.LongTensor` of shape (query + key - 1,), *optional*): see `relative_position_buckets`;
                 models compute them once for all layers.
             num_last (`int`, *optional*): the queries are the last `num_last` tokens; by default they are all tokens.
             position_embeddings (*optional*): cosines and sines of rotary positions, as `HylaRotaryEmbedding` computes them.
-            cache (`Cache`, *optional*): keys and values of earlier tokens, to which those of these tokens are added.
+            cache (`Cache`, *optional*): keys and values of earlier tokens, to which those of the new tokens are added.
 
         Returns:
             Output (batch, query, hidden_size), and the codes (batch, heads, query, key) with `output_attentions=True`,

@@ -30,8 +30,8 @@ def classification_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    The loss of `config.problem_type`, or of the type that labels of their dtype have: the mean or, with `num_items_in_batch`,
-    the sum divided by it.
+    The loss of `config.problem_type` or, if that is `None`, of the type that follows from the labels' dtype. It is the mean or,
+    with `num_items_in_batch`, the sum divided by that number.
 
     transformers' ForSequenceClassificationLoss squeezes, writes into the config, knows no axis of answers, and its callers
     drop `num_items_in_batch`, which makes gradients grow with accumulation and world size.
@@ -75,16 +75,17 @@ def classification_loss(
 
 def balancing_loss(model: PreTrainedModel, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """
-    The load-balancing loss of a mixture of experts; `None` where there are no router logits.
+    The load-balancing loss of a mixture of experts; `None` if there are no router logits.
 
     Args:
-        router_logits (tuple of `torch.Tensor` of shape (batch * sequence, experts)): one of each layer.
-        attention_mask: of padding, (batch, key), where the tokens are the last keys; of another shape it is not looked at.
+        router_logits (tuple of `torch.Tensor` of shape (batch * sequence, experts)): one tensor for each layer.
+        attention_mask: the mask of padding, (batch, key), of which the tokens are the last keys. A mask of another shape is
+            ignored.
 
     Raises:
         ValueError: if gradient checkpointing loses its gradient.
     """
-    if not router_logits:  # empty where a model without routers is asked for them
+    if not router_logits:  # empty if a model without routers is asked for them
         return None
     config = model.config
     is_token = None
@@ -104,6 +105,6 @@ def balancing_loss(model: PreTrainedModel, router_logits, attention_mask: torch.
 def add_balancing_loss(
     config: HylaConfig, loss: torch.Tensor, of_experts: torch.Tensor, labels: torch.Tensor, num_items_in_batch
 ) -> torch.Tensor:
-    """The loss and this batch's part of an update's balancing loss, so that accumulating batches does not multiply it."""
+    """The loss plus this batch's share of an update's balancing loss, which accumulation of batches must not multiply."""
     share = 1.0 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
     return loss + config.router_aux_loss_coef * share * of_experts.to(loss.device)

@@ -58,7 +58,7 @@ from .pipeline_hyla import SymbolicReasoningPipeline
 
 # What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
-# the official implementation. TRF051: the eager form is asked for by those who want every token computed.
+# the official implementation. TRF051: whoever asks for the eager implementation wants every token computed.
 # trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.scale_logits
 
 
@@ -82,17 +82,17 @@ class HylaPreTrainedModel(PreTrainedModel):
         "attentions": HylaAttention,
         "router_logits": OutputRecorder(HylaRouter, index=0),
     }
-    # HYLA mixes heads and RMSHead normalises over them, so that neither heads nor sequence can be split over devices.
+    # HYLA mixes heads and RMSHead normalises over them, so neither heads nor sequence can be split over devices.
     _supports_context_parallel = False
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_compile_fullgraph = True
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
-        The default is `"hyla"`, the fastest exact form; transformers' own functions would compute other attention.
+        The default is `"hyla"`, the fastest exact implementation. transformers' own functions would compute other attention.
 
         Raises:
-            ValueError: for anything but the names of `BACKENDS`.
+            ValueError: for a name that is not in `BACKENDS`.
         """
         name = "hyla" if requested_attention is None else requested_attention
         if name not in BACKENDS:
@@ -116,8 +116,8 @@ class HylaPreTrainedModel(PreTrainedModel):
 
     def _computes_last_only(self, kwargs) -> bool:
         """
-        Whether the last layer may be computed for the last tokens alone: not where all were asked for, and not in the eager
-        form, which takes no shortcut.
+        Whether the last layer may be computed for the last tokens alone. It may not if all tokens were asked for, and not in the
+        eager implementation, which takes no shortcut.
         """
         recorded = any(
             kwargs.get(name, getattr(self.config, name))
@@ -178,23 +178,24 @@ class HylaModel(HylaPreTrainedModel):
                 Token ids, for models with `vocab_size`.
             attention_mask (`torch.Tensor`, *optional*):
                 (batch, key), 1 for tokens and 0 for padding; or (batch, 1, query, key): True, the integer 1 or
-                the float 0.0 attends; False, the integer 0 or a negative float does not. Causal models mask later
-                keys besides. Keys are the tokens in the cache, if there is one, and these.
+                the float 0.0 attends; False, the integer 0 or a negative float does not. Causal models also mask
+                later keys. The keys are the tokens in the cache, if there is one, and the new tokens.
             inputs_embeds (`torch.FloatTensor` of shape (batch, sequence, hidden_size), *optional*):
                 What `get_input_embeddings()` would return for the inputs.
             input_values (`torch.FloatTensor` of shape (batch, sequence, input_size), *optional*):
                 Continuous tokens, for models with `input_size`.
             num_last (`int`, *optional*):
-                Compute the last layer for that many last tokens only, where nobody reads the others.
+                Compute the last layer only for this many last tokens, if nothing reads the other ones.
             position_ids (`torch.LongTensor` of shape (batch or 1, sequence), *optional*):
-                Positions of the tokens, which count up by one; in a causal model without mask and cache they may begin
-                anew within a row, where another sequence begins. Rotary positions are these, or count from the first
-                token of the row; relative ones are distances within the row in any case.
+                Positions of the tokens, which count up by one. In a causal model without mask and cache they may start
+                again within a row, where another sequence begins. Rotary positions are taken from here; without
+                `position_ids` they count from the first token of the row. Relative positions are always distances
+                within the row.
             cache (`Cache`, *optional*):
-                Keys and values of earlier tokens, of a causal model; those of these tokens are added to it.
+                Keys and values of earlier tokens, for a causal model. Those of the new tokens are added to it.
             use_cache (`bool`, *optional*):
-                Whether a causal model returns a cache where none is given. By default the config's `use_cache`. In training
-                and in exported programs it does not.
+                Whether a causal model returns a cache if it is not given one. By default the config's `use_cache`. In
+                training and in exported programs it never does.
             past_key_values (`Cache`, *optional*):
                 What `cache` is called before transformers 5.24. Both names are accepted with every version.
 
@@ -204,7 +205,7 @@ class HylaModel(HylaPreTrainedModel):
             `attentions`, a tuple of the latent codes of each layer (batch, heads, query, key), and `router_logits`.
 
         Raises:
-            ValueError: for inputs that are missing or do not fit, saying which were expected.
+            ValueError: for inputs that are missing or do not fit. The message says which were expected.
         """
         cache = one_cache(self.config, self.layers, cache, past_key_values)
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
@@ -225,7 +226,7 @@ class HylaModel(HylaPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _positions(self, hidden_states, position_ids, cache) -> dict[str, torch.Tensor | tuple]:
-        """What the layers take of positions: buckets of distances by diagonal, or angles."""
+        """The layers' arguments for positions: buckets of distances by diagonal, or angles."""
         if self.config.position_type == "relative":
             place, num_keys = first_query(hidden_states, cache)
             num_buckets = self.config.relative_attention_num_buckets
@@ -296,7 +297,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
             labels (`torch.Tensor`, *optional*):
                 Classes (batch,), or numbers (batch, num_labels) for regression and multi-label classification; with
                 several answers (batch, num_answers) and (batch, num_answers, num_labels). A single regression label
-                may leave its last axis out. Class -100 is ignored.
+                may lack the last axis. Class -100 is ignored.
             num_items_in_batch (`int`, *optional*):
                 Number of labels in all batches that are accumulated into one update; the loss is the sum over this
                 batch divided by it. Without it the loss is the mean.
@@ -337,7 +338,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
         )
 
     def _num_last(self, input_ids, attention_mask, kwargs) -> int | None:
-        """How many last tokens of the last layer are read; `None` where padding may follow or all are computed."""
+        """How many last tokens of the last layer are read; `None` if padding may follow them or if all are computed."""
         padded = (attention_mask is not None and attention_mask.ndim == 2) or (
             self.config.pad_token_id is not None and input_ids is not None
         )
@@ -418,10 +419,10 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, past_key_values:
                 See [`HylaModel.forward`].
             labels (`torch.LongTensor` of shape (batch, sequence), *optional*):
-                The tokens themselves: they are shifted here, so that each is compared with the logits of the one before.
+                The tokens themselves. They are shifted here: each is compared with the logits of the token before it.
                 Label -100 is ignored.
             logits_to_keep (`int` or `torch.LongTensor`, *optional*, defaults to 0):
-                Compute the logits of that many last tokens only, or of the tokens with these indices; 0 means all.
+                Compute the logits only of this many last tokens, or of the tokens with these indices; 0 means all.
             num_items_in_batch (`int`, *optional*):
                 Number of labels in all batches that are accumulated into one update; the loss is the sum over this
                 batch divided by it. Without it the loss is the mean.
@@ -478,7 +479,7 @@ HylaModel.register_for_auto_class("AutoModel")
 HylaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 HylaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-# Trainer smooths the labels of the next tokens only for models that are named here, and those of the same tokens otherwise.
+# With label smoothing, Trainer shifts labels only for models that are named here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HylaConfig.model_type] = "HylaForCausalLM"
 
 # The pipeline is of no use here, but what this file imports is saved with every model.

@@ -89,7 +89,7 @@ class SymbolicReasoningPipeline(Pipeline):
             # One puzzle or truth table is a list too.
             if _depth(inputs) <= (3 if self._is_sraven else 2):
                 return super().__call__(self.preprocess(inputs), **kwargs)
-            # All are encoded first, so that a bad one is refused before any work.
+            # All are encoded first, so a bad one is refused before any work.
             inputs = [self._preprocess_nth(number, item) for number, item in enumerate(inputs)]
         return super().__call__(inputs, **kwargs)
 
@@ -176,7 +176,7 @@ class SymbolicReasoningPipeline(Pipeline):
 
 
 class _Encoded(dict):
-    """The result of `preprocess`, which returns it unchanged. It is a type of its own, so that any other dict is refused."""
+    """The result of `preprocess`, which returns it unchanged. Because of this type, any other dict is refused."""
 
 
 def _as_lists(inputs):
