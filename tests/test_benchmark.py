@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from hf_hyla import HylaForSequenceClassification
 from hf_hyla import benchmark as bench
 from hf_hyla.benchmark import Shape, as_table, attention, benchmark, inference, steps
 from hf_hyla.cli import main
@@ -278,7 +279,7 @@ def test_eager_attention_for_answers_only_gives_the_same_loss(tmp_path):
 @pytest.mark.parametrize("task", ["sraven", "logic"])
 def test_model_and_pipeline_answer_the_same_questions(task):
     recipe = load_recipe(f"recipes/{task}/hyla.yaml", TINY)
-    model = steps.HylaForSequenceClassification(recipe.config).eval()
+    model = HylaForSequenceClassification(recipe.config).eval()
     inputs, questions = inference._inputs(recipe, 3)
     found = SymbolicReasoningPipeline(model=model)(questions, batch_size=3)
     logits = model(**inputs).logits
