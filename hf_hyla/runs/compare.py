@@ -160,10 +160,10 @@ def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | No
 
 def told_apart(record: RunRecord, all_recipes: list[RunRecord]) -> str:
     """The recipe's name, and its settings in which the recipes of this name differ."""
-    return " ".join([record.name, *differing_settings(record, all_recipes)])
+    return " ".join([record.name, *settings_apart(record, all_recipes)])
 
 
-def differing_settings(record: RunRecord, all_recipes: list[RunRecord]) -> list[str]:
+def settings_apart(record: RunRecord, all_recipes: list[RunRecord]) -> list[str]:
     """The settings of a recipe in which recipes of its name differ, such as `max_steps=40000`."""
     namesakes = [other for other in all_recipes if other.name == record.name]
     settings, *others = (without_seeds(one.recipe) for one in (record, *namesakes))

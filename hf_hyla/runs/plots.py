@@ -7,7 +7,7 @@ from typing import Any
 
 from ..tasks import get_task
 from ..utils import ATTENTION_NAMES
-from .compare import differing_settings
+from .compare import settings_apart
 from .paper import paper_result
 from .record import RunRecord, mean_and_error, without_seeds
 
@@ -152,7 +152,7 @@ def labels(groups: list[list[RunRecord]]) -> list[str]:
         attention = ATTENTION_NAMES.get(attention_of(recipe) or "")
         alike = [other for other in recipes if attention_of(other) == attention_of(recipe)]
         several_names = len({other.name for other in alike}) > 1
-        apart = [one for one in differing_settings(recipe, alike) if not one.startswith("attention_type=")]
+        apart = [one for one in settings_apart(recipe, alike) if not one.startswith("attention_type=")]
         name = [recipe.name] if several_names or not (attention and (apart or len(alike) == 1)) else []
         found.append(", ".join(filter(None, [attention, " ".join(name + apart)])))
     return found
