@@ -1,3 +1,4 @@
+import gc
 import logging
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.relative_to(here).as_posix() in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """
+    Every training ends with a collection of garbage, which would walk through all the modules that are loaded by now, some
+    hundred times: they are set aside.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
