@@ -20,7 +20,8 @@ def find_recipe(word: str | Path) -> Path:
         OSError: if there is no such file.
     """
     path = Path(word)
-    candidates = [found for one in (path, path.with_name(f"{path.name}.yaml")) for found in (one, _among_recipes(one))]
+    spellings = (path, path.with_name(f"{path.name}.yaml")) if path.name else (path,)  # `.` and `/` have no name
+    candidates = [found for one in spellings for found in (one, _among_recipes(one))]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
