@@ -58,6 +58,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
+def printable(text: str) -> str:
+    """One line of text with a sign in place of what a terminal would obey, such as escape sequences in the name of a file."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+
+
 def one_line(error: BaseException) -> str:
     """An error's message in one line, without the name of the validator that huggingface_hub puts before it."""
     # Imported here, since it takes a tenth of a second, which wrong arguments on the command line should not wait for.

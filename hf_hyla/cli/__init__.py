@@ -13,7 +13,7 @@ import re
 import sys
 
 from .. import __version__
-from ..utils import nearest
+from ..utils import nearest, printable
 from . import bench, card, ceiling, compare, convert, data, demo, env, evaluate, probe, publish, recipes, sweep, train
 from .parser import Parser
 from .settings import check_settings, unknown_argument
@@ -106,7 +106,7 @@ def _said(error: Exception) -> str:
     elif isinstance(error, OSError) and error.errno and error.filename:
         advice = "check the path, or make or copy it again" if error.errno == errno.ENOENT else "choose another path"
         said = f"{error.filename} cannot be used ({error.strerror}): {advice}."
-    return " ".join(said.split())
+    return printable(" ".join(said.split()))
 
 
 def _at_home(word: str) -> str:

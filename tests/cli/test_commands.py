@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(recipe, tmp_path, monkey
     assert minutes == pytest.approx(4000 * milliseconds / 60_000, abs=0.1) and milliseconds > 0
     assert 50 < float(re.match(r"[\d,]+", run["peak memory"]).group().replace(",", "")) < 50_000
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_measures_few_batches_of_a_step_that_accumulates_many(recipe, capsys):
+    before = time.monotonic()
+    assert main(["train", str(recipe), "--dry-run", "--trainer.gradient_accumulation_steps", "1000000"]) == 0
+    assert "of 128,000,000 samples" in capsys.readouterr().out and time.monotonic() - before < 60
 
 
 def test_evaluate_takes_the_task_from_the_run_or_from_the_command_line(run, capsys):
@@ -149,6 +156,9 @@ def test_env_prints_json(capsys):
         (["train", "{recipe}", "--trainer.run_name", "--dry-run"], "--trainer.run_name lacks a value"),
         (["train", "{recipe}", "--model.hidden-size", "8"], "did you mean --model.hidden_size?"),
         (["train", "{recipe}", "--model.HIDDEN_SIZE", "8"], "did you mean --model.hidden_size?"),
+        (["train", "{recipe}", "--trainer.ddp_backend", "gloe"], "trainer.ddp_backend must be one of nccl, gloo"),
+        (["train", "{recipe}", "--trainer.torch_compile_backend", "x"], "torch_compile_backend must be one of"),
+        (["train", "{recipe}", "--trainer.dataloader_persistent_workers", "true"], "needs trainer.dataloader_num_w"),
         (["train", "."], ". is a folder: expected the YAML file of a recipe"),
         (["train", "figures/logic-muon"], "logic-muon.yaml is a sweep: give it to `hyla sweep`"),
         (["sweep", "{recipe}"], "is a recipe: give it to `hyla train`"),
