@@ -6,6 +6,7 @@ So `--help` and wrong arguments need no import of torch and transformers.
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import os
@@ -72,7 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?, and no result is lost for it
+        with contextlib.suppress(OSError):  # where a file's number was given to a terminal or a pipe meanwhile
+            sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?, and no result is lost for it
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.modules:
