@@ -20,14 +20,15 @@ def find_recipe(word: str | Path) -> Path:
         OSError: if there is no such file.
     """
     path = Path(word)
-    candidates = [found for one in (path, path.with_name(f"{path.name}.yaml")) for found in (one, _among_recipes(one))]
+    spellings = (path, path.with_name(f"{path.name}.yaml")) if path.name else (path,)  # `.` and `/` have no name
+    candidates = [found for one in spellings for found in (one, _among_recipes(one))]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     is_there = next((candidate for candidate in candidates if candidate.exists()), None)
     known = {
         str(file.relative_to(recipes_folder())): file.stem for file in sorted(recipes_folder().rglob("*.yaml"))
-    } | {str(file): file.stem for file in sorted(path.parent.glob("*.yaml"))}
+    } | {str(file): file.stem for file in sorted(path.parent.glob("*.yaml")) if file.is_file()}
     wanted = path.with_suffix("") if path.suffix == ".yaml" else path
     # "demo" can only mean logic/demo.yaml, but "hyla" names two recipes. The error lists the candidates, and none is guessed.
     near = [name for name, stem in known.items() if stem == wanted.name][:3]
@@ -139,7 +140,9 @@ def _among_recipes(path: Path) -> Path:
 
 def _near_paths(path: Path) -> list[str]:
     """The nearest of the files and folders beside the path and in `runs/`."""
-    beside = [str(other) for folder in (path.parent, Path("runs")) if folder.is_dir() for other in folder.iterdir()]
+    folders = [folder for folder in (path.parent, Path("runs")) if folder.is_dir()]
+    # Without links that lead nowhere, of which the path itself may be one.
+    beside = [str(other) for folder in folders for other in folder.iterdir() if other.exists()]
     names = _near(path.name, [Path(one).name for one in beside])
     return _near(str(path), beside) or [one for one in beside if Path(one).name in names][:1]
 

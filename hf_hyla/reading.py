@@ -60,10 +60,10 @@ def read_json(path: Path) -> Any:
     The content of a JSON file.
 
     Raises:
-        OSError, ValueError: as `read_text` does, and if it is not JSON or nested too deep.
+        OSError, ValueError: as `read_text` does, and if it is not JSON, has a key twice, or is nested too deep.
     """
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path), object_pairs_hook=_once)
     except RecursionError:
         raise _too_deep() from None
     _check_depth(content)
@@ -94,6 +94,16 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise _too_deep() from None
     _check_depth(content)
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; json would silently take the second of two values."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r:.80} stands there twice")
+        content[key] = value
     return content
 
 

@@ -53,8 +53,14 @@ def _folder(name: str) -> Path:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"`, or an empty string if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def printable(text: str) -> str:
+    """One line of text with a sign in place of what a terminal would obey, such as escape sequences in the name of a file."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
 
 
 def one_line(error: BaseException) -> str:

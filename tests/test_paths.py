@@ -55,6 +55,14 @@ def test_a_wrong_recipe_is_refused_with_the_nearest_name(here, word, message):
         find_recipe(word)
 
 
+def test_a_link_that_leads_nowhere_is_not_called_its_own_nearest_name(here):
+    (here / "mine.yaml").symlink_to("mine.yaml")
+    for find in (find_recipe, find_model, find_run):
+        with pytest.raises(FileNotFoundError) as refused:
+            find("mine.yaml")
+        assert "did you mean" not in str(refused.value)
+
+
 def test_a_wrong_path_is_refused_with_the_nearest_name_beside_it_or_among_the_runs(here):
     (here / "runs" / "logic-demo").mkdir(parents=True)
     for word in ("runs/logic-deno", "logic-deno"):

@@ -105,6 +105,12 @@ def test_what_yaml_cannot_make_is_one_sentence(text):
     assert "\n" not in str(refused.value)
 
 
+def test_a_key_that_stands_twice_in_json_is_refused_at_any_depth(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": [{"b": 1, "b": 2}]}')
+    with pytest.raises(ValueError, match="the key 'b' stands there twice"):
+        read_json(tmp_path / "x.json")
+
+
 def test_what_python_can_write_is_read(tmp_path):
     content = {"a": [1, 2.5, None, True, "x|y"], "b": {"c": {}}}
     (tmp_path / "x.json").write_text(json.dumps(content))

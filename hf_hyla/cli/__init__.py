@@ -6,19 +6,24 @@ So `--help` and wrong arguments need no import of torch and transformers.
 """
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import re
 import sys
 
 from .. import __version__
-from ..utils import nearest
+from ..utils import nearest, printable
 from . import bench, card, ceiling, compare, convert, data, demo, env, evaluate, probe, publish, recipes, sweep, train
 from .parser import Parser
 from .settings import check_settings, unknown_argument
 
 
 COMMANDS = (train, evaluate, demo, probe, compare, sweep, recipes, data, ceiling, bench, card, publish, convert, env)
+
+# What the system says of a full disk and of a full quota.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -44,7 +49,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command.add(commands)
     parser.set_defaults(run=lambda arguments: parser.print_help(), sections=())
     for given, before in zip(argv, ["hyla", *argv], strict=False):
-        if not given.strip():
+        option, equals, value = given.partition("=") if given.startswith("--") else ("", "", given)
+        before = option if equals else before
+        if not value.strip() and (equals or not option):
             raise ValueError(
                 f"The argument after {before!r} is empty: give it a value or leave it out (is a variable unset?)."
             )
@@ -65,6 +72,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(OSError):  # where a file's number was given to a terminal or a pipe meanwhile
+            sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?, and no result is lost for it
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.modules:
@@ -90,10 +100,15 @@ def main(argv: list[str] | None = None) -> int:
 def _said(error: Exception) -> str:
     """The error's message in one line, with advice in place of the number that errors of the system have."""
     said = str(error)
-    if isinstance(error, OSError) and error.errno and error.filename:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f" for {error.filename2 or error.filename}" if error.filename else ""
+        said = (
+            f"There is no space left{where}: free some, or name a folder on another disk, and give the command again."
+        )
+    elif isinstance(error, OSError) and error.errno and error.filename:
         advice = "check the path, or make or copy it again" if error.errno == errno.ENOENT else "choose another path"
         said = f"{error.filename} cannot be used ({error.strerror}): {advice}."
-    return " ".join(said.split())
+    return printable(" ".join(said.split()))
 
 
 def _at_home(word: str) -> str:
@@ -113,6 +128,7 @@ def _split_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         overrides[key] = value if has_value else next(left, "")
-        if not overrides[key]:
+        # No value begins with two dashes: what does is the next option.
+        if not overrides[key] or (not has_value and overrides[key].startswith("--")):
             raise ValueError(f"--{key} lacks a value: write --{key} VALUE.")
     return rest, overrides

@@ -11,6 +11,8 @@ from .parser import one_of, whole
 
 # The parts of `hf_hyla.benchmark`, repeated here since that is slow to import.
 PARTS = ("attention", "inference", "sraven", "logic", "data")
+# Beyond these, torch crashes, or the scores of a single layer fill the memory of any machine.
+_MOST_THREADS, _LONGEST = 1024, 2**20
 
 
 def add(commands) -> None:
@@ -28,14 +30,19 @@ def add(commands) -> None:
         "--json", metavar="FILE", nargs="?", const="-", help="write JSON, into FILE or to standard output"
     )
     parser.add_argument("--output", type=Path, help="folder to write bench.json and the curves bench.png into")
-    parser.add_argument("--threads", type=whole(at_least=1), help="threads of the CPU (default: torch's number)")
+    parser.add_argument(
+        "--threads", type=whole(at_least=1, at_most=_MOST_THREADS), help="threads of the CPU (default: torch's number)"
+    )
     parser.add_argument(
         "--repeats",
         type=whole(at_least=1),
         help="measurements of each workload (default: as many as fit into 10 seconds, 5 to 100)",
     )
     parser.add_argument(
-        "--lengths", type=whole(at_least=1), nargs="+", help="tokens of the attention curves (default: 128 to 4096)"
+        "--lengths",
+        type=whole(at_least=1, at_most=_LONGEST),
+        nargs="+",
+        help="tokens of the attention curves (default: 128 to 4096)",
     )
     parser.add_argument(
         "--against",

@@ -27,7 +27,9 @@ def run(arguments: argparse.Namespace) -> None:
     from ..tasks.sraven.observer import observer_record
 
     task = task_of("sraven", arguments.overrides)
-    if arguments.output:
+    if arguments.output:  # checked now, so that an error here does not cost the work
+        if arguments.output.is_dir():
+            raise ValueError(f"--output must name a file, but {arguments.output} is a folder.")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = observer_record(task, arguments.num_samples) | {"environment": environment()}
     for split, scores in record["splits"].items():

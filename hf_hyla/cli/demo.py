@@ -20,15 +20,15 @@ def add(commands) -> None:
         "models", metavar="MODEL", nargs="*", help="folders of runs, or Hub repositories to which runs were published"
     )
     parser.add_argument(
-        "--port", type=whole(at_least=1), help="port to listen on (default: the first free one from 7860)"
+        "--port",
+        type=whole(at_least=1, at_most=65_535),
+        help="port to listen on (default: the first free one from 7860)",
     )
     parser.add_argument("--no-browser", action="store_true", help="print the address, and open no browser")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.port is not None and arguments.port > 65_535:
-        raise ValueError(f"--port must be at most 65535, got {arguments.port}.")
     models = [find_model(word) for word in arguments.models or DEMO_MODELS]
     for module, package in (("gradio", "gradio"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:

@@ -29,13 +29,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
 
 
-def whole(at_least: int) -> Callable[[str], int]:
-    """An argument type for integers of at least `at_least`."""
+def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
+    """An argument type for integers from `at_least` to `at_most`, by default more than any command could finish."""
 
     def read(text: str) -> int:
-        if re.fullmatch(r"[+-]?\d+", text) and int(text) >= at_least:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be an integer of at least {at_least}, got {text}")
+        if not re.fullmatch(r"[+-]?\d{1,1000}", text) or int(text) < at_least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {at_least}, got {text:.40}")
+        if int(text) > at_most:
+            raise argparse.ArgumentTypeError(f"must be at most {at_most}, got {text:.40}")
+        return int(text)
 
     return read
 

@@ -32,7 +32,10 @@ def add(commands) -> None:
         help="folder to write (default: probe/ in a run's folder, where its card finds it, or else runs/probe-NAME)",
     )
     parser.add_argument(
-        "--seed", type=whole(at_least=0), default=0, help="seed of controls, standard errors and maps (default: 0)"
+        "--seed",
+        type=whole(at_least=0, at_most=2**32 - 1),
+        default=0,
+        help="seed of controls, standard errors and maps (default: 0)",
     )
     parser.add_argument(
         "--ablate", action="store_true", help="also score the model with each head's code replaced by its mean"

@@ -54,7 +54,9 @@ def _copy(files: list[Path], top: Path, output: Path) -> None:
             raise FileExistsError(f"{target} has been changed: choose another --output, or remove it.")
     for file, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        unfinished = target.with_name(f"{target.name}.tmp")  # half a file would be taken for a changed one
+        shutil.copyfile(file, unfinished)
+        unfinished.replace(target)
 
 
 def _about(file: Path) -> str:

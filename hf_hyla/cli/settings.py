@@ -54,7 +54,8 @@ def unknown_argument(word: str, options: Collection[str], sections: Collection[s
     section, dot, name = word.partition("=")[0].lstrip("-").partition(".")
     key = section.replace("-", "_")
     if dot:
-        near = [f"--{close}.{name}" for close in difflib.get_close_matches(section, sections, n=1)]
+        name = name.replace("-", "_")
+        near = [f"--{close}.{name}" for close in difflib.get_close_matches(section.lower(), sections, n=1)]
     else:
         near = _near_option(key, options) or _near_settings(key, sections)
     if near:
@@ -86,6 +87,6 @@ def check_settings(overrides: dict[str, str]) -> None:
     """
     for full in overrides:
         section, _, name = full.partition(".")
-        near = difflib.get_close_matches(name, SETTINGS[section], n=1, cutoff=_MISSPELT)
+        near = difflib.get_close_matches(name.lower(), SETTINGS[section], n=1, cutoff=_MISSPELT)
         if near and name not in SETTINGS[section]:
             raise ValueError(f"There is no setting --{full} (did you mean --{section}.{near[0]}?).")

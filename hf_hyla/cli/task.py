@@ -14,7 +14,12 @@ def task_name(text: str) -> str:
 
 
 def task_of(name: str, overrides: dict[str, str]):
-    """The task with this name and the settings in the overrides."""
+    """
+    The task with this name and the settings in the overrides.
+
+    Raises:
+        ValueError: for settings that are wrong, or that name a task besides.
+    """
     from ..training.recipe import checked_task
 
     return checked_task("--task", {"name": name}, _by_key(overrides), may_import=True)
@@ -45,4 +50,9 @@ def task_of_model(arguments: argparse.Namespace):
 
 
 def _by_key(overrides: dict[str, str]) -> dict[str, str]:
-    return {key.partition(".")[2]: value for key, value in overrides.items()}
+    settings = {key.partition(".")[2]: value for key, value in overrides.items()}
+    if "name" in settings:
+        raise ValueError(
+            "--task.name is a setting of recipes, but the command names its task itself: leave it out, see --help."
+        )
+    return settings

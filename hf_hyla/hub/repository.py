@@ -13,7 +13,7 @@ from ..runs import Run
 from ..runs.folder import CHECKPOINTS, RECIPE_NAME
 from ..runs.record import RECORD_NAME
 from ..tasks import Task
-from ..utils import check_repo_id, one_line
+from ..utils import check_repo_id, one_line, printable
 from .cards import dataset_repo
 from .checks import (
     CODE,
@@ -81,8 +81,8 @@ class Repository:
             for name, content in self.files.items()
         }
         lines = [f"{self.repo_type} {self.repo_id}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
-        lines += [f"  {size:>12,}  {name}" for name, size in sorted(sizes.items())]
-        lines += [f"  {'left out':>12}  {name}" for name in self.left_out]
+        lines += [f"  {size:>12,}  {printable(name)}" for name, size in sorted(sizes.items())]
+        lines += [f"  {'left out':>12}  {printable(name)}" for name in self.left_out]
         lines += [f"  note: {self.note}"] if self.note else []
         return "\n".join(lines)
 

@@ -16,6 +16,7 @@
 import difflib
 import math
 
+import torch
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
@@ -77,6 +78,8 @@ _MINIMUM = {
     "sliding_window": 2,
     "norm_eps": 0,
 }
+# Factors beyond this overflow in float32, together with what they are multiplied by.
+_LARGEST_FACTOR = 1e30
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
@@ -119,6 +122,9 @@ def check_settings(config) -> None:
             f"{'which lies beside the weights' if is_remote_code() else 'the installed package hf_hyla'}, reads format "
             f"{FORMAT_VERSION} and may misread it: use the version of hf_hyla that saved the model."
         )
+    for name in ("norm_eps", "router_aux_loss_coef", "attention_out_multiplier"):
+        if getattr(config, name) > _LARGEST_FACTOR:
+            raise ValueError(f"{name} must be at most {_LARGEST_FACTOR:.0e}, got {getattr(config, name)!s:.40}.")
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout must lie in [0, 1), got {config.attention_dropout}.")
     if not 0 < config.attention_out_multiplier < math.inf:
@@ -176,8 +182,12 @@ def _check_rotary(config) -> None:
         each = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
         is_name = name in ("rope_type", "type", "truncate")  # of a type, and a switch
         is_left_out = value is None and name not in ("rope_theta", "partial_rotary_factor", "factor")
-        if not (is_name or is_left_out or all(type(one) in (int, float) and 0 < one < math.inf for one in each)):
-            raise ValueError(f"rope_parameters has {name}={value!r:.40}, expected a number above 0.")
+        if not (
+            is_name or is_left_out or all(type(one) in (int, float) and 0 < one <= _LARGEST_FACTOR for one in each)
+        ):
+            raise ValueError(
+                f"rope_parameters has {name}={value!r:.40}, expected a number above 0, at most {_LARGEST_FACTOR:.0e}."
+            )
     rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
     if rotated % 2 or not 0 < rotated <= width:
         raise ValueError(
@@ -211,6 +221,13 @@ def check_containers(entries: dict) -> None:
         value = entries.get(name)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} must be {words}, got {value!r:.60}.")
+
+
+def check_dtype(dtype) -> None:
+    """Refuses a dtype that weights cannot have, before transformers looks it up among all that torch has."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype must name a floating-point type of torch, such as 'float32', got {dtype!r:.40}.")
 
 
 def refuse_too_large(name: str, value) -> None:

@@ -25,6 +25,7 @@ from .config_checks_hyla import (
     ROPE_KEYWORDS,
     UNDECLARED_KEYWORDS,
     check_containers,
+    check_dtype,
     check_settings,
     is_remote_code,
     nearest,
@@ -210,6 +211,11 @@ class HylaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
         check_containers({"id2label": self.id2label, "label2id": self.label2id})
+        ids = list(self.id2label or ())
+        if not all(str(key).isdecimal() for key in ids):
+            raise ValueError(f"id2label must have ids as its keys, got {ids!s:.60}: does it hold label2id?")
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            check_dtype(dtype)
         if self.id2label is None:
             num_labels = kwargs.setdefault("num_labels", 8)
             if type(num_labels) is not int or num_labels < 1:

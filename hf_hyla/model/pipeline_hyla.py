@@ -14,10 +14,12 @@
 """The pipeline that takes SRAVEN puzzles or truth tables as lists and gives the model's answers."""
 
 import math
+from collections.abc import Iterable
+from types import GeneratorType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -37,8 +39,8 @@ class SymbolicReasoningPipeline(Pipeline):
     A fuzzy logic model, with `input_size` in its config, takes truth tables. A table is 2 or more rows of `input_size`
     numbers in [0, 1]: a point, and the function's value there. The last value is `None`.
 
-    Arrays and tensors are taken as lists are. One puzzle or table gives a dict, a list of them a list of dicts, and a
-    generator or a dataset an iterator over dicts, with
+    Arrays and tensors are taken as lists are. One puzzle or table gives a dict, a list of them a list of dicts, and an
+    iterator, a dataset or a column of one an iterator over dicts, with
     - `answer`: a list of `num_answers` integers for a puzzle, a number for a table;
     - `scores`: for a puzzle, the probability of each value, a list per feature;
     - `codes`: with `return_codes=True`, the latent codes of the answer tokens, a tensor (layers, heads, answers, keys).
@@ -91,6 +93,9 @@ class SymbolicReasoningPipeline(Pipeline):
                 return super().__call__(self.preprocess(inputs), **kwargs)
             # All are encoded first, so a bad one is refused before any work.
             inputs = [self._preprocess_nth(number, item) for number, item in enumerate(inputs)]
+        elif isinstance(inputs, Iterable) and not isinstance(inputs, (str, dict, Dataset, GeneratorType)):
+            # A column of a dataset, or another iterator, which the base class would take for one input.
+            inputs = (item for item in inputs)
         return super().__call__(inputs, **kwargs)
 
     def get_iterator(

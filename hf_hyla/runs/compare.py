@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import get_task
+from ..utils import printable
 from .paper import paper_result
 from .record import RECORD_NAME, RunRecord, mean_and_error, without_seeds
 
@@ -95,8 +96,8 @@ def table(comparisons: list[Comparison]) -> str:
     for one in comparisons:
         rows.append(
             (
-                one.name,
-                one.metric,
+                printable(one.name),
+                printable(one.metric),
                 f"{_pair(one.mean, one.standard_error)} ({len(one.values)})",
                 _pair(one.expected, one.tolerance),
                 _pair(one.paper, one.paper_standard_error),

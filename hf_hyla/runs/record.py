@@ -18,6 +18,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..reading import read_json
+from ..tasks import TASKS, get_task
 from ..utils import one_line, write_whole
 
 
@@ -119,6 +120,8 @@ class RunRecord:
         for section, key, kind in (("task", "name", str), ("trainer", "max_steps", int)):
             if type(self.recipe.get(section, {}).get(key)) is not kind:
                 raise ValueError(f"its recipe lacks {section}.{key}")
+        if self.recipe["task"]["name"] in TASKS:  # a task of somebody's own is built where it is needed
+            get_task(**self.recipe["task"])
         if "model" not in self.recipe:
             raise ValueError("its recipe lacks the section model")
         for key in ("model_name_or_path", "revision"):

@@ -40,6 +40,10 @@ def load_model(name: str | Path, auto_class: str = "AutoModelForSequenceClassifi
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
         )
     except (SafetensorError, StrictDataclassError, RuntimeError, HTTPError) as error:
+        if "ignore_mismatched_sizes" in str(error):  # advice that nobody can follow here
+            raise ValueError(
+                f"{name} cannot be loaded: its weights have other shapes than its config.json says; copy the model again."
+            ) from None
         raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(

@@ -4,6 +4,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 import yaml
@@ -20,6 +21,7 @@ from .weights import initial_model
 # The first steps are slower: they warm caches up and take memory.
 _WARM_UP_STEPS = 2
 _MEASURED_STEPS = 8
+_MEASURED_BATCHES = 4
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -31,7 +33,16 @@ def dry_run(recipe: Recipe) -> str:
     """
     check_before_start(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        quiet: dict[str, Any] = {
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        # A step of many accumulated batches would be waited for.
+        accumulated = recipe.trainer.get("gradient_accumulation_steps", 1)
+        measured = min(accumulated, _MEASURED_BATCHES)
+        quiet["gradient_accumulation_steps"] = measured
         args = recipe.training_arguments(folder, PartialState().num_processes, **quiet)
         set_seed(args.seed)
         model = initial_model(recipe.settings["model"], recipe.config, recipe.task.auto_class)
@@ -47,7 +58,7 @@ def dry_run(recipe: Recipe) -> str:
         trainer.remove_callback(ProgressCallback)
         trainer.train()
     num_samples = recipe.num_training_samples
-    seconds = statistics.median(watch.seconds[_WARM_UP_STEPS:] or watch.seconds)
+    seconds = statistics.median(watch.seconds[_WARM_UP_STEPS:] or watch.seconds) * accumulated / measured
     return (
         f"{yaml.safe_dump(recipe.settings, sort_keys=False)}\n"
         f"parameters           {model.num_parameters():,}\n"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
@@ -101,6 +102,8 @@ _NAMES_TRAINER = {
     **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("no", "steps", "epoch")),
     # Those that need no further package.
     "optim": (MUON, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
+    "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO],
+    "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
 }
@@ -304,6 +307,10 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{where} must be less than {_BELOW_TRAINER[key]}, got {value}.")
         if key in _WHOLE_TRAINER and value != int(value):
             raise ValueError(f"{where} must be a whole number, got {value}.")
+    if trainer.get("dataloader_persistent_workers") and not trainer.get("dataloader_num_workers"):
+        raise ValueError(
+            f"{source}: trainer.dataloader_persistent_workers needs trainer.dataloader_num_workers: add it."
+        )
     check_schedule(trainer["warmup_steps"], trainer["max_steps"])
     if trainer.get("push_to_hub") or trainer.get("hub_model_id") is not None:
         try:
@@ -323,6 +330,8 @@ def _arguments(
     trainer: dict[str, Any], output: str | Path, num_processes: int = 1, **changes: Any
 ) -> HylaTrainingArguments:
     settings = {key: value for key, value in trainer.items() if key not in (BATCH_SIZE_KEY, *HUB_KEYS)}
+    if num_processes == 1:  # transformers would ask for the group of the processes
+        settings.pop("ddp_backend", None)
     share = share_of_batch(_batch_size(trainer), num_processes)
     # Tasks draw their samples at random; shuffling 20 million indices would cost a gigabyte and change nothing.
     own = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": share}

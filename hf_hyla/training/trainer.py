@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from ..utils import one_line
 from .arguments import MUON, REFERENCE_SCHEDULE
 from .checkpoint import newest_whole
 from .guard import Guard
@@ -120,7 +121,26 @@ class HylaTrainer(Trainer):
         super().save_model(output_dir, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Private, for transformers 5.17 to 5.22: with several processes on a CPU they ask for the device cpu:0 here, which
+        """
+        Raises:
+            ValueError: if the checkpoint's optimiser is another one, or trained other groups of parameters.
+        """
+        try:
+            self._load_states(checkpoint)
+            optimizer = self.optimizer
+            defaults = getattr(optimizer, "defaults", ())  # wrappers of launchers may have none
+            # torch takes over the groups of any optimiser, and would miss settings of this one in the next step.
+            missing = [key for group in optimizer.param_groups for key in defaults if key not in group]  # type: ignore[union-attr]
+            if missing:
+                raise ValueError(f"it lacks {missing[0]}")
+        except ValueError as error:
+            raise ValueError(
+                f"The optimiser in {checkpoint} does not fit this one ({one_line(error)}), so it is of another Trainer, optim or "
+                "model: load the weights there by from_pretrained, and train without resume_from_checkpoint."
+            ) from None
+
+    def _load_states(self, checkpoint: str | None) -> None:
+        # For transformers 5.17 to 5.22: with several processes on a CPU they ask for the device cpu:0 here, which
         # torch cannot load onto. To go when 5.23 is the oldest that is supported.
         if checkpoint is None or self.args.device.type != "cpu" or self.args.world_size == 1:
             super()._load_optimizer_and_scheduler(checkpoint)

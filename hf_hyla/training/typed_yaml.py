@@ -16,6 +16,9 @@ from ..utils import nearest, one_line
 # Types that YAML has itself. Values for fields of other types are checked by their receiver.
 _PLAIN = {int: "int", float: "float", bool: "bool", str: "str", types.NoneType: "null", list[str]: "list of str"}
 
+# Keys by which a file shows that it belongs to another command.
+_KINDS = {"task": "a recipe: give it to `hyla train`", "base": "a sweep: give it to `hyla sweep`"}
+
 
 def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
     """
@@ -32,6 +35,9 @@ def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collect
         raise ValueError(f"{path} is not valid YAML: {one_line(error)}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold the {what}s {expected}, got {type(content).__name__}.")
+    for name, kind in _KINDS.items():
+        if name in content and name not in keys:
+            raise ValueError(f"{path} is {kind}.")
     for name in content:
         if name not in keys:
             raise ValueError(f"{path} has an unknown {what} {name!r}{nearest(str(name), keys)}: expected {expected}.")

@@ -64,7 +64,8 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
             found = cached_file(name, "config.json", revision=settings.get("revision"))
             settings["revision"] = extract_commit_hash(found, None)
         config = AutoConfig.from_pretrained(name, revision=settings.get("revision"), trust_remote_code=False)
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, HTTPError, StrictDataclassError, TypeError, AttributeError, LookupError) as error:
+        # Values of wrong types fail in transformers wherever they are used first.
         reason = one_line(error).rstrip(".")
         raise ValueError(
             f"{where}.model_name_or_path: {name} cannot be loaded ({reason}): expected the folder of a run or the id of "

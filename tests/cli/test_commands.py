@@ -1,11 +1,13 @@
 """Tests of the command line as users see it: results on standard output, one sentence and exit code 2 for bad input."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,12 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(recipe, tmp_path, monkey
     assert minutes == pytest.approx(4000 * milliseconds / 60_000, abs=0.1) and milliseconds > 0
     assert 50 < float(re.match(r"[\d,]+", run["peak memory"]).group().replace(",", "")) < 50_000
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_measures_few_batches_of_a_step_that_accumulates_many(recipe, capsys):
+    before = time.monotonic()
+    assert main(["train", str(recipe), "--dry-run", "--trainer.gradient_accumulation_steps", "1000000"]) == 0
+    assert "of 128,000,000 samples" in capsys.readouterr().out and time.monotonic() - before < 60
 
 
 def test_evaluate_takes_the_task_from_the_run_or_from_the_command_line(run, capsys):
@@ -144,6 +152,23 @@ def test_env_prints_json(capsys):
         (["evaluate", "{run}/model.safetensors"], "model.safetensors is a file (did you mean {run}?)"),
         (["card", "{run}", "--output", "{recipe}"], "tiny.yaml cannot be used (File exists): choose another path"),
         (["compare", "{run}", " "], "is empty: give it a value or leave it out"),
+        (["train", "{recipe}", "--output="], "The argument after '--output' is empty"),
+        (["train", "{recipe}", "--trainer.run_name", "--dry-run"], "--trainer.run_name lacks a value"),
+        (["train", "{recipe}", "--model.hidden-size", "8"], "did you mean --model.hidden_size?"),
+        (["train", "{recipe}", "--model.HIDDEN_SIZE", "8"], "did you mean --model.hidden_size?"),
+        (["train", "{recipe}", "--trainer.ddp_backend", "gloe"], "trainer.ddp_backend must be one of nccl, gloo"),
+        (["train", "{recipe}", "--trainer.torch_compile_backend", "x"], "torch_compile_backend must be one of"),
+        (["train", "{recipe}", "--trainer.dataloader_persistent_workers", "true"], "needs trainer.dataloader_num_w"),
+        (["train", "."], ". is a folder: expected the YAML file of a recipe"),
+        (["train", "figures/logic-muon"], "logic-muon.yaml is a sweep: give it to `hyla sweep`"),
+        (["sweep", "{recipe}"], "is a recipe: give it to `hyla train`"),
+        (["evaluate", "{run}", "--num-samples", "9" * 20], "--num-samples must be at most 1000000000, got 9999"),
+        (["evaluate", "{run}", "--num-samples", "9" * 5000], "--num-samples must be an integer of at least 1"),
+        (["evaluate", "{run}", "--task.name", "sraven"], "--task.name is a setting of recipes"),
+        (["data", "logic", "--task.name", "sraven", "--output", "{run}-2"], "--task.name is a setting of recipes"),
+        (["ceiling", "--task.name", "logic"], "--task.name is a setting of recipes"),
+        (["ceiling", "--num-samples", "1", "--output", "{run}"], "--output must name a file, but {run} is a folder"),
+        (["bench", "--threads", "100000000"], "--threads must be at most 1024"),
         (["train", "{recipe}", "--task.seed", ""], "The argument after '--task.seed' is empty"),
         (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
         (["evaluate", "{run}", "--num-samples", "0"], "--num-samples must be an integer of at least 1, got 0"),
@@ -166,6 +191,30 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, a
     assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hyla: ") and message.format(run=run) in error
+
+
+def test_a_full_disk_is_called_so_and_costs_no_later_run(monkeypatch, tmp_path, capsys):
+    def fill(source, target):
+        Path(target).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    copy = ["recipes", "logic/demo", "--output", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", fill)
+        assert main(copy) == 2
+    assert re.search(r"no space left for .*demo\.yaml\S*: free some", capsys.readouterr().err)
+    assert (
+        main(copy) == 0
+        and (tmp_path / "logic" / "demo.yaml").read_bytes()
+        == (PROJECT / "recipes" / "logic" / "demo.yaml").read_bytes()
+    )
+
+
+def test_a_terminal_without_a_sign_shows_a_question_mark_and_the_result():
+    command = [sys.executable, "-m", "hf_hyla", "compare", "recipes/results/logic-linear"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, timeout=120, cwd=PROJECT, env=environment)
+    assert result.returncode == 0 and b"mean ? se" in result.stdout and b"0.6868 (1)" in result.stdout
 
 
 def test_a_path_at_home_is_found_behind_an_equals_sign_too(recipe, monkeypatch, tmp_path, capsys):

@@ -69,6 +69,7 @@ for words in json.loads(sys.argv[1]):
     read, write = os.pipe()
     if not os.fork():
         os.dup2(write, 1), os.dup2(write, 2)
+        sys.stdout = os.fdopen(1, 'w')  # the copied one stands in a file, which a pipe is not
         try:
             code = main(words)
         except SystemExit as end:

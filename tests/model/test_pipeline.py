@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
@@ -93,7 +94,8 @@ def test_codes_are_those_of_the_answer_tokens(case, pipe):
 def test_one_puzzle_lists_arrays_and_generators_give_the_same_answers(case, pipe):
     task, _, _, _, puzzles = case
     alone = [pipe(puzzle) for puzzle in puzzles]
-    assert alone == pipe(puzzles) == list(pipe(puzzle for puzzle in puzzles))
+    assert alone == pipe(puzzles) == list(pipe(puzzle for puzzle in puzzles)) == list(pipe(iter(puzzles)))
+    assert alone == list(pipe(Dataset.from_dict({"rows": puzzles})["rows"]))
     assert alone[0] == pipe(tuple(puzzles[0])) == pipe([puzzles[0]])[0]
     if task.name == "sraven":
         assert alone[0] == pipe([[panel and np.array(panel) for panel in row] for row in puzzles[0]])

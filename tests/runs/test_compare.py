@@ -71,6 +71,14 @@ def test_runs_with_other_data_or_another_result_are_no_copies(record):
     assert len(one.values) == 5
 
 
+def test_a_terminal_is_not_given_what_it_would_obey(record, tmp_path, capsys):
+    dataclasses.replace(record, name="\x1b[2J\u202ename").save(tmp_path)
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "\ufffd[2J\ufffdname" in capsys.readouterr().out
+    assert main(["compare", "no\x1b[2J"]) == 2
+    assert "no\ufffd[2J" in capsys.readouterr().err
+
+
 def test_a_single_run_has_no_spread(record):
     assert compare([record])[0].standard_error is None
 

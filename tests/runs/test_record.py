@@ -35,6 +35,10 @@ def without(section: str, key: str) -> dict:
         (RECORD | {"extra": 1}, "'extra'"),
         ({name: value for name, value in RECORD.items() if name != "seeds"}, "'seeds'"),
         ([RECORD], "must be a mapping"),
+        (
+            RECORD | {"recipe": RECORD["recipe"] | {"task": {"name": "logic", "seed": [1]}}},
+            "Field 'seed' expected int, got list",
+        ),
     ],
 )
 def test_an_invalid_record_is_refused_with_a_sentence(tmp_path, content, message):
@@ -44,7 +48,7 @@ def test_an_invalid_record_is_refused_with_a_sentence(tmp_path, content, message
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", json.dumps(RECORD)[:-1].encode() + b', "steps": 1}'])
 def test_invalid_json_is_refused_with_a_sentence(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json is not a run record of schema 1"):

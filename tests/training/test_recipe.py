@@ -236,6 +236,7 @@ def test_a_recipe_of_the_package_is_found_from_anywhere(tmp_path, monkeypatch):
         {"torch_compile": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default"},
         {"train_sampling_strategy": "random", "eval_strategy": "no", "report_to": ["none"], "optim": "sgd"},
         {"optim": "muon", "muon_learning_rate": 4e-3, "muon_learning_rate_qk": 1e-3, "schedule_floor": 0.0},
+        {"ddp_backend": "gloo"},  # of a launch of several processes, also while there is one
     ],
 )
 def test_settings_that_resume_exactly_are_accepted(tmp_path, settings):

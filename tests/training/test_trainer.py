@@ -320,6 +320,16 @@ def test_a_checkpoint_whose_seal_leaves_files_out_is_not_whole(tmp_path, content
     assert fault(tmp_path) == "has a seal.json that leaves out trainer_state.json"
 
 
+@pytest.mark.parametrize(
+    "optim", [{"optim": "sgd"}, {"optim": "adafactor"}, {"optim": "muon", "muon_learning_rate": 1e-2}]
+)
+def test_resuming_with_another_optimiser_is_refused_before_a_step(tmp_path, optim):
+    own_trainer(tmp_path, save_strategy="steps", save_steps=8).train()
+    resumed = own_trainer(tmp_path, max_steps=9, **optim)
+    with pytest.raises(ValueError, match=r"checkpoint-8 does not fit this one \([^\n]+ load the weights there"):
+        resumed.train(resume_from_checkpoint=True)
+
+
 def test_resuming_takes_the_last_whole_checkpoint_and_leaves_those_of_other_trainers(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4, "logging_steps": 3}
     whole = own_trainer(tmp_path / "a", **settings)

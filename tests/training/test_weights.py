@@ -183,6 +183,23 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(checkpoint, tmp
         load_model(folder)
 
 
+def test_weights_of_other_shapes_than_the_config_are_called_so(checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"hidden_size": 2 * settings["hidden_size"]}))
+    with pytest.raises(ValueError, match=r"its weights have other shapes than its config\.json says"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("wrong", [{"auto_map": -1}, {"model_type": []}, {"dtype": 1e308}, {"norm_eps": "x"}])
+def test_a_recipe_that_starts_from_a_config_of_wrong_types_is_refused(recipe, checkpoint, tmp_path, wrong):
+    settings = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | wrong))
+    with pytest.raises(ValueError, match=r"model_name_or_path: [^\n]+ cannot be loaded"):
+        recipe(model_name_or_path=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "content", ["[" * 20_000, "{", '{"model_type": "hyla", "num_labels": "' + "x" * 10 + '"}', "null", "[1]"]
 )
