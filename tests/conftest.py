@@ -71,6 +71,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or libraries take what is left at the end of the process for leaks
+
+
 @pytest.fixture(autouse=True)
 def warnings_seen_every_time():
     """transformers keeps its log from pytest, and warns of each thing once: undone, so that tests see every warning."""
