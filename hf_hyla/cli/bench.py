@@ -12,7 +12,7 @@ from .parser import one_of, whole
 # The parts of `hf_hyla.benchmark`, repeated here since that is slow to import.
 PARTS = ("attention", "inference", "sraven", "logic", "data")
 # Beyond these, torch crashes, or the scores of a single layer fill the memory of any machine.
-_MOST_THREADS, _LONGEST = 1024, 2**20
+_MAX_THREADS, _MAX_LENGTH = 1024, 2**20
 
 
 def add(commands) -> None:
@@ -31,7 +31,7 @@ def add(commands) -> None:
     )
     parser.add_argument("--output", type=Path, help="folder to write bench.json and the curves bench.png into")
     parser.add_argument(
-        "--threads", type=whole(at_least=1, at_most=_MOST_THREADS), help="threads of the CPU (default: torch's number)"
+        "--threads", type=whole(at_least=1, at_most=_MAX_THREADS), help="threads of the CPU (default: torch's number)"
     )
     parser.add_argument(
         "--repeats",
@@ -40,7 +40,7 @@ def add(commands) -> None:
     )
     parser.add_argument(
         "--lengths",
-        type=whole(at_least=1, at_most=_LONGEST),
+        type=whole(at_least=1, at_most=_MAX_LENGTH),
         nargs="+",
         help="tokens of the attention curves (default: 128 to 4096)",
     )

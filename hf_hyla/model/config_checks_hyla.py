@@ -79,7 +79,7 @@ _MINIMUM = {
     "norm_eps": 0,
 }
 # Factors beyond this overflow in float32, together with what they are multiplied by.
-_LARGEST_FACTOR = 1e30
+_MAX_FACTOR = 1e30
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
@@ -123,8 +123,8 @@ def check_settings(config) -> None:
             f"{FORMAT_VERSION} and may misread it: use the version of hf_hyla that saved the model."
         )
     for name in ("norm_eps", "router_aux_loss_coef", "attention_out_multiplier"):
-        if getattr(config, name) > _LARGEST_FACTOR:
-            raise ValueError(f"{name} must be at most {_LARGEST_FACTOR:.0e}, got {getattr(config, name)!s:.40}.")
+        if getattr(config, name) > _MAX_FACTOR:
+            raise ValueError(f"{name} must be at most {_MAX_FACTOR:.0e}, got {getattr(config, name)!s:.40}.")
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout must lie in [0, 1), got {config.attention_dropout}.")
     if not 0 < config.attention_out_multiplier < math.inf:
@@ -182,11 +182,9 @@ def _check_rotary(config) -> None:
         each = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
         is_name = name in ("rope_type", "type", "truncate")  # of a type, and a switch
         is_left_out = value is None and name not in ("rope_theta", "partial_rotary_factor", "factor")
-        if not (
-            is_name or is_left_out or all(type(one) in (int, float) and 0 < one <= _LARGEST_FACTOR for one in each)
-        ):
+        if not (is_name or is_left_out or all(type(one) in (int, float) and 0 < one <= _MAX_FACTOR for one in each)):
             raise ValueError(
-                f"rope_parameters has {name}={value!r:.40}, expected a number above 0, at most {_LARGEST_FACTOR:.0e}."
+                f"rope_parameters has {name}={value!r:.40}, expected a number above 0, at most {_MAX_FACTOR:.0e}."
             )
     rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
     if rotated % 2 or not 0 < rotated <= width:
