@@ -238,7 +238,7 @@ def test_the_number_of_samples_that_an_error_names_is_enough(logic):
         (["sraven", *SRAVEN, "--train-samples", "3"], "train_samples must be at least"),
         (["sraven", *SRAVEN, "--num-samples", "0"], "--num-samples must be an integer of at least 1"),
         (["sraven", *SRAVEN, "--seed", "-1"], "--seed must be an integer of at least 0"),
-        (["sraven", *SRAVEN, "--seed", "5000000000"], "below 2**32, got 5000000000"),
+        (["sraven", *SRAVEN, "--seed", "5000000000"], "--seed must be at most 4294967295, got 5000000000"),
         (["sraven", *SRAVEN, "--fixed-query"], "have no query point to fix"),
         (["sraven"], "pass --task with one of logic"),
         (["logic", *LOGIC, "--output", "{saved}/logic/config.json"], "config.json"),
