@@ -43,7 +43,8 @@ OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True, "e
 # The type in which numba sees the elements of a dtype, by torch's name of the dtype.
 STORED = {"float64": "float64", "float32": "float32", "bfloat16": "int16", "float16": "uint16"}
 _FLAGS = ("contract", "nsz", "arcp")
-# Functions that only others call, and that become a part of these: numba makes no entries for Python and for C, which takes time.
+# Functions that become a part of those that call them. numba makes no entries for Python and for C, which would take time, so
+# a call from Python would crash.
 _INNER = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 

@@ -21,7 +21,7 @@ from hf_hyla.model.attention_hyla import (
 from hf_hyla.model.backends_hyla import BACKENDS, Call, fastest_implementation
 
 
-pytest.importorskip("numba", reason="the fused CPU kernel is compiled by numba")
+numba = pytest.importorskip("numba", reason="the fused CPU kernel is compiled by numba")
 
 
 def differentiate(backend, row, case, dtype):
@@ -103,7 +103,8 @@ def test_exponentials_of_the_cpu_kernel_are_accurate_over_their_whole_range(dtyp
     normal = np.linspace(lowest, 0.0, 10_001).astype(dtype)
     below = np.array([np.nextafter(normal[0], normal[0] - 1), -1e4, np.finfo(dtype).min, -np.inf], dtype)
     got = np.concatenate([normal, below, np.array([np.nan], dtype)])
-    tiles_cpu_hyla._exponentiate(got, np.dtype(dtype).type(0))
+    exponentiate = numba.njit(lambda values, maximum: tiles_cpu_hyla._exponentiate(values, maximum))
+    exponentiate(got, np.dtype(dtype).type(0))
     expected = np.exp(normal.astype(np.longdouble))
     assert np.max(np.abs(got[: normal.size] - expected) / expected) < 2 * np.finfo(dtype).eps
     assert np.all(got[normal.size : -1] == 0) and np.isnan(got[-1])
