@@ -125,10 +125,11 @@ class HylaTrainer(Trainer):
         Raises:
             ValueError: if the checkpoint's optimiser is another one, or trained other groups of parameters.
         """
+        optimizer = self.optimizer
+        # Read first, since loading may add to them. Wrappers of launchers may have none.
+        defaults = list(getattr(optimizer, "defaults", ()))
         try:
             self._load_states(checkpoint)
-            optimizer = self.optimizer
-            defaults = getattr(optimizer, "defaults", ())  # wrappers of launchers may have none
             # torch takes over the groups of any optimiser, and would miss settings of this one in the next step.
             missing = [key for group in optimizer.param_groups for key in defaults if key not in group]  # type: ignore[union-attr]
             if missing:
