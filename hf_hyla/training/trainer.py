@@ -125,13 +125,12 @@ class HylaTrainer(Trainer):
         Raises:
             ValueError: if the checkpoint's optimiser is another one, or trained other groups of parameters.
         """
-        optimizer = self.optimizer
-        # Read first, since loading may add to them. Wrappers of launchers may have none.
-        defaults = list(getattr(optimizer, "defaults", ()))
+        groups = [set(group) for group in self.optimizer.param_groups]  # type: ignore[union-attr]
         try:
             self._load_states(checkpoint)
             # torch takes over the groups of any optimiser, and would miss settings of this one in the next step.
-            missing = [key for group in optimizer.param_groups for key in defaults if key not in group]  # type: ignore[union-attr]
+            loaded = self.optimizer.param_groups  # type: ignore[union-attr]
+            missing = [key for own, group in zip(groups, loaded, strict=True) for key in sorted(own - group.keys())]
             if missing:
                 raise ValueError(f"it lacks {missing[0]}")
         except ValueError as error:
