@@ -242,8 +242,10 @@ def test_output_and_gradients_equal_the_definition_in_lower_precision(dtype, tol
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("norm, network", [("rms_head", "hyla+"), ("none", "hyla"), ("softmax", "mixed")])
-@pytest.mark.parametrize("mask", ["padding", "pairs", "causal"])
+@pytest.mark.parametrize(
+    "norm, network, mask",
+    [("rms_head", "hyla+", "padding"), ("none", "hyla", "pairs"), ("softmax", "mixed", "causal")],
+)
 def test_parameters_and_their_gradients_stay_in_single_precision_beside_half_precision_inputs(
     dtype, norm, network, mask
 ):
