@@ -58,10 +58,10 @@ def probe_report(
         - `probes`, for each subject and layer (0 for the first, `None` for all) what `probe` returns, with `f1_by_class` by name;
         - `answer_alone`, for each subject except the answer, the scores of a probe that reads the right answer instead of codes;
         - `similarity`, for each subject with classes their `names`, and a matrix per layer: `layers` for the mean codes as they
-          are, and `centred` for their differences from the mean of all codes;
+            are, and `centred` for their differences from the mean of all codes;
         - `ablation`, which is `None`, or holds the `metric`, its value `whole`, and by layer and head the value `without` that
-          head, the `standard_error` of the difference, and its `p_value` by a t-test over combinations with Holm's correction
-          for all heads;
+            head, the `standard_error` of the difference, and its `p_value` by a t-test over combinations with Holm's correction
+            for all heads;
         - `figures`, the names of the files.
 
     Raises:
