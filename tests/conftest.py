@@ -64,15 +64,15 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """
-    Every training ends with a collection of garbage, which would walk through all the modules that are loaded by now, some
-    hundred times: they are set aside.
+    Every training ends with a collection of garbage, which takes long where many modules are loaded. They are set aside here,
+    since the tests train some hundred times.
     """
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # or libraries take what is left at the end of the process for leaks
+    gc.unfreeze()  # otherwise, some libraries report leaks at the end of the process
 
 
 @pytest.fixture(autouse=True)

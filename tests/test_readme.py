@@ -144,6 +144,17 @@ def test_the_table_of_trials_comes_from_their_records():
     assert sorted(re.findall(row, section, flags=re.MULTILINE)) == sorted(found) != []
 
 
+def test_the_plateau_and_the_climb_of_hyla_come_from_its_record():
+    record = record_of("sraven-hyla-muon")
+    ood = {point["step"]: point["ood/accuracy"] for point in record["curve"] if "ood/accuracy" in point}
+    plateau = [score for step, score in ood.items() if 3e6 <= 128 * step <= 11.3e6]
+    text = " ".join(RECIPES.split())
+    assert f"stays between {min(plateau):.2f} and {max(plateau):.2f} on `ood` from 3 to 11 million samples" in text
+    assert (
+        f"climbs to {ood[91_000]:.2f} in 3,000 steps, and ends at {record['metrics']['ood']['accuracy']:.4f}" in text
+    )
+
+
 def test_the_tables_of_muon_on_fuzzy_logic_come_from_their_records():
     section = RECIPES.partition("### Muon on fuzzy logic")[2].partition("###")[0]
     trials = [json.loads(path.read_text()) for path in (PROJECT / "recipes/results/logic-muon-trials").glob("*")]

@@ -23,7 +23,7 @@ from hf_hyla.runs import Run
 BYTES_PER_ROW = 16
 BATCH_SIZE = 16
 KINDS = ("comment", "string", "number", "keyword", "name", "indentation", "space", "operator")
-# A row may begin inside of a string, whose end is then taken for a beginning.
+# A row may begin inside a string, whose end is then taken for a beginning.
 TOKEN = re.compile(
     rb"(?P<comment>#[^\n]*)|(?P<string>\"[^\"\n]*\"?|'[^'\n]*'?)|(?P<number>\d[\w.]*)|(?P<name>[A-Za-z_]\w*)"
     rb"|(?P<indentation>(?<=\n)[ \t]+)|(?P<space>\s)|(?P<operator>.)"
@@ -72,9 +72,11 @@ def main() -> None:
     parser.add_argument("run", help="folder of a run of the task text, by bytes")
     parser.add_argument("--rows", type=int, default=400, help="rows to fit on, and to score on (default: 400)")
     arguments = parser.parse_args()
+    if arguments.rows < 1:
+        parser.error(f"--rows must be at least 1, got {arguments.rows}.")
     run = Run.load(arguments.run)
     if run.task.name != "text" or run.task.tokenizer != "bytes":
-        parser.error(f"{arguments.run} is no language model of bytes: give a run of a recipe in recipes/text.")
+        parser.error(f"{arguments.run} is not a language model of bytes: give a run of a recipe in recipes/text.")
     model = AutoModelForCausalLM.from_pretrained(run.folder)
     rows = min(arguments.rows, run.task.num_samples["test"])
     train, train_kinds, train_bytes = collected(model, run.task, "train", rows, seed=0)
