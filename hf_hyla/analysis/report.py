@@ -27,7 +27,7 @@ def probe_report(
     model: HylaForSequenceClassification,
     task: Task,
     *,
-    split: str = "ood",
+    split: str | None = None,
     train_samples: int = 5_000,
     num_samples: int = 5_000,
     seed: int = 0,
@@ -47,6 +47,7 @@ def probe_report(
     those training samples.
 
     Args:
+        split: the split to score on; by default the task's `headline_split`.
         seed: the seed of controls, bootstrap and t-SNE, and of the fixed query.
         fixed_query: whether every sample is asked for the same point, as in the official analysis of fuzzy logic. Codes then
             differ only by the combination. Ablations are scored on the task as it is.
@@ -75,6 +76,7 @@ def probe_report(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be at least 0 and below 2**32, got {seed}.")
     task.check_model(model.config)
+    split = split or task.headline_split
     check_sizes(task, split, train_samples, num_samples)
     query = task.query_point(seed) if fixed_query else None
     if output:

@@ -19,7 +19,7 @@ def add(commands) -> None:
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
     parser.add_argument("--task", type=task_name, help="name of the task (default: the run's)")
-    parser.add_argument("--split", default="ood", help="split to score on (default: ood)")
+    parser.add_argument("--split", help="split to score on (default: ood, or test if the task has no ood)")
     parser.add_argument(
         "--train-samples", type=whole(at_least=1), default=5_000, help="samples to fit probes on (default: 5000)"
     )

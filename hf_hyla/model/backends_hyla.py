@@ -239,32 +239,6 @@ def _cast_for_products(
     return query, key, value
 
 
-def named_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
-    *,
-    implementation: str,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """
-    Attention by the implementation of this name, and no other.
-
-    Raises:
-        ValueError: if it cannot compute this layer here. The message says why.
-    """
-    call = Call(module, *_cast_for_products(query, key, value), attention_mask, scaling, dropout, position_bias)
-    problem, compute = IMPLEMENTATIONS[implementation]
-    if reason := problem(call):
-        raise ValueError(f"{implementation} cannot compute this layer: {reason}.")
-    return compute(call), None
-
-
 def hyla_attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -274,11 +248,22 @@ def hyla_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
+    *,
+    implementation: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention by the fastest exact implementation for the device, the attention type and the size."""
+    """
+    Attention by the implementation of this name, or by default by the fastest for the device, the attention type and the size.
+
+    Raises:
+        ValueError: if the implementation that was named cannot compute this layer here. The message says why.
+    """
     call = Call(module, *_cast_for_products(query, key, value), attention_mask, scaling, dropout, position_bias)
-    return IMPLEMENTATIONS[fastest_implementation(call)].compute(call), None
+    if implementation is None:
+        implementation = fastest_implementation(call)
+    elif reason := IMPLEMENTATIONS[implementation].problem(call):
+        raise ValueError(f"{implementation} cannot compute this layer: {reason}.")
+    return IMPLEMENTATIONS[implementation].compute(call), None
 
 
 def fastest_implementation(call: Call) -> str:
@@ -316,7 +301,7 @@ BACKENDS: dict[str, Callable] = {
     "eager": eager_attention_forward,
     "hyla": hyla_attention_forward,
     **{
-        name: partial(named_attention_forward, implementation=name)
+        name: partial(hyla_attention_forward, implementation=name)
         for name in IMPLEMENTATIONS
         if name not in _NOT_BY_NAME
     },

@@ -70,6 +70,12 @@ def test_a_sraven_report_of_a_softmax_model_has_scores_of_rules(saved, monkeypat
     assert set(report["probes"][0]["f1_by_class"]) == set(RULES)
 
 
+def test_a_report_is_of_the_tasks_headline_split_unless_another_is_named(build, logic, monkeypatch):
+    monkeypatch.setattr(type(logic), "headline_split", "test")
+    report = probe_report(build(logic), logic, train_samples=150, num_samples=120)
+    assert report["split"] == "test" and report["num_samples"] == {"train": 150, "test": 120}
+
+
 def test_the_effect_of_a_head_is_a_mean_over_samples_with_an_error_over_combinations(build, logic, monkeypatch):
     model = build(logic)
     report = probe_report(model, logic, train_samples=150, num_samples=120, ablate=True)["ablation"]
