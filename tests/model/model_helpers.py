@@ -52,57 +52,59 @@ class Layer:
 def loop(row, query, key, value, mixing, attends, bias):
     """Output (batch, query, heads, value width), by the paper's sums, one number at a time."""
     attention_type, score_norm, activation, _ = row
+    batch, heads, queries, width = query.shape
+    keys, value_width = value.shape[2:]
 
     def phi(vector):
         return [x if activation == "none" else x.clamp(min=0.0) for x in vector]
 
-    out = torch.zeros(BATCH, QUERIES, HEADS, VALUE_WIDTH, dtype=torch.float64)
+    out = torch.zeros(batch, queries, heads, value_width, dtype=torch.float64)
     rows = []
-    for b, q in itertools.product(range(BATCH), range(QUERIES)):
-        score = [[None] * KEYS for _ in range(HEADS)]
-        for h, k in itertools.product(range(HEADS), range(KEYS)):
-            dot = sum(query[b, h, q, i] * key[b, h, k, i] for i in range(WIDTH)) / math.sqrt(WIDTH)
+    for b, q in itertools.product(range(batch), range(queries)):
+        score = [[None] * keys for _ in range(heads)]
+        for h, k in itertools.product(range(heads), range(keys)):
+            dot = sum(query[b, h, q, i] * key[b, h, k, i] for i in range(width)) / math.sqrt(width)
             score[h][k] = dot if bias is None else dot + bias[0, h, q, k]
-        code = [[None] * KEYS for _ in range(HEADS)]
+        code = [[None] * keys for _ in range(heads)]
         if score_norm == "softmax":
-            for h in range(HEADS):
-                seen = [k for k in range(KEYS) if attends[b, 0, q, k]]
+            for h in range(heads):
+                seen = [k for k in range(keys) if attends[b, 0, q, k]]
                 total = sum(torch.exp(score[h][k]) for k in seen)
-                for k in range(KEYS):
+                for k in range(keys):
                     if not seen:
-                        code[h][k] = score[h][k] * 0 + 1 / KEYS
+                        code[h][k] = score[h][k] * 0 + 1 / keys
                     else:
                         code[h][k] = torch.exp(score[h][k]) / total if k in seen else score[h][k] * 0
         else:
-            for k in range(KEYS):
-                column = [score[h][k] * (1.0 if attends[b, 0, q, k] else 0.0) for h in range(HEADS)]
+            for k in range(keys):
+                column = [score[h][k] * (1.0 if attends[b, 0, q, k] else 0.0) for h in range(heads)]
                 if score_norm == "rms_head":
-                    root = torch.sqrt(sum(s * s for s in column) / HEADS + RMS_HEAD_EPS)
+                    root = torch.sqrt(sum(s * s for s in column) / heads + RMS_HEAD_EPS)
                     column = [s / root for s in column]
-                for h in range(HEADS):
+                for h in range(heads):
                     code[h][k] = column[h]
-        row_out = [[out.new_zeros(()) for _ in range(VALUE_WIDTH)] for _ in range(HEADS)]
-        for k in range(KEYS):
+        row_out = [[out.new_zeros(()) for _ in range(value_width)] for _ in range(heads)]
+        for k in range(keys):
             if attention_type == "hyla":
-                hidden = phi([sum(code[h][k] * value[b, h, k, d] for h in range(HEADS)) for d in range(VALUE_WIDTH)])
+                hidden = phi([sum(code[h][k] * value[b, h, k, d] for h in range(heads)) for d in range(value_width)])
                 if mixing is not None:
                     hidden = phi(
                         [
                             sum(
                                 code[h][k] * mixing[h, e, d] * hidden[d]
-                                for h in range(HEADS)
-                                for d in range(VALUE_WIDTH)
+                                for h in range(heads)
+                                for d in range(value_width)
                             )
-                            for e in range(VALUE_WIDTH)
+                            for e in range(value_width)
                         ]
                     )
-            for h in range(HEADS):
+            for h in range(heads):
                 if attention_type != "hyla":
-                    hidden = phi([value[b, h, k, d] for d in range(VALUE_WIDTH)])
-                for d in range(VALUE_WIDTH):
+                    hidden = phi([value[b, h, k, d] for d in range(value_width)])
+                for d in range(value_width):
                     row_out[h][d] = row_out[h][d] + code[h][k] * hidden[d]
         rows.append(torch.stack([torch.stack(h) for h in row_out]))
-    return torch.stack(rows).view(BATCH, QUERIES, HEADS, VALUE_WIDTH)
+    return torch.stack(rows).view(batch, queries, heads, value_width)
 
 
 def masks():

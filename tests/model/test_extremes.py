@@ -12,6 +12,7 @@ from hf_hyla.model.backends_hyla import BACKENDS
 
 
 pytest.importorskip("numba", reason="the fused CPU kernel is compiled by numba")
+pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 
 FUSED = ["hyla_chunked", "hyla_cpu", "hyla_sdpa"]
 ROW_IDS = ["-".join(map(str, row)) for row in ROWS]
@@ -19,7 +20,7 @@ SOFTMAX = ("softmax", "softmax", "none", 1)
 # Triton's interpreter is a process of its own, see test_triton.py, which runs this file's tests there.
 if ops_triton_hyla.INTERPRETED:
     FUSED = ["hyla_triton"]
-# The interpreter takes its time for every tile. The CPU kernel is compiled for sizes of test_backends.py.
+# The interpreter takes its time for every tile.
 KEYS = 9 if ops_triton_hyla.INTERPRETED else 19
 MAGNITUDES = [1e-20, 1e-10, 1.0, 1e9, 1e15, 1e18, 1e19, 1e25, 1e30]
 if ops_triton_hyla.INTERPRETED:

@@ -12,24 +12,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from model_helpers import (
-    BATCH,
-    HEADS,
-    HYLA,
-    HYLA_PLUS,
-    KEYS,
-    QUERIES,
-    ROW_IDS,
-    ROWS,
-    SOFTMAX,
-    VALUE_WIDTH,
-    WIDTH,
-    Case,
-    Layer,
-    filled_with_nan,
-    loop,
-    masks,
-)
+from model_helpers import HYLA, HYLA_PLUS, ROW_IDS, ROWS, SOFTMAX, Case, Layer, filled_with_nan, loop, masks
 from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
@@ -43,6 +26,7 @@ PARAMETERS = ("position_bias", "value_mixing")
 # What float32 may be off by, relative to the largest element: the bounds of its own tests.
 OUTPUT, GRADIENT = 1e-5, 1e-4
 half = pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+pytestmark = pytest.mark.usefixtures("one_size_of_tiles")
 
 
 @pytest.fixture
@@ -153,22 +137,24 @@ def test_sdpa_under_autocast_also_rounds_probabilities_and_biases(mask, dtype):
 @pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
 def test_under_autocast_attention_equals_a_plain_loop(row, mask, dtype):
     torch.manual_seed(0)
+    attends = masks()[mask][:, :, :2]
+    batch, _, queries, keys = attends.shape
+    heads, width, value_width = 3, 5, 7
     shapes = {
-        "query": (BATCH, HEADS, QUERIES, WIDTH),
-        "key": (BATCH, HEADS, KEYS, WIDTH),
-        "value": (BATCH, HEADS, KEYS, VALUE_WIDTH),
-        "position_bias": (HEADS, QUERIES + KEYS - 1),
-        "value_mixing": (HEADS, VALUE_WIDTH, VALUE_WIDTH),
+        "query": (batch, heads, queries, width),
+        "key": (batch, heads, keys, width),
+        "value": (batch, heads, keys, value_width),
+        "position_bias": (heads, queries + keys - 1),
+        "value_mixing": (heads, value_width, value_width),
     }
     leaves = {
         name: (3 * torch.randn(shape)).to(torch.float32 if name in PARAMETERS else dtype).requires_grad_()
         for name, shape in shapes.items()
         if name != "value_mixing" or row[3] == 2
     }
-    attends = masks()[mask]
-    cotangent = torch.randn(BATCH, QUERIES, HEADS, VALUE_WIDTH).to(dtype)
+    cotangent = torch.randn(batch, queries, heads, value_width).to(dtype)
     wide = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
-    bias = by_pair(wide["position_bias"], QUERIES, KEYS)[None]
+    bias = by_pair(wide["position_bias"], queries, keys)[None]
     output = loop(row, wide["query"], wide["key"], wide["value"], wide.get("value_mixing"), attends, bias)
     gradients = torch.autograd.grad(output, list(wide.values()), cotangent.double())
     expected = {"output": output.detach(), **dict(zip(wide, gradients, strict=True))}
@@ -178,7 +164,7 @@ def test_under_autocast_attention_equals_a_plain_loop(row, mask, dtype):
                 Layer(*row[:3], leaves.get("value_mixing")),
                 *(leaves[name] for name in ("query", "key", "value")),
                 attends,
-                scaling=WIDTH**-0.5,
+                scaling=width**-0.5,
                 position_bias=leaves["position_bias"],
             )
         gradients = torch.autograd.grad(output, list(leaves.values()), cotangent)
