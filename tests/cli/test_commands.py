@@ -1,6 +1,7 @@
 """Tests of the command line as users see it: results on standard output, one sentence and exit code 2 for bad input."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -210,11 +211,11 @@ def test_a_full_disk_is_called_so_and_costs_no_later_run(monkeypatch, tmp_path, 
     )
 
 
-def test_a_terminal_without_a_sign_shows_a_question_mark_and_the_result():
-    command = [sys.executable, "-m", "hf_hyla", "compare", "recipes/results/logic-linear"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, capture_output=True, timeout=120, cwd=PROJECT, env=environment)
-    assert result.returncode == 0 and b"mean ? se" in result.stdout and b"0.6868 (1)" in result.stdout
+def test_a_terminal_without_a_sign_shows_a_question_mark_and_the_result(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    assert main(["compare", str(PROJECT / "recipes" / "results" / "logic-linear")]) == 0
+    assert b"mean ? se" in printed.getvalue() and b"0.6868 (1)" in printed.getvalue()
 
 
 def test_a_path_at_home_is_found_behind_an_equals_sign_too(recipe, monkeypatch, tmp_path, capsys):
@@ -328,15 +329,19 @@ def test_an_installed_package_finds_its_recipes_from_anywhere(tmp_path):
     shutil.copytree(PROJECT / "recipes", package / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     (here := tmp_path / "here").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    for words, shown in (
-        (["recipes"], "accelerate/ddp_cpu.yaml"),
-        (["compare", "recipes/results"], "logic-hyla"),
-        (["sweep", "recipes/figures/logic-held-out.yaml", "--dry-run"], "runs of logic/hyla.yaml"),
-        (["recipes", "accelerate", "--output", "recipes"], "Copied"),
-    ):
-        command = [sys.executable, "-m", "hf_hyla", *words]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=here, env=environment)
-        assert result.returncode == 0 and shown in result.stdout, result.stderr
+    words = [
+        ["recipes"],
+        ["compare", "recipes/results"],
+        ["sweep", "recipes/figures/logic-held-out.yaml", "--dry-run"],
+        ["recipes", "accelerate", "--output", "recipes"],
+    ]
+    script = f"from hf_hyla.cli import main\nfor words in {words}: print('exit code', main(words))"
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=here, env=environment)
+    printed = result.stdout.split("exit code 0\n")
+    assert len(printed) == len(words) + 1, result.stderr
+    for text, shown in zip(printed, ("ddp_cpu.yaml", "logic-hyla", "runs of logic/hyla.yaml", "Copied"), strict=False):
+        assert shown in text
     assert (here / "recipes" / "accelerate" / "ddp_cpu.yaml").exists()
 
 

@@ -277,7 +277,7 @@ def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_
         "from types import SimpleNamespace\n"
         "from hf_hyla.benchmark.meter import Meter\n"
         "from hf_hyla.model import backends_hyla, chunked_hyla\n"
-        "chunked_hyla.CHUNK_ELEMENTS = 2**21\n"
+        "chunked_hyla.CHUNK_ELEMENTS = 2**20\n"
         "torch.set_num_threads(1)\n"
         "layer = SimpleNamespace(attention_type='hyla', score_norm='rms_head', value_activation=torch.nn.ReLU(),\n"
         "                        value_mixing=None)\n"
@@ -285,7 +285,7 @@ def test_chunked_implementation_takes_memory_that_grows_with_the_length_and_not_
         "    tensors = [torch.randn(1, 8, length, 16, requires_grad=True) for _ in range(3)]\n"
         "    backends_hyla.BACKENDS['hyla_chunked'](layer, *tensors, None, 0.25)[0].sum().backward()\n"
         "meter = Meter(torch.device('cpu'), 1, print)\n"
-        "print(*(meter._peak_bytes(lambda: work(length)) for length in (768, 2304)))\n"
+        "print(*(meter._peak_bytes(lambda: work(length)) for length in (512, 1536)))\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     short, long = map(int, result.stdout.split())
