@@ -53,8 +53,8 @@ _PARSERS: dict[str, Callable[[Path], Any]] = {
 # The files of the model's code, which are published beside the weights, by their names in the repository.
 CODE = {path.name: path for path in sorted(Path(model.__file__).parent.glob("*_hyla.py"))}
 _WEIGHTS = "model.safetensors"
-# Weights are scored again on the samples of the record, up to this many of each split, divided into so many parts.
-_SCORED_AGAIN, _PARTS = 1 << 16, 128
+# Weights are scored again on the samples of the record, up to this many of each split, and at most so many at a time.
+_SCORED_AGAIN, _AT_A_TIME = 1 << 16, 512
 # How far a score on the same samples may differ by rounding on other hardware, where some answers flip; and for a run in lower
 # precision, since weights are scored again in float32.
 _ROUNDING, _LOW_PRECISION_ROUNDING = 1e-3, 1e-2
@@ -282,7 +282,8 @@ def check_scores(run: Run) -> None:
     for split, recorded in run.record.metrics.items():
         count = min(int(recorded["num_samples"]), _SCORED_AGAIN)
         dataset = run.task.dataset(split, count)
-        bar = tqdm(torch.arange(count).chunk(_PARTS), f"Scores {split} again", leave=False, disable=None)
+        indices = torch.arange(count).split(min(run.task.eval_batch_size, _AT_A_TIME))
+        bar = tqdm(indices, f"Scores {split} again", leave=False, disable=None)
         parts = [_answers(trained, run.task, dataset, part) for part in bar]
         scores = _scores(run.task, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         is_sample = count < recorded["num_samples"]

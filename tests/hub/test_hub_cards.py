@@ -46,6 +46,7 @@ def results_of(folder: Path) -> list[Path]:
 def planned(folder: Path) -> Repository:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_hyla.hub.checks._SCORED_AGAIN", 1024)  # all of them take minutes
+        patch.setattr("hf_hyla.hub.checks._AT_A_TIME", 32)
         [repository] = plan(folder, f"{ORGANISATION}/{folder.name}", others=results_of(folder))
     return repository
 
