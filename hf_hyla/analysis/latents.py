@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from ..model.inputs_hyla import answer_states
 from ..model.layers_hyla import HylaAttention
-from ..model.modeling_hyla import HylaModel, answer_states
+from ..model.modeling_hyla import HylaModel
 
 
 # Entries of a batch that a model reads. The others describe the samples.

@@ -11,7 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Inputs of models, checked before work starts: ids, values or embeddings, positions, and the mask of pairs."""
+"""
+Inputs of models, checked before work starts: ids, values or embeddings, positions, the mask of pairs, and the places of answers.
+"""
 
 import warnings
 from typing import cast
@@ -252,3 +254,28 @@ def _check_padding(attention_mask: torch.Tensor, hidden_states: torch.Tensor, ca
             f"attention_mask must have the shape ({batch}, {int(seen) + length}) of {tokens}, got "
             f"{tuple(attention_mask.shape)}."
         )
+
+
+def answer_states(config: HylaConfig, hidden_states, input_ids, attention_mask) -> torch.Tensor:
+    """Hidden states (batch, num_answers, hidden_size) of each row's last `num_answers` tokens."""
+    num_answers, length = config.num_answers, hidden_states.shape[1]
+    if length < num_answers:
+        raise ValueError(
+            f"The model reads its answers at the last {num_answers} tokens (num_answers), but the sequences have "
+            f"{length}: append the answer slots."
+        )
+    if attention_mask is not None and attention_mask.ndim == 2:
+        is_token = attention_mask.bool()
+    elif config.pad_token_id is not None and input_ids is not None:
+        is_token = input_ids != config.pad_token_id
+    else:
+        return hidden_states[:, length - num_answers :]
+    is_token = is_token.to(hidden_states.device)
+    if not is_torchdynamo_compiling() and bool((is_token.sum(-1) < num_answers).any()):
+        raise ValueError(
+            f"The model reads its answers at the last {num_answers} tokens (num_answers), but a row has only "
+            f"{int(is_token.sum(-1).min())} that are not padding."
+        )
+    position = torch.arange(length, device=hidden_states.device)
+    last = torch.where(is_token, position, -1).topk(num_answers, dim=-1).values.flip(-1).clamp(min=0)
+    return hidden_states.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))

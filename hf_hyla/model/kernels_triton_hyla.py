@@ -11,364 +11,79 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One tile of HYLA attention in Triton, and the walks over tiles that `ops_triton_hyla.py` launches.
+"""The walks over tiles of HYLA attention in Triton, which `ops_triton_hyla.py` launches.
 
-A program holds one tile of 16 queries by 16 keys for all heads at once, since a code couples the heads, and walks over
-the tiles of its row (output, query gradient), its column (key and value gradients) or its diagonal (gradient of the
-position bias). It computes the codes again in every walk. Products are three-dimensional `tl.dot`s, batched over
-
-- heads: scores[h] = query[h] (16 x head_dim) · key[h]ᵀ, and the gradients of queries and keys;
-- keys: hidden[k] = codes[k] (16 queries x heads) · value[k] (heads x value_head_dim), and back to codes and values;
-- queries: output[q] += codes[q] (heads x 16 keys) · hidden[q] (16 keys x value_head_dim), and back likewise.
-
-Half precision therefore runs on tensor cores throughout. In exchange `hidden`, a result of the second kind and an operand
-of the third, changes its layout through shared memory in every tile. Single precision is multiplied exactly, without tensor
-cores.
+A program walks over the tiles of its row (output, query gradient), its column (key and value gradients) or its diagonal
+(gradient of the position bias), and computes the codes again in every walk. `tiles_triton_hyla.py` says how a tile is
+computed.
 
 The cost per pair, in units of heads x width multiply-adds at equal widths, is 3 in the forward, where softmax attention
 takes 2. In the backward it is 6 + 6 + 4 for queries, keys and values and 5 for a position bias, where softmax attention
-takes 5. HYLA+ adds heads x width² to the forward, and two to three times that to each walk of the backward. Head counts and
-widths are padded to powers of two of at least 16.
+takes 5. HYLA+ adds heads x width² to the forward, and two to three times that to each walk of the backward.
 """
 
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from .tiles_triton_hyla import (
+    activated,
+    code_gradient,
+    dot,
+    dropped,
+    find_codes,
+    find_scores,
+    first_layer,
+    gated,
+    head_column,
+    jit,
+    load,
+    mixing_offsets,
+    network_gradient,
+    program,
+    row_offsets,
+    score_gradient,
+    second_layer,
+    store,
+)
 
 
 try:
-    import triton
     import triton.language as tl
     from triton.language import constexpr
 except ImportError:  # `triton_problem` reports it
-    triton = tl = constexpr = None
+    tl = constexpr = None
 
 
-class View(NamedTuple):
-    """A tensor as kernels see it: its pointer, and its strides in the order (batch, heads, sequence, width)."""
-
-    pointer: Any
-    strides: Any
-
-
-class Inputs(NamedTuple):
-    """The inputs of every kernel. Those that a call does not have are `None`."""
-
-    query: View
-    key: View
-    value: View
-    gradient: View | None  # of the output
-    mask: View | None
-    position_bias: Tensor | None
-    value_mixing: Tensor | None
-    dropout_seed: Tensor | None
-    maximum: Tensor | None  # softmax: largest score of a row, (batch, heads, query)
-    inverse_sum: Tensor | None  # softmax: inverse sum of the exponentials of a row
-    delta: Tensor | None  # softmax, backward: subtracted from the gradients of a row
-    query_length: int
-    key_length: int
-    first_query: int  # position of the first query in the sequence, which pair dropout needs
-
-
-class Constants(NamedTuple):
-    """The values for which a kernel is compiled."""
-
-    heads: int
-    head_dim: int
-    value_head_dim: int
-    scaling: float
-    score_norm: str
-    relu: bool
-    generated: bool
-    threshold: int  # pair dropout: a pair is kept if its random word is not below this; 0 keeps all
-    keep_scale: float
-    head_block: Any  # heads, padded
-    head_dim_block: Any  # widths are padded, and divided into chunks where a tile would not fit into registers
-    head_dim_chunks: int
-    value_block: Any
-    value_chunks: int
-    operand: Any  # dtype of the operands of products
-    total: Any  # dtype of their sums
-    lowest: float  # lowest number of the dtype of sums
-    index: Any  # dtype of offsets within a batch row
-    block: Any  # queries and keys of a tile
-    score_scale: float  # of rms_head, see `attention_hyla.RMS_HEAD_SCALE`
-    epsilon: float  # of rms_head
-
-
-def _kernel(function):
-    return function if triton is None else triton.jit(function)
-
-
-@_kernel
-def _dot(left, right, total, const: constexpr):
-    return tl.dot(
-        left.to(const.operand), right.to(const.operand), total, input_precision="ieee", out_dtype=const.total
-    )
-
-
-@_kernel
-def _activated(x, const: constexpr):
-    if const.relu:
-        return tl.where(x < 0, 0.0, x)  # keeps NaN, as torch does
-    else:
-        return x
-
-
-@_kernel
-def _gated(gradient, x, const: constexpr):
-    if const.relu:
-        return tl.where(x <= 0, 0.0, gradient)
-    else:
-        return gradient
-
-
-@_kernel
-def _pointers(view, batch, positions, length, chunk, width, size: constexpr, const: constexpr):
-    """Pointers to (heads, positions, one chunk of the width), and which are valid."""
-    heads = tl.arange(0, const.head_block)[:, None, None].to(const.index)
-    rows = positions[None, :, None].to(const.index)
-    columns = (chunk * size + tl.arange(0, size)[None, None, :]).to(const.index)
-    strides = view.strides
-    offsets = heads * strides[1] + rows * strides[2] + columns * strides[3]
-    valid = (heads < const.heads) & (rows < length) & (columns < width)
-    return view.pointer + batch * strides[0] + offsets, valid
-
-
-@_kernel
-def _load(view, batch, positions, length, chunk, width, size: constexpr, const: constexpr):
-    pointers, valid = _pointers(view, batch, positions, length, chunk, width, size, const)
-    return tl.load(pointers, mask=valid, other=0.0)
-
-
-@_kernel
-def _store(view, tile, batch, positions, length, chunk, width, size: constexpr, const: constexpr):
-    pointers, valid = _pointers(view, batch, positions, length, chunk, width, size, const)
-    tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=valid)
-
-
-@_kernel
-def _row_offsets(x, batch, rows, const: constexpr):
-    """Offsets and validity of (heads, rows) in a contiguous (batch, heads, query)."""
-    heads = tl.arange(0, const.head_block)[:, None]
-    offsets = (batch * const.heads + heads) * x.query_length + rows[None, :]
-    return offsets, (heads < const.heads) & (rows < x.query_length)[None, :]
-
-
-@_kernel
-def _scores(x, batch, rows, columns, const: constexpr):
-    """Scores (heads, rows, columns), masked as the norm requires, and which pairs attend (rows, columns)."""
-    scores = tl.zeros([const.head_block, const.block, const.block], const.total)
-    for chunk in range(const.head_dim_chunks):
-        query = _load(x.query, batch, rows, x.query_length, chunk, const.head_dim, const.head_dim_block, const)
-        key = _load(x.key, batch, columns, x.key_length, chunk, const.head_dim, const.head_dim_block, const)
-        scores = _dot(query, key.permute(0, 2, 1), scores, const)
-    scores *= const.scaling
-    attends = (rows < x.query_length)[:, None] & (columns < x.key_length)[None, :]
-    if x.position_bias is not None:
-        heads = tl.arange(0, const.head_block)[:, None, None]
-        diagonals = columns[None, :] - rows[:, None] + x.query_length - 1
-        offsets = heads * (x.query_length + x.key_length - 1) + diagonals[None, :, :]
-        valid = (heads < const.heads) & attends[None, :, :]
-        scores += tl.load(x.position_bias + offsets, mask=valid, other=0.0).to(const.total)
-    if x.mask is not None:
-        strides = x.mask.strides
-        offsets = rows[:, None].to(const.index) * strides[2] + columns[None, :].to(const.index) * strides[3]
-        attends = tl.load(x.mask.pointer + batch * strides[0] + offsets, mask=attends, other=0) != 0
-    if const.score_norm == "softmax":
-        # The masked score is finite, so that a fully masked row becomes uniform over all keys.
-        scores = tl.where(attends[None, :, :], scores, const.lowest)
-        scores = tl.where((columns < x.key_length)[None, None, :], scores, float("-inf"))
-    else:
-        scores = tl.where(attends[None, :, :], scores, 0.0)
-    return scores, attends
-
-
-@_kernel
-def _codes(x, batch, rows, columns, const: constexpr):
-    """Codes (heads, rows, columns), which pairs attend, and for rms_head the inverse root mean square (or 1)."""
-    scores, attends = _scores(x, batch, rows, columns, const)
-    inverse = 1.0
-    if const.score_norm == "rms_head":
-        scores *= const.score_scale
-        epsilon = const.epsilon * const.score_scale * const.score_scale
-        inverse = tl.rsqrt(tl.sum(scores * scores, 0) / const.heads + epsilon)[None, :, :]
-        scores *= inverse
-        inverse *= const.score_scale
-    elif const.score_norm == "softmax":
-        offsets, valid = _row_offsets(x, batch, rows, const)
-        maximum = tl.load(x.maximum + offsets, mask=valid, other=0.0)[:, :, None]
-        inverse_sum = tl.load(x.inverse_sum + offsets, mask=valid, other=0.0)[:, :, None]
-        scores = tl.exp(scores - maximum) * inverse_sum
-    return scores, attends, inverse
-
-
-@_kernel
-def _mix(word):
-    word = (word ^ (word >> 16)) * 0x21F0AAAD
-    word = (word ^ (word >> 15)) * 0x735A2D97
-    return word ^ (word >> 15)
-
-
-@_kernel
-def _dropped(tile, x, rows, columns, const: constexpr):
-    """The tile (heads, rows, columns) after pair dropout, whose words depend on the pair alone, so kernels agree."""
-    if const.threshold > 0:
-        row_words = _mix((rows + x.first_query).to(tl.uint32) ^ tl.load(x.dropout_seed).to(tl.uint32))
-        column_words = _mix(columns.to(tl.uint32) ^ tl.load(x.dropout_seed + 1).to(tl.uint32))
-        words = _mix(row_words[:, None] ^ column_words[None, :])
-        tile = tl.where((words.to(tl.int64) >= const.threshold)[None, :, :], tile * const.keep_scale, 0.0)
-    return tile
-
-
-@_kernel
-def _head_column(by_key, head, const: constexpr):
-    """The codes of one head, (columns · rows, 1), from those of all heads, (columns, rows, heads)."""
-    heads = tl.arange(0, const.head_block)[None, None, :]
-    return tl.reshape(tl.sum(tl.where(heads == head, by_key, 0.0), 2), [const.block * const.block, 1])
-
-
-@_kernel
-def _mixing_offsets(head, const: constexpr):
-    """Offsets and validity of the matrix of one head, (to, from), in a contiguous value_mixing."""
-    width = tl.arange(0, const.value_block)
-    offsets = (head * const.value_head_dim + width[:, None]) * const.value_head_dim + width[None, :]
-    return offsets, (width < const.value_head_dim)[:, None] & (width < const.value_head_dim)[None, :]
-
-
-@_kernel
-def _second_layer(x, by_key, hidden, const: constexpr):
-    """HYLA+: Σ_h codes[h] · W[h] hidden before its activation, (columns · rows, value_head_dim)."""
-    second = tl.zeros([const.block * const.block, const.value_block], const.total)
-    for head in range(const.heads):
-        offsets, valid = _mixing_offsets(head, const)
-        weight = tl.load(x.value_mixing + offsets, mask=valid, other=0.0)
-        mixed = _dot(hidden, weight.permute(1, 0), tl.zeros_like(second), const)
-        second += _head_column(by_key, head, const) * mixed
-    return second
-
-
-@_kernel
-def _first_layer(by_key, value, const: constexpr):
-    """The hidden layer before its activation, (columns, rows, value_head_dim)."""
-    zeros = tl.zeros([const.block, const.block, const.value_block], const.total)
-    return _dot(by_key, value.permute(1, 0, 2), zeros, const)
-
-
-@_kernel
-def _network_gradient(x, used, value, gradient, const: constexpr):
-    """
-    Backward through the value networks of a tile, for one chunk of the width.
-
-    Returns two gradients of the codes, which are to be added: by query (rows, heads, columns), and by key (columns, rows,
-    heads). Then the gradients of the two layers before their activation, the first (columns, rows, width) and the second
-    (columns · rows, width). Then the first hidden layer (columns · rows, width).
-    """
-    pairs: constexpr = const.block * const.block
-    by_key = used.permute(2, 1, 0)
-    by_query = gradient.permute(1, 0, 2)
-    first = _first_layer(by_key, value, const)
-    hidden = _activated(first, const)
-    zeros = tl.zeros([const.block, const.block, const.value_block], const.total)
-    layer_gradient = _dot(used.permute(1, 2, 0), by_query, zeros, const).to(const.operand).permute(1, 0, 2)
-    code_gradient_by_key = tl.zeros([const.block, const.block, const.head_block], const.total)
-    flat = tl.reshape(hidden, [pairs, const.value_block])
-    second_gradient = flat
-    if x.value_mixing is not None:
-        second = _second_layer(x, by_key, flat, const)
-        hidden = tl.reshape(_activated(second, const), [const.block, const.block, const.value_block])
-        second_gradient = _gated(tl.reshape(layer_gradient, [pairs, const.value_block]).to(const.total), second, const)
-        flat_gradient = tl.zeros([pairs, const.value_block], const.total)
-        heads = tl.arange(0, const.head_block)[None, None, :]
-        for head in range(const.heads):
-            offsets, valid = _mixing_offsets(head, const)
-            weight = tl.load(x.value_mixing + offsets, mask=valid, other=0.0)
-            back = _dot(second_gradient, weight, tl.zeros_like(flat_gradient), const)
-            code_gradient = tl.reshape(tl.sum(back * flat, 1), [const.block, const.block, 1])
-            code_gradient_by_key += tl.where(heads == head, code_gradient, 0.0)
-            flat_gradient += _head_column(by_key, head, const) * back
-        layer_gradient = tl.reshape(flat_gradient, [const.block, const.block, const.value_block])
-    first_gradient = _gated(layer_gradient.to(const.total), first, const)
-    code_gradient_by_key = _dot(first_gradient, value.permute(1, 2, 0), code_gradient_by_key, const)
-    zeros = tl.zeros([const.block, const.head_block, const.block], const.total)
-    code_gradient_by_query = _dot(by_query, hidden.to(const.operand).permute(1, 2, 0), zeros, const)
-    return code_gradient_by_query, code_gradient_by_key, first_gradient, second_gradient, flat
-
-
-@_kernel
-def _code_gradient(x, codes, batch, rows, columns, const: constexpr):
-    """Gradient of the codes before dropout, (heads, rows, columns)."""
-    used = _dropped(codes, x, rows, columns, const)
-    result = tl.zeros_like(codes)
-    for chunk in range(const.value_chunks):
-        value = _load(x.value, batch, columns, x.key_length, chunk, const.value_head_dim, const.value_block, const)
-        output = _load(x.gradient, batch, rows, x.query_length, chunk, const.value_head_dim, const.value_block, const)
-        if const.generated:
-            by_query, by_key, _, _, _ = _network_gradient(x, used, value, output, const)
-            result += by_query.permute(1, 0, 2) + by_key.permute(2, 1, 0)
-        else:
-            result = _dot(output, _activated(value, const).permute(0, 2, 1), result, const)
-    return _dropped(result, x, rows, columns, const)
-
-
-@_kernel
-def _score_gradient(x, batch, rows, columns, const: constexpr):
-    """Gradient of the scores, (heads, rows, columns): zero where a pair does not attend."""
-    codes, attends, inverse = _codes(x, batch, rows, columns, const)
-    result = _code_gradient(x, codes, batch, rows, columns, const)
-    if const.score_norm == "rms_head" and const.heads == 1:
-        result *= (
-            inverse * inverse * inverse * const.epsilon
-        )  # the difference below, whose two terms differ by epsilon alone
-    elif const.score_norm == "rms_head":
-        result = inverse * (result - codes * (tl.sum(result * codes, 0) / const.heads)[None, :, :])
-    elif const.score_norm == "softmax":
-        offsets, valid = _row_offsets(x, batch, rows, const)
-        result = codes * (result - tl.load(x.delta + offsets, mask=valid, other=0.0)[:, :, None])
-    return tl.where(attends[None, :, :], result, 0.0)
-
-
-@_kernel
-def _program(length, const: constexpr):
-    """The batch row of this program, and the positions of its block."""
-    blocks = tl.cdiv(length, const.block)
-    block = tl.program_id(0) % blocks
-    return (tl.program_id(0) // blocks).to(tl.int64), block * const.block + tl.arange(0, const.block)
-
-
-@_kernel
+@jit
 def softmax_statistics_kernel(x, const: constexpr):
     """Row walk: maximum and inverse sum of exponentials of every row of scores, stored apart so that neither loses digits."""
-    batch, rows = _program(x.query_length, const)
+    batch, rows = program(x.query_length, const)
     maximum = tl.full([const.head_block, const.block], float("-inf"), const.total)
     total = tl.zeros([const.head_block, const.block], const.total)
     for start in range(0, x.key_length, const.block):
-        scores, _ = _scores(x, batch, rows, start + tl.arange(0, const.block), const)
+        scores, _ = find_scores(x, batch, rows, start + tl.arange(0, const.block), const)
         larger = tl.maximum(maximum, tl.max(scores, 2))
         total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(scores - larger[:, :, None]), 2)
         maximum = larger
-    offsets, valid = _row_offsets(x, batch, rows, const)
+    offsets, valid = row_offsets(x, batch, rows, const)
     tl.store(x.maximum + offsets, maximum, mask=valid)
     tl.store(x.inverse_sum + offsets, 1.0 / total, mask=valid)
 
 
-@_kernel
+@jit
 def softmax_delta_kernel(x, const: constexpr):
     """Row walk: delta = Σ_keys code · its gradient, which softmax subtracts from every gradient of the row."""
-    batch, rows = _program(x.query_length, const)
+    batch, rows = program(x.query_length, const)
     delta = tl.zeros([const.head_block, const.block], const.total)
     for start in range(0, x.key_length, const.block):
         columns = start + tl.arange(0, const.block)
-        codes, _, _ = _codes(x, batch, rows, columns, const)
-        delta += tl.sum(codes * _code_gradient(x, codes, batch, rows, columns, const), 2)
-    offsets, valid = _row_offsets(x, batch, rows, const)
+        codes, _, _ = find_codes(x, batch, rows, columns, const)
+        delta += tl.sum(codes * code_gradient(x, codes, batch, rows, columns, const), 2)
+    offsets, valid = row_offsets(x, batch, rows, const)
     tl.store(x.delta + offsets, delta, mask=valid)
 
 
-@_kernel
+@jit
 def forward_kernel(x, output, const: constexpr):
     """Row walk: one chunk of the output of a block of queries."""
-    batch, rows = _program(x.query_length, const)
+    batch, rows = program(x.query_length, const)
     chunk = tl.program_id(1)
     if const.generated:
         total = tl.zeros([const.block, const.head_block, const.value_block], const.total)
@@ -376,87 +91,87 @@ def forward_kernel(x, output, const: constexpr):
         total = tl.zeros([const.head_block, const.block, const.value_block], const.total)
     for start in range(0, x.key_length, const.block):
         columns = start + tl.arange(0, const.block)
-        codes, _, _ = _codes(x, batch, rows, columns, const)
-        used = _dropped(codes, x, rows, columns, const)
-        value = _load(x.value, batch, columns, x.key_length, chunk, const.value_head_dim, const.value_block, const)
+        codes, _, _ = find_codes(x, batch, rows, columns, const)
+        used = dropped(codes, x, rows, columns, const)
+        value = load(x.value, batch, columns, x.key_length, chunk, const.value_head_dim, const.value_block, const)
         if const.generated:
             by_key = used.permute(2, 1, 0)
-            hidden = _activated(_first_layer(by_key, value, const), const)
+            hidden = activated(first_layer(by_key, value, const), const)
             if x.value_mixing is not None:
                 flat = tl.reshape(hidden, [const.block * const.block, const.value_block])
-                second = _activated(_second_layer(x, by_key, flat, const), const)
+                second = activated(second_layer(x, by_key, flat, const), const)
                 hidden = tl.reshape(second, [const.block, const.block, const.value_block])
-            total = _dot(used.permute(1, 0, 2), hidden.to(const.operand).permute(1, 0, 2), total, const)
+            total = dot(used.permute(1, 0, 2), hidden.to(const.operand).permute(1, 0, 2), total, const)
         else:
-            total = _dot(used, _activated(value, const), total, const)
+            total = dot(used, activated(value, const), total, const)
     if const.generated:
         total = total.permute(1, 0, 2)
-    _store(output, total, batch, rows, x.query_length, chunk, const.value_head_dim, const.value_block, const)
+    store(output, total, batch, rows, x.query_length, chunk, const.value_head_dim, const.value_block, const)
 
 
-@_kernel
+@jit
 def query_gradient_kernel(x, result, const: constexpr):
     """Row walk: one chunk of the gradient of a block of queries."""
-    batch, rows = _program(x.query_length, const)
+    batch, rows = program(x.query_length, const)
     chunk = tl.program_id(1)
     total = tl.zeros([const.head_block, const.block, const.head_dim_block], const.total)
     for start in range(0, x.key_length, const.block):
         columns = start + tl.arange(0, const.block)
-        scores = _score_gradient(x, batch, rows, columns, const)
-        key = _load(x.key, batch, columns, x.key_length, chunk, const.head_dim, const.head_dim_block, const)
-        total = _dot(scores, key, total, const)
+        scores = score_gradient(x, batch, rows, columns, const)
+        key = load(x.key, batch, columns, x.key_length, chunk, const.head_dim, const.head_dim_block, const)
+        total = dot(scores, key, total, const)
     total *= const.scaling
-    _store(result, total, batch, rows, x.query_length, chunk, const.head_dim, const.head_dim_block, const)
+    store(result, total, batch, rows, x.query_length, chunk, const.head_dim, const.head_dim_block, const)
 
 
-@_kernel
+@jit
 def key_gradient_kernel(x, result, const: constexpr):
     """Column walk: one chunk of the gradient of a block of keys."""
-    batch, columns = _program(x.key_length, const)
+    batch, columns = program(x.key_length, const)
     chunk = tl.program_id(1)
     total = tl.zeros([const.head_block, const.block, const.head_dim_block], const.total)
     for start in range(0, x.query_length, const.block):
         rows = start + tl.arange(0, const.block)
-        scores = _score_gradient(x, batch, rows, columns, const)
-        query = _load(x.query, batch, rows, x.query_length, chunk, const.head_dim, const.head_dim_block, const)
-        total = _dot(scores.permute(0, 2, 1), query, total, const)
+        scores = score_gradient(x, batch, rows, columns, const)
+        query = load(x.query, batch, rows, x.query_length, chunk, const.head_dim, const.head_dim_block, const)
+        total = dot(scores.permute(0, 2, 1), query, total, const)
     total *= const.scaling
-    _store(result, total, batch, columns, x.key_length, chunk, const.head_dim, const.head_dim_block, const)
+    store(result, total, batch, columns, x.key_length, chunk, const.head_dim, const.head_dim_block, const)
 
 
-@_kernel
+@jit
 def value_gradient_kernel(x, result, mixing_gradient, const: constexpr):
     """Column walk: one chunk of the gradient of a block of values, and the block's part of the gradient of value_mixing."""
-    batch, columns = _program(x.key_length, const)
+    batch, columns = program(x.key_length, const)
     chunk = tl.program_id(1)
-    value = _load(x.value, batch, columns, x.key_length, chunk, const.value_head_dim, const.value_block, const)
+    value = load(x.value, batch, columns, x.key_length, chunk, const.value_head_dim, const.value_block, const)
     if const.generated:
         total = tl.zeros([const.block, const.head_block, const.value_block], const.total)
     else:
         total = tl.zeros([const.head_block, const.block, const.value_block], const.total)
     for start in range(0, x.query_length, const.block):
         rows = start + tl.arange(0, const.block)
-        codes, _, _ = _codes(x, batch, rows, columns, const)
-        used = _dropped(codes, x, rows, columns, const)
-        output = _load(x.gradient, batch, rows, x.query_length, chunk, const.value_head_dim, const.value_block, const)
+        codes, _, _ = find_codes(x, batch, rows, columns, const)
+        used = dropped(codes, x, rows, columns, const)
+        output = load(x.gradient, batch, rows, x.query_length, chunk, const.value_head_dim, const.value_block, const)
         if const.generated:
-            _, _, first, second, hidden = _network_gradient(x, used, value, output, const)
-            total = _dot(used.permute(2, 0, 1), first, total, const)
+            _, _, first, second, hidden = network_gradient(x, used, value, output, const)
+            total = dot(used.permute(2, 0, 1), first, total, const)
             if mixing_gradient is not None:
                 for head in range(const.heads):
-                    scaled = _head_column(used.permute(2, 1, 0), head, const) * hidden
+                    scaled = head_column(used.permute(2, 1, 0), head, const) * hidden
                     zeros = tl.zeros([const.value_block, const.value_block], const.total)
-                    part = _dot(second.permute(1, 0), scaled, zeros, const)
-                    offsets, valid = _mixing_offsets(tl.program_id(0).to(tl.int64) * const.heads + head, const)
+                    part = dot(second.permute(1, 0), scaled, zeros, const)
+                    offsets, valid = mixing_offsets(tl.program_id(0).to(tl.int64) * const.heads + head, const)
                     # Only this program adds here, so the sum has one order.
                     tl.atomic_add(mixing_gradient + offsets, part, mask=valid, sem="relaxed")
         else:
-            total = _dot(used.permute(0, 2, 1), output, total, const)
-    total = total.permute(1, 0, 2) if const.generated else _gated(total, value, const)
-    _store(result, total, batch, columns, x.key_length, chunk, const.value_head_dim, const.value_block, const)
+            total = dot(used.permute(0, 2, 1), output, total, const)
+    total = total.permute(1, 0, 2) if const.generated else gated(total, value, const)
+    store(result, total, batch, columns, x.key_length, chunk, const.value_head_dim, const.value_block, const)
 
 
-@_kernel
+@jit
 def bias_gradient_kernel(x, result, const: constexpr):
     """Diagonal walk: all tiles of a diagonal have the same distances at the same places, so their gradients are added."""
     row_blocks = tl.cdiv(x.query_length, const.block)
@@ -468,7 +183,7 @@ def bias_gradient_kernel(x, result, const: constexpr):
     for block in range(tl.maximum(0, -shift), tl.minimum(row_blocks, column_blocks - shift)):
         rows = block * const.block + tl.arange(0, const.block)
         columns = rows + shift * const.block
-        total += _score_gradient(x, batch, rows, columns, const)
+        total += score_gradient(x, batch, rows, columns, const)
     heads = tl.arange(0, const.head_block)[:, None, None]
     place = tl.arange(0, const.block)[None, :, None] * const.block + tl.arange(0, const.block)[None, None, :]
     offsets = (tl.program_id(0).to(tl.int64) * const.heads + heads) * const.block * const.block + place

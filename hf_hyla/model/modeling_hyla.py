@@ -32,7 +32,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_torchdynamo_compiling
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -43,6 +43,7 @@ from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
 from .inputs_hyla import (
     CACHE_NAME,
+    answer_states,
     check_given,
     check_ids,
     check_one_sequence_a_row,
@@ -346,31 +347,6 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
 
     def loss_function(self, logits, labels, num_items_in_batch=None) -> torch.Tensor:
         return classification_loss(self.config, logits, labels, num_items_in_batch)
-
-
-def answer_states(config: HylaConfig, hidden_states, input_ids, attention_mask) -> torch.Tensor:
-    """Hidden states (batch, num_answers, hidden_size) of each row's last `num_answers` tokens."""
-    num_answers, length = config.num_answers, hidden_states.shape[1]
-    if length < num_answers:
-        raise ValueError(
-            f"The model reads its answers at the last {num_answers} tokens (num_answers), but the sequences have "
-            f"{length}: append the answer slots."
-        )
-    if attention_mask is not None and attention_mask.ndim == 2:
-        is_token = attention_mask.bool()
-    elif config.pad_token_id is not None and input_ids is not None:
-        is_token = input_ids != config.pad_token_id
-    else:
-        return hidden_states[:, length - num_answers :]
-    is_token = is_token.to(hidden_states.device)
-    if not is_torchdynamo_compiling() and bool((is_token.sum(-1) < num_answers).any()):
-        raise ValueError(
-            f"The model reads its answers at the last {num_answers} tokens (num_answers), but a row has only "
-            f"{int(is_token.sum(-1).min())} that are not padding."
-        )
-    position = torch.arange(length, device=hidden_states.device)
-    last = torch.where(is_token, position, -1).topk(num_answers, dim=-1).values.flip(-1).clamp(min=0)
-    return hidden_states.gather(1, last.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
 # trf-ignore: TRF057

@@ -13,9 +13,10 @@
 # limitations under the License.
 """HYLA attention fused for GPUs, in Triton: exact, deterministic, and nothing of size query x key is stored.
 
-`kernels_triton_hyla.py` says how a tile is computed and at what cost. This file divides the work into programs, launches them, and
-makes forward and backward operators of torch. No sum depends on the order in which programs run. Where several programs add to
-one gradient (of the position bias and of value_mixing), each stores a part per diagonal or block of keys, and the parts are added.
+`tiles_triton_hyla.py` says how a tile is computed, and `kernels_triton_hyla.py` at what cost. This file divides the work into
+programs, launches them, and makes forward and backward operators of torch. No sum depends on the order in which programs run.
+Where several programs add to one gradient (of the position bias and of value_mixing), each stores a part per diagonal or block of
+keys, and the parts are added.
 """
 
 import torch
@@ -23,9 +24,6 @@ from torch import Tensor
 
 from .attention_hyla import RMS_HEAD_EPS, RMS_HEAD_SCALE, position_of_first
 from .kernels_triton_hyla import (
-    Constants,
-    Inputs,
-    View,
     bias_gradient_kernel,
     forward_kernel,
     key_gradient_kernel,
@@ -34,6 +32,7 @@ from .kernels_triton_hyla import (
     softmax_statistics_kernel,
     value_gradient_kernel,
 )
+from .tiles_triton_hyla import Constants, Inputs, View
 
 
 try:
