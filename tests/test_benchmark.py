@@ -25,7 +25,7 @@ TINY = {
     "model.hidden_size": "16",
     "model.intermediate_size": "16",
 }
-SIZES = {"shapes": (Shape(3, 20, 5, 2),), "lengths": (17, 30), "overrides": TINY, "batch_size": 4, "repeats": 3}
+SIZES = {"shapes": (Shape(3, 37, 5, 2),), "lengths": (17, 30), "overrides": TINY, "batch_size": 4, "repeats": 3}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = "hyla_triton" if torch.cuda.is_available() else "hyla_cpu"
 BACKEND_SUBJECTS = ["eager", "chunked", "fused", "sdpa", "sdpa, fixed bias"]
@@ -44,7 +44,7 @@ def test_every_part_of_the_benchmark_has_its_rows(result):
     works = {}
     for row in result["rows"]:
         works.setdefault((row["part"], row["work"], row.get("shape")), []).append(row["subject"])
-    shapes = ["3 x 20 x 5 heads x 2", "1 x 17 x 8 heads x 16", "1 x 30 x 8 heads x 16"]
+    shapes = ["3 x 37 x 5 heads x 2", "1 x 17 x 8 heads x 16", "1 x 30 x 8 heads x 16"]
     for shape in shapes:
         for work in ("forward", "forward + backward"):
             assert works.pop(("attention", work, f"{shape}, float32"))[:5] == BACKEND_SUBJECTS
@@ -130,10 +130,10 @@ def test_a_wrong_backend_is_not_timed(monkeypatch, quantity):
 
     monkeypatch.setitem(BACKENDS, FUSED, wrong)
     named = "output" if quantity in ("output", "nan") else f"gradient of the {quantity}"
-    meter = measured(Shape(3, 20, 5, 2))
+    meter = measured(Shape(3, 37, 5, 2))
     assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
     (sentence,) = meter.failed
-    assert re.match(f"fused does not compute what it should on 3 x 20.*its {named} is off by", sentence)
+    assert re.match(f"fused does not compute what it should on 3 x 37.*its {named} is off by", sentence)
 
 
 def measured(shape):
@@ -147,7 +147,7 @@ def test_only_a_backend_that_cannot_be_launched_is_not_timed(monkeypatch):
         raise RuntimeError("out of resource: shared memory\nReducing block sizes may help.")
 
     monkeypatch.setitem(BACKENDS, FUSED, broken)
-    meter = measured(Shape(3, 20, 5, 2))
+    meter = measured(Shape(3, 37, 5, 2))
     assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
     assert "it cannot be run (RuntimeError: out of resource: shared memory), so its speed is not" in meter.failed[0]
 
@@ -182,9 +182,9 @@ def test_half_precision_may_have_only_the_errors_of_the_eager_implementation(mon
 
 def test_without_the_fused_kernel_the_others_are_measured(monkeypatch):
     monkeypatch.setattr(attention, "kernel_problem", lambda *tensors, **others: "numba is not installed")
-    meter = measured(Shape(3, 20, 5, 2))
+    meter = measured(Shape(3, 37, 5, 2))
     assert [row["subject"] for row in meter.rows] == 2 * ["eager", "chunked", "sdpa", "sdpa, fixed bias"]
-    assert meter.skipped == ["attention, 3 x 20 x 5 heads x 2, float32, fused: numba is not installed."]
+    assert meter.skipped == ["attention, 3 x 37 x 5 heads x 2, float32, fused: numba is not installed."]
 
 
 def test_without_a_compiler_the_other_steps_are_measured(monkeypatch):
