@@ -62,10 +62,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish():
+@pytest.fixture(scope="module", autouse=True)
+def modules_set_aside():
     """
-    Every training ends with a collection of garbage, which takes long where many modules are loaded. They are set aside here,
-    since the tests train some hundred times.
+    Every training ends with a collection of garbage, which takes long where many modules are loaded. What is loaded before a file's
+    tests is set aside here, since the tests train some hundred times.
     """
     gc.collect()
     gc.freeze()
