@@ -1,15 +1,17 @@
 """
 Probes what the latent codes of a language model of bytes tell of Python's syntax:
 
-    python recipes/text/codes.py RUN [--rows 400]
+    python recipes/text/codes.py RUN [--rows 400] [--json FILE]
 
 The code of a byte is that of its pairs with itself and with the byte before. Linear probes read from it which kind of token the
 byte belongs to, on held-out documents. Two bytes alone tell much of that, so they are probed too, beside the codes.
 """
 
 import argparse
+import json
 import keyword
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import hf_hyla  # noqa: F401  registers the model with transformers
 from hf_hyla.analysis import collect_codes, probe, task_batches
 from hf_hyla.runs import Run
+from hf_hyla.runs.folder import weights_digest
 
 
 BYTES_PER_ROW = 16
@@ -71,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run of the task text, by bytes")
     parser.add_argument("--rows", type=int, default=400, help="rows to fit on, and to score on (default: 400)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the scores into this file")
     arguments = parser.parse_args()
     if arguments.rows < 1:
         parser.error(f"--rows must be at least 1, got {arguments.rows}.")
@@ -88,12 +92,24 @@ def main() -> None:
     layers = [*range(model.config.num_hidden_layers), None]
     sources = [("two bytes", train_bytes, test_bytes)]
     sources += [("all layers" if n is None else f"layer {n + 1}", train.features(n), test.features(n)) for n in layers]
+    scores = {}
     for name, fitted, scored in sources:
         result = probe(fitted, train_kinds, scored, test_kinds, groups=groups, num_shuffles=2)
-        f1 = result["scores"]["f1"]
-        print(f"{name:<12}{f1['value']:>9.3f} ± {f1['standard_error']:.3f}{result['control']['f1']['value']:>10.3f}")
-    f1 = ", ".join(f"{KINDS[kind]} {f1:.2f}" for kind, f1 in result["f1_by_class"].items())
-    print(f"\nall layers, by kind: {f1}")
+        f1, shuffled = result["scores"]["f1"], result["control"]["f1"]["value"]
+        scores[name] = {"f1": f1, "shuffled": shuffled}
+        print(f"{name:<12}{f1['value']:>9.3f} ± {f1['standard_error']:.3f}{shuffled:>10.3f}")
+    by_kind = {KINDS[kind]: f1 for kind, f1 in result["f1_by_class"].items()}
+    print("\nall layers, by kind: " + ", ".join(f"{kind} {f1:.2f}" for kind, f1 in by_kind.items()))
+    if arguments.json:
+        report = {
+            "recipe": run.record.name,
+            "weights": weights_digest(run.folder),
+            "rows": rows,
+            "bytes": len(test_kinds),
+            "scores": scores,
+            "all_layers_by_kind": by_kind,
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

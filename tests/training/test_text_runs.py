@@ -212,12 +212,15 @@ def test_the_probe_of_python_names_the_kind_of_every_byte():
     assert found == expected
 
 
-def test_the_probe_of_python_reads_codes_of_a_run(finished, monkeypatch, capsys):
+def test_the_probe_of_python_reads_codes_of_a_run(finished, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(sys, "argv", ["codes.py", str(finished)])
+    monkeypatch.setattr(sys, "argv", ["codes.py", str(finished), "--json", str(tmp_path / "codes.json")])
     runpy.run_path(str(RECIPES / "text" / "codes.py"), run_name="__main__")
     scores = dict(
         re.findall(r"^(two bytes|layer 1|all layers) +(\d\.\d+) ±", capsys.readouterr().out, flags=re.MULTILINE)
     )
     assert scores.keys() == {"two bytes", "layer 1", "all layers"} and scores["layer 1"] == scores["all layers"]
     assert float(scores["two bytes"]) > 0.9  # numbers, names and spaces
+    report = json.loads((tmp_path / "codes.json").read_text())
+    assert report["weights"] == RunRecord.load(finished).digests["model.safetensors"]
+    assert {source: f"{of['f1']['value']:.3f}" for source, of in report["scores"].items()} == scores
