@@ -78,9 +78,10 @@ def test_the_badges_say_what_the_package_declares():
 
 
 def test_the_first_commands_are_those_that_a_release_is_checked_by():
-    first = re.search(r"```bash\n(.*?)```", README, flags=re.DOTALL)[1]
+    installation, *first = re.search(r"```bash\n(.*?)```", README, flags=re.DOTALL)[1].splitlines()
+    assert installation.startswith("pip install ")
     checked = re.findall(r"^run (.*)$", (PROJECT / ".ci" / "first-minute").read_text(), flags=re.MULTILINE)
-    assert checked == ["hyla --version", *(line.partition("#")[0].rstrip() for line in first.splitlines())]
+    assert checked == ["hyla --version", *(line.partition("#")[0].rstrip() for line in first)]
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -173,6 +174,24 @@ def test_the_tables_of_muon_on_fuzzy_logic_come_from_their_records():
             error = f" ± {statistics.stdev(r2) / len(r2) ** 0.5:.4f}" if len(r2) > 1 else ""
             cells.append(f"{statistics.fmean(r2):.4f}{error} ({len(r2)})")
         assert row_of(section.partition("The rates come")[0], title) == cells
+
+
+def test_the_table_of_language_models_comes_from_their_records():
+    results = PROJECT / "recipes" / "results"
+    names = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+    section = RECIPES.partition("### Results on the standard library")[2].partition("## ")[0]
+    for kind, title in names.items():
+        record = record_of(f"text-{kind}")
+        probes = json.loads((results / "text-codes" / f"text-{kind}.json").read_text())
+        scores = {source: of["f1"] for source, of in probes["scores"].items()}
+        shown = {
+            source: f"{scores[source]['value']:.3f} ± {scores[source]['standard_error']:.3f}"
+            for source in ("two bytes", "all layers")
+        }
+        found = [f"{record['metrics']['test'][name]:.4f}" for name in ("bits_per_byte", "perplexity")]
+        assert row_of(section, title) == [*found, shown["all layers"]]
+        assert f"alone give {shown['two bytes']}" in " ".join(section.split())
+        assert probes["weights"] == record["digests"]["model.safetensors"]
 
 
 def test_the_means_in_bfloat16_come_from_their_records():

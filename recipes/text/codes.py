@@ -21,6 +21,7 @@ import hf_hyla  # noqa: F401  registers the model with transformers
 from hf_hyla.analysis import collect_codes, probe, task_batches
 from hf_hyla.runs import Run
 from hf_hyla.runs.folder import weights_digest
+from hf_hyla.runs.record import environment, hardware
 
 
 BYTES_PER_ROW = 16
@@ -108,6 +109,8 @@ def main() -> None:
             "bytes": len(test_kinds),
             "scores": scores,
             "all_layers_by_kind": by_kind,
+            "environment": environment(),
+            "hardware": hardware(),
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

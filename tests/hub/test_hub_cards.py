@@ -68,6 +68,17 @@ def test_the_folder_holds_every_published_file_except_the_code(folder):
     assert max(path.stat().st_size for path in files.values()) < 4_000_000
 
 
+def test_the_card_without_weights_shows_the_scores_of_the_records():
+    card = (PROJECT / "hub_cards" / "hyla-text" / "README.md").read_text()
+    row = r"^\| (?:\*\*)?(\w+)\b[^|]*\| 1 \| 24,000 \| (\d\.\d{4}) \|$"
+    names = {"HYLA": "hyla", "softmax": "softmax", "linear": "linear"}
+    found = {names[title]: score for title, score in re.findall(row, card, flags=re.MULTILINE)}
+    for kind in names.values():
+        record = json.loads((PROJECT / "recipes" / "results" / f"text-{kind}" / "0.json").read_text())
+        assert found.pop(kind) == f"{record['metrics']['test']['bits_per_byte']:.4f}"
+    assert not found
+
+
 # Loads folders where the package cannot be imported, and prints the logits of the inputs that lie beside them.
 WITHOUT_PACKAGE = """
 import json, sys
