@@ -192,6 +192,9 @@ def test_the_table_of_language_models_comes_from_their_records():
         assert row_of(section, title) == [*found, shown["all layers"]]
         assert f"alone give {shown['two bytes']}" in " ".join(section.split())
         assert probes["weights"] == record["digests"]["model.safetensors"]
+    hyla, softmax, linear = (record_of(f"text-{kind}")["metrics"]["test"]["bits_per_byte"] for kind in names)
+    better, worse = f"{linear - hyla:.2f} bits better than linear", f"{hyla - softmax:.2f} worse than softmax"
+    assert better in section and worse in section
 
 
 def test_the_means_in_bfloat16_come_from_their_records():

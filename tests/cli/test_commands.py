@@ -329,19 +329,18 @@ def test_an_installed_package_finds_its_recipes_from_anywhere(tmp_path):
     shutil.copytree(PROJECT / "recipes", package / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     (here := tmp_path / "here").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    words = [
-        ["recipes"],
-        ["compare", "recipes/results"],
-        ["sweep", "recipes/figures/logic-held-out.yaml", "--dry-run"],
-        ["recipes", "accelerate", "--output", "recipes"],
-    ]
-    script = f"from hf_hyla.cli import main\nfor words in {words}: print('exit code', main(words))"
+    asked = {
+        "accelerate/ddp_cpu.yaml": ["recipes"],
+        "logic-hyla": ["compare", "recipes/results"],
+        "runs of logic/hyla.yaml": ["sweep", "recipes/figures/logic-held-out.yaml", "--dry-run"],
+        "Copied": ["recipes", "accelerate", "--output", "recipes"],
+    }
+    script = f"from hf_hyla.cli import main\nfor words in {list(asked.values())}: print('exit code', main(words))"
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=here, env=environment)
-    printed = result.stdout.split("exit code 0\n")
-    assert len(printed) == len(words) + 1, result.stderr
-    for text, shown in zip(printed, ("ddp_cpu.yaml", "logic-hyla", "runs of logic/hyla.yaml", "Copied"), strict=False):
-        assert shown in text
+    *printed, rest = result.stdout.split("exit code 0\n")
+    assert (result.returncode, rest) == (0, ""), result.stderr
+    assert all(shown in text for shown, text in zip(asked, printed, strict=True))
     assert (here / "recipes" / "accelerate" / "ddp_cpu.yaml").exists()
 
 

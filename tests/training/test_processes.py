@@ -48,7 +48,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def train_every_head(folder, batch, accumulation) -> int:
-    """Three updates of 16 samples, however they are cut up; writes weights and log."""
+    """Four updates of 16 samples, however they are cut up; writes weights and log."""
     for kind, head in HEADS.items():
         torch.manual_seed(0)
         config = HylaConfig(
@@ -60,7 +60,7 @@ def train_every_head(folder, batch, accumulation) -> int:
             **head,
         )
         args = HylaTrainingArguments(
-            output_dir=str(folder), max_steps=3, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1, logging_steps=1,
+            output_dir=str(folder), max_steps=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1, logging_steps=1,
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, eval_strategy="no",
             save_strategy="no", disable_tqdm=True, use_cpu=True, optim="sgd",
         )  # fmt: skip
