@@ -35,7 +35,7 @@ BACKEND_SUBJECTS = ["eager", "chunked", "fused", "sdpa", "sdpa, fixed bias"]
 def result():
     with pytest.MonkeyPatch.context() as patch:  # by a backend that takes no minutes and no C++ compiler
         compiled = torch.compile
-        patch.setattr(torch, "compile", lambda model, mode: compiled(model, backend="aot_eager"))
+        patch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
         measured = benchmark(threads=1, **SIZES)
     return json.loads(json.dumps(measured))
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..tasks import Task
 from ..training import HylaTrainer, Recipe, load_recipe
+from ..training.graphs import GraphedStep
 from .data import data_throughput
 from .meter import SEED, Meter, Workload, in_a_line
 from .products import LinearShape, fastest_products, linear_shapes
@@ -29,17 +30,15 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
             "hyla": first,
             "softmax": step(softmax, "hyla"),
         }
-        modes = {"hyla, compiled": "default"}
         if meter.device.type == "cuda":
-            modes["hyla, CUDA graphs"] = "reduce-overhead"
-        for subject, mode in modes.items():
-            meter.say(f"{name}: compiles the step of {subject!r}")
-            compiled = step(recipe, "hyla", compile_mode=mode)
-            try:
-                compiled()
-                workloads[subject] = compiled
-            except Exception as error:  # compilers raise errors of any type, for example without a C++ compiler
-                meter.skip(f"{name}, {subject}", in_a_line(error))
+            workloads["hyla, CUDA graphs"] = step(recipe, "hyla", cuda_graphs=True)
+        meter.say(f"{name}: compiles the step")
+        compiled = step(recipe, "hyla", compiled=True)
+        try:
+            compiled()
+            workloads["hyla, compiled"] = compiled
+        except Exception as error:  # compilers raise errors of any type, for example without a C++ compiler
+            meter.skip(f"{name}, hyla, compiled", in_a_line(error))
         meter.say(f"{name}: measures the fastest path of each matrix product")
         shapes = first.linear_shapes()
         workloads["matrix products"], implementations = fastest_products(shapes, meter.device)
@@ -75,7 +74,8 @@ class _TrainingStep:
         *,
         folder: str,
         batch_size: int,
-        compile_mode: str | None = None,
+        compiled: bool = False,
+        cuda_graphs: bool = False,
         answers_only: bool = False,
     ):
         set_seed(SEED)
@@ -94,10 +94,11 @@ class _TrainingStep:
         self._tokens = batch_size * batches[0][recipe.task.model_columns[0]].shape[1]
         self._batches = itertools.cycle(batches)
         self._uncompiled = model.train()
-        self._model = torch.compile(model, mode=compile_mode) if compile_mode else model
+        self._model: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+        self._graphed = GraphedStep(_forward_and_backward) if cuda_graphs else _forward_and_backward
 
     def __call__(self) -> None:
-        self._model(**self._batch()).loss.backward()
+        self._graphed(self._model, self._batch(), None)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -119,6 +120,12 @@ class _TrainingStep:
         }
         answers = self._batch_size * self._uncompiled.config.num_answers
         return 6 * (weights[self._uncompiled.model] * self._tokens + weights[self._uncompiled.classifier] * answers)
+
+
+def _forward_and_backward(model: nn.Module, batch: dict[str, torch.Tensor], num_items) -> torch.Tensor:
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach()
 
 
 def _batches(task: Task, batch_size: int) -> list[dict[str, torch.Tensor]]:

@@ -29,7 +29,7 @@ _NAMES = {
         max_steps learning_rate warmup_steps weight_decay max_grad_norm seed full_determinism optim optim_args
         muon_learning_rate muon_learning_rate_qk schedule_floor adam_beta1 adam_beta2 adam_epsilon train_batch_size gradient_accumulation_steps train_sampling_strategy
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor bf16 fp16
-        tf32 use_cpu gradient_checkpointing torch_empty_cache_steps torch_compile torch_compile_backend
+        tf32 use_cpu gradient_checkpointing torch_empty_cache_steps cuda_graphs torch_compile torch_compile_backend
         torch_compile_mode ddp_backend ddp_timeout eval_strategy eval_steps eval_delay eval_samples
         per_device_eval_batch_size eval_accumulation_steps save_strategy save_steps save_total_limit logging_strategy
         logging_steps logging_first_step log_level log_level_replica disable_tqdm report_to run_name project

@@ -26,8 +26,15 @@ RECORD_NAME = "run.json"
 SCHEMA_VERSION = 1
 # Keys of a recipe's section `trainer` that say where the finished run is published.
 HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
-# The settings in which runs of one recipe may differ: seeds, where their samples are read from, and where they are published.
-_OF_ONE_RUN = {"task.seed", "trainer.seed", "task.data", *(f"trainer.{key}" for key in HUB_KEYS)}
+# The settings in which runs of one recipe may differ: seeds, where their samples are read from, where they are published, and
+# whether a GPU replays its steps, which computes the same.
+_OF_ONE_RUN = {
+    "task.seed",
+    "trainer.seed",
+    "task.data",
+    "trainer.cuda_graphs",
+    *(f"trainer.{key}" for key in HUB_KEYS),
+}
 # The files whose digests a record holds.
 _DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")
 # The folder of the checkout, if the package lies in one.

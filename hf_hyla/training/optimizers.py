@@ -1,6 +1,6 @@
 """Muon on the matrices inside the layers and AdamW on everything else, as one optimiser."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from ..model.layers_hyla import HylaLayer, HylaRouter
 from .arguments import HylaTrainingArguments
+from .graphs import Recorded
 
 
 class StackedMuon(Muon):
@@ -17,40 +18,67 @@ class StackedMuon(Muon):
     `torch.optim.Muon` with `adjust_lr_fn="original"` that orthogonalises all matrices of one shape together, since calls
     cost more than multiplications for small matrices. Updates equal torch's up to the rounding of bfloat16, and the state is
     the same.
+
+    Attributes:
+        recorded (`Recorded`, *optional*): replays all but the update itself as a CUDA graph.
     """
+
+    recorded: Recorded | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in by_shape.items():
-                directions = self._orthogonalised([self._momentum(p, group) for p in params], group)
-                for p, direction in zip(params, directions, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(direction, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        stacks = [(group, params) for group in self.param_groups for params in _of_one_shape(group["params"])]
+        for (group, params), directions in zip(stacks, self._directions(stacks), strict=True):
+            rows, columns = params[0].shape
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, directions, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
-    def _momentum(self, p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p.grad)  # type: ignore[arg-type]
-        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        return p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # type: ignore[union-attr]
+    def _directions(self, stacks: list[tuple[dict[str, Any], list[torch.Tensor]]]) -> list[tuple[torch.Tensor, ...]]:
+        """The directions of the update, for the parameters of each stack."""
+        work = [(group, self._momenta(params), _gradients(params)) for group, params in stacks]
+        if self.recorded is None:
+            return [self._direction(*stack) for stack in work]
+        reads = [tensor for _, momenta, gradients in work for tensor in (*momenta, *gradients)]
+        return self.recorded(lambda: [self._direction(*stack) for stack in work], reads)
+
+    def _momenta(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        for p, gradient in zip(params, _gradients(params), strict=True):
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
+        return [self.state[p]["momentum_buffer"] for p in params]
+
+    def _direction(
+        self, group: dict[str, Any], momenta: list[torch.Tensor], gradients: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        return self._orthogonalised(ahead, group).unbind()
 
     @staticmethod
-    def _orthogonalised(matrices: list[torch.Tensor], group: dict[str, Any]) -> torch.Tensor:
+    def _orthogonalised(matrices: Sequence[torch.Tensor], group: dict[str, Any]) -> torch.Tensor:
         """Five steps of Newton and Schulz: (matrices, rows, columns) whose singular values lie around 1."""
         a, b, c = group["ns_coefficients"]
-        x = torch.stack(matrices).bfloat16()
+        x = torch.stack(list(matrices)).bfloat16()
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
         for _ in range(group["ns_steps"]):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.mT if tall else x
+        return (x.mT if tall else x).to(matrices[0].dtype, memory_format=torch.contiguous_format)
+
+
+def _of_one_shape(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The parameters that have a gradient, those of the same shape together."""
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            by_shape.setdefault(p.shape, []).append(p)
+    return list(by_shape.values())
+
+
+def _gradients(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [p.grad for p in params if p.grad is not None]
 
 
 class MuonAdamW(Optimizer):
@@ -151,6 +179,7 @@ def muon_adamw(model: nn.Module, args: HylaTrainingArguments, decayed: Collectio
         momentum=0.95,
         adjust_lr_fn="original",
     )
+    muon.recorded = Recorded() if args.cuda_graphs else None
     adamw = AdamW(
         [
             {"params": [p for name, p in rest.items() if name in decayed], "weight_decay": args.weight_decay},

@@ -31,7 +31,7 @@ _ALLOWED_TRAINER = {
     *("muon_learning_rate", "muon_learning_rate_qk", "schedule_floor"),
     *("train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "torch_empty_cache_steps"),
+    *("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "torch_empty_cache_steps", "cuda_graphs"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode", "ddp_backend", "ddp_timeout"),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_samples"),
     *("per_device_eval_batch_size", "eval_accumulation_steps"),

@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from ..utils import one_line
 from .arguments import MUON, REFERENCE_SCHEDULE
 from .checkpoint import newest_whole
+from .graphs import GraphedStep
 from .guard import Guard
 from .optimizers import muon_adamw, refuse_shards
 from .processes import keep_freed_memory, on_main
@@ -29,16 +30,21 @@ class HylaTrainer(Trainer):
     folder of a finished run. On a CPU the process keeps freed memory, see `keep_freed_memory`.
 
     Raises:
-        ValueError: for arguments that it would not follow: `push_to_hub`, `enable_jit_checkpoint`, `save_total_limit` 1, and
-            sharded parameters with `optim="muon"`.
+        ValueError: for arguments that it would not follow: `push_to_hub`, `enable_jit_checkpoint`, `save_total_limit` 1,
+            sharded parameters with `optim="muon"`, and `cuda_graphs` without a GPU or on several.
     """
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *rest, **kwargs):
         if args is not None:
             _refuse(args)
         self._guard, self._resume_state = Guard(), ResumeState()
+        self._operations: dict[int, int] = {}  # of a batch, by the size of its input
         super().__init__(model, args, *rest, **kwargs)
         refuse_shards(self._takes_muon() and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
+        self._graphed = None
+        if getattr(self.args, "cuda_graphs", False):
+            self._check_graphs()
+            self._graphed = GraphedStep(super().training_step)
         if self.args.device.type == "cpu":
             keep_freed_memory()
         # In this order, a checkpoint with weights that are not finite is never sealed.
@@ -72,6 +78,17 @@ class HylaTrainer(Trainer):
         headwise_bias = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
         return [name for name, p in model.named_parameters() if p.ndim > 1 or name.endswith(headwise_bias)]
 
+    def _check_graphs(self) -> None:
+        if self.args.device.type != "cuda":
+            raise ValueError(
+                f"cuda_graphs needs an NVIDIA GPU, but training is on the {self.args.device.type}: leave it out."
+            )
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            raise ValueError(
+                "cuda_graphs records the step of one GPU, but several were given: leave it out, or name one in "
+                "CUDA_VISIBLE_DEVICES."
+            )
+
     def _takes_muon(self) -> bool:
         # An optimiser or optimiser class that the caller passed takes precedence over `optim`.
         return self.args.optim == MUON and self.optimizer is None and self.optimizer_cls_and_kwargs is None
@@ -100,12 +117,21 @@ class HylaTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self._graphed or super().training_step
+        loss = step(model, inputs, num_items_in_batch)
         filtered = self.args.logging_nan_inf_filter  # set by users who want training to continue
         if not filtered:
             self._guard.watch("loss", loss, self.state)
         self._resume_state.add(loss, filtered, self.state)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        # transformers counts the parameters in every step, which takes a noticeable part of a small step on a GPU.
+        name = getattr(self.model, "main_input_name", "input_ids")
+        size = inputs[name].numel() if name in inputs else 0
+        if size not in self._operations:
+            self._operations[size] = super().floating_point_ops(inputs)
+        return self._operations[size]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._guard.check()
