@@ -8,8 +8,7 @@
 #   RUN           folder of the training run
 #   MAX_MINUTES   training saves and stops within this time; the same command resumes
 #   FROM          checkpoint.tar of an earlier OUT, to resume from if RUN is lost
-#   TRAIN         more arguments of `hyla train`, the same every time (default: four processes draw data ahead, and torch
-#                 compiles the model if the benchmark has found that faster)
+#   TRAIN         more arguments of `hyla train`, the same every time (default: a step is replayed as CUDA graphs)
 #   PARTS         which of: bench train tests
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,7 +20,7 @@ RUN=${RUN:-runs/gpu-run}
 MAX_MINUTES=${MAX_MINUTES:-30}
 FROM=${FROM:-$OUT/checkpoint.tar}
 PARTS=${PARTS:-bench train tests}
-DRAW_AHEAD="--trainer.dataloader_num_workers 4 --trainer.dataloader_persistent_workers true"
+TRAIN=${TRAIN:---trainer.cuda_graphs true}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 tests=(-k "not interpreter")
@@ -36,7 +35,7 @@ run_tests() {
         echo "Tests are left out: pytest is not installed."
         return 0
     fi
-    "$PYTHON" -m pytest -p no:cacheprovider -rs "${tests[@]}" tests/model/test_triton.py
+    "$PYTHON" -m pytest -p no:cacheprovider -rs "${tests[@]}" tests/model/test_triton.py tests/training/test_graphs.py
 }
 
 run_bench() {
@@ -53,29 +52,10 @@ run_train() {
         mkdir -p "$RUN" && tar -xf "$FROM" -C "$RUN" || return
     fi
     local more
-    read -ra more <<<"${TRAIN:-$DRAW_AHEAD$(compile)}"
+    read -ra more <<<"$TRAIN"
     echo "Trains with ${more[*]}."
     "$PYTHON" -m hf_hyla train recipes/sraven/hyla.yaml --output "$RUN" --max-minutes "$MAX_MINUTES" \
         --trainer.disable_tqdm true "${more[@]}"
-}
-
-# Prints the argument for compilation if the run to resume was compiled, or if compilation was faster in the benchmark.
-compile() {
-    if [ -e "$RUN/resolved_recipe.yaml" ]; then
-        grep -q 'torch_compile: true' "$RUN/resolved_recipe.yaml"
-    else
-        "$PYTHON" - "$OUT/bench.json" <<'END'
-import json
-import sys
-
-try:
-    rows = json.load(open(sys.argv[1]))["rows"]
-except OSError:
-    rows = []
-works = (row for row in rows if row["part"] == "sraven" and row["subject"] == "hyla, compiled")
-sys.exit(not any(row["ratios"].get("hyla", 1) < 1 for row in works))
-END
-    fi && echo " --trainer.torch_compile true"
 }
 
 # Copies the results and the last checkpoint of the run's folder, which also holds code and older checkpoints.

@@ -364,26 +364,3 @@ def test_the_script_for_gpus_keeps_no_large_files_and_removes_only_its_own(tmp_p
     assert result.returncode == 1 and "model.safetensors is over 16 MiB and removed." in result.stdout
     assert "bench: done" in result.stdout
     assert {path.name for path in out.rglob("*")} == {"mine", "thesis.bin", "run.json", "report.txt"}
-
-
-@pytest.mark.parametrize(
-    ("ratio", "begun", "compiled"),
-    [(0.9, None, True), (1.1, None, False), (None, None, False), (1.1, "true", True), (0.9, "false", False)],
-)
-def test_the_script_for_gpus_compiles_if_that_was_faster_or_the_run_began_compiled(tmp_path, ratio, begun, compiled):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    run, out = tmp_path / "run", tmp_path / "out"
-    for folder in (run, out):
-        folder.mkdir()
-    if ratio:
-        row = {"part": "sraven", "subject": "hyla, compiled", "ratios": {"hyla": ratio}}
-        (out / "bench.json").write_text(json.dumps({"rows": [{**row, "subject": "eager"}, row]}))
-    if begun:
-        (run / "resolved_recipe.yaml").write_text(f"trainer:\n  torch_compile: {begun}\n")
-    env = os.environ | {"OUT": str(out), "RUN": str(run), "PARTS": "train", "PYTHON": str(python), "TRAIN": ""}
-    result = subprocess.run(["recipes/gpu.sh"], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert ("--trainer.torch_compile true" in result.stdout) == compiled
-    assert "Trains with --trainer.dataloader_num_workers 4" in result.stdout

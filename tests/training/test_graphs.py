@@ -105,7 +105,7 @@ def trained(folder, graphed, steps=12, sizes=(8,), device="cpu", **settings):
     task = get_task("sraven", num_features=2)
     dataset = task.dataset("train")
     model = small(settings.pop("dropout", 0.1), "eager" if device == "cpu" else "hyla").to(device)
-    trainer = make_trainer(folder, model=model, **settings)
+    trainer = make_trainer(folder, model=model, use_cpu=device == "cpu", **settings)
     trainer._graphed = GraphedStep(super(HylaTrainer, trainer).training_step) if graphed else None
     optimizer = trainer.create_optimizer()
     if graphed and hasattr(optimizer, "_parts"):
