@@ -20,15 +20,17 @@ RUN=${RUN:-runs/gpu-run}
 MAX_MINUTES=${MAX_MINUTES:-30}
 FROM=${FROM:-$OUT/checkpoint.tar}
 PARTS=${PARTS:-bench train tests}
-TRAIN=${TRAIN:---trainer.cuda_graphs true}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 tests=(-k "not interpreter")
 bench=()
 if [ "$REHEARSAL" ]; then
+    TRAIN=${TRAIN:---trainer.cuda_graphs false}
     tests=(-k "interpreter")
     bench=(--repeats 1 --lengths 64 128)
 fi
+
+TRAIN=${TRAIN:---trainer.cuda_graphs true}
 
 run_tests() {
     if ! "$PYTHON" -c 'import pytest' 2>/dev/null; then

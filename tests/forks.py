@@ -63,6 +63,7 @@ def on_ranks(folder: Path, function, processes: int) -> list[tuple[int, str]]:
             sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
             os.chdir(folder)
             if processes > 1:
+                os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate would set as many as there are cores
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             for state in (PartialState, AcceleratorState, GradientState):

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from ..tasks import Task
 from ..training import HylaTrainer, Recipe, load_recipe
-from ..training.graphs import GraphedStep
+from ..training.graphs import WARM_UP_CALLS, GraphedStep
 from .data import data_throughput
 from .meter import SEED, Meter, Workload, in_a_line
 from .products import LinearShape, fastest_products, linear_shapes
@@ -30,15 +30,17 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
             "hyla": first,
             "softmax": step(softmax, "hyla"),
         }
+        prepared = {"hyla, compiled": step(recipe, "hyla", compiled=True)}
         if meter.device.type == "cuda":
-            workloads["hyla, CUDA graphs"] = step(recipe, "hyla", cuda_graphs=True)
-        meter.say(f"{name}: compiles the step")
-        compiled = step(recipe, "hyla", compiled=True)
-        try:
-            compiled()
-            workloads["hyla, compiled"] = compiled
-        except Exception as error:  # compilers raise errors of any type, for example without a C++ compiler
-            meter.skip(f"{name}, hyla, compiled", in_a_line(error))
+            prepared["hyla, CUDA graphs"] = step(recipe, "hyla", cuda_graphs=True)
+        for subject, workload in prepared.items():
+            meter.say(f"{name}: compiles or records the step of {subject!r}")
+            try:
+                for _ in range(WARM_UP_CALLS + 1):
+                    workload()
+                workloads[subject] = workload
+            except Exception as error:  # compilers raise errors of any type, for example without a C++ compiler
+                meter.skip(f"{name}, {subject}", in_a_line(error))
         meter.say(f"{name}: measures the fastest path of each matrix product")
         shapes = first.linear_shapes()
         workloads["matrix products"], implementations = fastest_products(shapes, meter.device)
@@ -54,6 +56,7 @@ def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str,
         notes: dict[str, dict[str, Any]] = {
             "matrix products": {"flop": sum(shape.flop for shape in shapes), "implementations": implementations},
             "at the rate of 1024": {"flop": all_tokens},
+            "hyla, CUDA graphs": {},  # a graph keeps its memory between the steps
         }
         for subject in notes.keys() & rows.keys():
             rows[subject] |= {"peak_bytes": None, **notes[subject]}

@@ -40,8 +40,9 @@ class HylaTrainingArguments(TrainingArguments):
         eval_samples (`int`, *optional*, defaults to 2048):
             Samples per split for the curve during training. The evaluation at the end uses the paper's number.
         cuda_graphs (`bool`, *optional*, defaults to `False`):
-            Record a training step as CUDA graphs and replay it, see `Recorded`. For one NVIDIA GPU and batches of one shape;
-            the results are the same.
+            Record a training step as CUDA graphs and replay it, see `Recorded`. For one NVIDIA GPU and batches of one shape, and
+            not for padded batches of a classifier. The result is the same up to rounding. What a callback changes in the model
+            after the first steps, such as frozen layers or a rate of dropout, has no effect.
 
     Raises:
         ValueError: for settings that contradict each other.
@@ -80,7 +81,7 @@ class HylaTrainingArguments(TrainingArguments):
         self._check_optimizer(takes_muon)
         self._check_schedule(takes_reference)
         if self.cuda_graphs:
-            self._check_graphs()
+            self.check_graphs()
         # Without an accelerator, transformers takes bfloat16 only from those who say that they train on the CPU.
         if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available():
             self.use_cpu = True
@@ -95,15 +96,30 @@ class HylaTrainingArguments(TrainingArguments):
         if takes_reference:
             self.lr_scheduler_type = REFERENCE_SCHEDULE
 
-    def _check_graphs(self) -> None:
-        if self.gradient_accumulation_steps > 1:
+    def check_graphs(self) -> None:
+        """
+        Raises:
+            ValueError: for settings that a recorded step would not follow, or that no step has been recorded with.
+        """
+        followed = {
+            "gradient_accumulation_steps": self.gradient_accumulation_steps == 1,
+            "auto_find_batch_size": not self.auto_find_batch_size,
+            "torch_empty_cache_steps": not self.torch_empty_cache_steps,
+            "gradient_checkpointing": not self.gradient_checkpointing,
+            "full_determinism": not self.full_determinism,
+            "torch_compile_mode": self.torch_compile_mode
+            not in ("reduce-overhead", "max-autotune"),  # graphs of its own
+            "torch_compile_backend": self.torch_compile_backend != "cudagraphs",
+            # Their updates or modes are part of a step.
+            "optim": not str(getattr(self.optim, "value", self.optim)).startswith(
+                ("lomo", "adalomo", "schedule_free")
+            ),
+        }
+        if missed := [name for name, fine in followed.items() if not fine]:
+            value = getattr(self, missed[0])
             raise ValueError(
-                f"cuda_graphs writes the gradients of one batch, but gradient_accumulation_steps is "
-                f"{self.gradient_accumulation_steps}: leave one of them out."
-            )
-        if self.torch_compile and self.torch_compile_mode in ("reduce-overhead", "max-autotune"):
-            raise ValueError(
-                f"torch_compile_mode {self.torch_compile_mode!r} makes CUDA graphs of its own: leave it or cuda_graphs out."
+                f"cuda_graphs records a training step once and replays it, which {missed[0]} {getattr(value, 'value', value)!r} "
+                "does not allow: leave one of them out."
             )
 
     def _check_optimizer(self, takes_muon: bool) -> None:

@@ -38,8 +38,8 @@ class StackedMuon(Muon):
         work = [(group, self._momenta(params), _gradients(params)) for group, params in stacks]
         if self.recorded is None:
             return [self._direction(*stack) for stack in work]
-        reads = [tensor for _, momenta, gradients in work for tensor in (*momenta, *gradients)]
-        return self.recorded(lambda: [self._direction(*stack) for stack in work], reads)
+        tensors = [tensor for _, momenta, gradients in work for tensor in (*momenta, *gradients)]
+        return self.recorded(lambda: [self._direction(*stack) for stack in work], tensors)
 
     def _momenta(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
         for p, gradient in zip(params, _gradients(params), strict=True):

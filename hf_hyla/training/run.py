@@ -123,8 +123,12 @@ def check_before_start(recipe: Recipe) -> None:
             "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave "
             "it out."
         )
-    if recipe.trainer.get("cuda_graphs") and PartialState().device.type != "cuda":
-        raise ValueError("trainer.cuda_graphs needs an NVIDIA GPU, and this machine has none: leave it out.")
+    if recipe.trainer.get("cuda_graphs") and (on_cpu or PartialState().device.type != "cuda"):
+        raise ValueError(
+            "trainer.cuda_graphs needs an NVIDIA GPU, and this run would be on another device: leave it out."
+        )
+    if recipe.trainer.get("cuda_graphs") and PartialState().num_processes > 1:
+        raise ValueError("trainer.cuda_graphs is for a single process: leave it out, or launch one.")
     asked = recipe.trainer.get("report_to") or []
     trackers = {asked} if isinstance(asked, str) else set(asked)
     if missing := sorted(trackers - {"all", "none", *get_available_reporting_integrations()}):

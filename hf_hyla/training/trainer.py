@@ -61,6 +61,7 @@ class HylaTrainer(Trainer):
             OSError: if a checkpoint cannot be written.
             FloatingPointError: if loss, gradient, weights or moments are not finite, or the loss grows a hundredfold.
         """
+        self._operations = {}
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main(lambda: _last_checkpoint(self.args.output_dir))
         self._resume_state.resume_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -79,14 +80,16 @@ class HylaTrainer(Trainer):
         return [name for name, p in model.named_parameters() if p.ndim > 1 or name.endswith(headwise_bias)]
 
     def _check_graphs(self) -> None:
+        self.args.check_graphs()  # type: ignore[attr-defined]  # again, since an accelerator_config may have changed them
         if self.args.device.type != "cuda":
             raise ValueError(
                 f"cuda_graphs needs an NVIDIA GPU, but training is on the {self.args.device.type}: leave it out."
             )
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
+        parallel = self.is_model_parallel or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size > 1 or self.args.n_gpu > 1 or parallel:
             raise ValueError(
-                "cuda_graphs records the step of one GPU, but several were given: leave it out, or name one in "
-                "CUDA_VISIBLE_DEVICES."
+                "cuda_graphs records the step of a whole model on one GPU, but several GPUs, FSDP or DeepSpeed were asked for: "
+                "leave cuda_graphs out, or name one GPU in CUDA_VISIBLE_DEVICES."
             )
 
     def _takes_muon(self) -> bool:
