@@ -24,7 +24,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..runs.record import environment
-    from ..tasks.sraven.observer import observer_record
+    from ..tasks.sraven.ceiling import observer_record
 
     task = task_of("sraven", arguments.overrides)
     if arguments.output:  # checked now, so that an error here does not cost the work

@@ -179,7 +179,7 @@ def seen(task: SravenTask, rules: tuple[int, ...]) -> bool:
 def verdict(task: SravenTask, puzzle: Puzzle) -> Verdict:
     cells = np.array(puzzle.panels).reshape(1, GRID, GRID, task.num_features)
     combinations = sorted({one for split in task.splits for one in task.combinations(split)})
-    possible = posterior(explain(cells, task)[0], combinations, task.permute)
+    possible = posterior(explain(cells, task.num_values, task.permute)[0], combinations, task.permute)
     best = most_probable(possible) if possible else None
     return Verdict(possible, best if puzzle.edited else puzzle.panels[-1])
 

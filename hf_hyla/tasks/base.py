@@ -164,6 +164,22 @@ class Task(ABC):
         """
         return table
 
+    def text_features(self) -> "datasets.Features":
+        """The types of the columns that `text_columns` returns; by default none, since most tasks cannot be written as text."""
+        from datasets import Features
+
+        return Features()
+
+    def text_columns(self, split: str, indices: np.ndarray, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """
+        Samples of a split as text for language models, which `hyla data --format text` writes.
+
+        Args:
+            indices: (samples,), the indices of the samples in the split.
+            samples: the columns of these samples, as `samples` gives them.
+        """
+        return {}
+
     def show(self, sample: dict[str, np.ndarray]) -> str:
         """One sample as a few lines of text."""
         return "\n".join(f"{name}: {column.tolist()}" for name, column in sample.items())

@@ -15,8 +15,6 @@ from huggingface_hub.errors import StrictDataclassError
 from ..reading import read_json
 from ..utils import one_line, write_whole
 from .base import Task, TaskDataset
-from .sraven import SravenTask
-from .sraven.text import text_columns, text_features
 
 
 MANIFEST_NAME = "task.json"
@@ -36,7 +34,7 @@ class Manifest:
         data_fingerprint: the task's `fingerprint`.
         splits: for each split, `num_examples`, `num_bytes` (in memory), `file_bytes`, and `means`, the mean of every column
             that holds one number or truth value per example.
-        text: whether there are also columns with text for language models, see `text_columns`.
+        text: whether there are also columns with text for language models, see `Task.text_columns`.
     """
 
     task: dict[str, Any]
@@ -110,14 +108,17 @@ class Manifest:
 
 def features_of(task: Task, text: bool) -> datasets.Features:
     """
-    The columns of a folder of the task, with or without those of `text_columns`.
+    The columns of a folder of the task, with or without those of `Task.text_columns`.
 
     Raises:
         ValueError: if the task cannot be written as text.
     """
-    if text and not isinstance(task, SravenTask):
-        raise ValueError(f"The task {task.name} cannot be written as text, only sraven can: leave out --format text.")
-    return datasets.Features({**task.features(), **(text_features() if text else {})})
+    of_text = task.text_features() if text else {}
+    if text and not of_text:
+        raise ValueError(
+            f"The task {task.name} cannot be written as text, since it has no text_features: leave out --format text."
+        )
+    return datasets.Features({**task.features(), **of_text})
 
 
 def write_data(task: Task, splits: list[str], num_examples: int | None, folder: Path, text: bool = False) -> Manifest:
@@ -184,9 +185,7 @@ def _write_split(task: Task, split: str, num_examples: int, folder: Path, text: 
             for start in range(number * _EXAMPLES_PER_FILE, stop, _EXAMPLES_AT_ONCE):
                 indices = np.arange(start, min(start + _EXAMPLES_AT_ONCE, stop))
                 samples = task.samples(split, indices)
-                columns = task.to_table(samples) | (
-                    text_columns(task, split, indices, samples) if text and isinstance(task, SravenTask) else {}
-                )
+                columns = task.to_table(samples) | (task.text_columns(split, indices, samples) if text else {})
                 arrays = [
                     _arrow(columns[name], field.type)
                     for name, field in zip(features, features.arrow_schema, strict=True)

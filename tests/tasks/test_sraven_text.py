@@ -16,7 +16,7 @@ from datasets import load_dataset
 from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
 from hf_hyla.tasks.data import FolderDataset, Manifest
-from hf_hyla.tasks.sraven.observer import observe
+from hf_hyla.tasks.sraven.ceiling import observe
 from hf_hyla.tasks.sraven.text import instruction
 
 
@@ -46,12 +46,12 @@ def puzzle(row: dict) -> str:
 def test_a_prompt_is_the_instruction_and_the_puzzle_without_its_answer(rows):
     assert len(rows) == COUNT
     for row in rows:
-        assert row["prompt"] == f"{instruction(TASK)}\n{puzzle(row)}"
+        assert row["prompt"] == f"{instruction(TASK.num_features, TASK.num_values, TASK.permute)}\n{puzzle(row)}"
         assert row["answer_text"] == " ".join(map(str, row["answer"]))
-    text = instruction(TASK)
+    text = instruction(TASK.num_features, TASK.num_values, TASK.permute)
     assert "3 numbers from 0 to 7" in text and "After 7 comes 0" in text and "distribute three" in text
     assert "an order of its own" in text
-    assert "an order of its own" not in instruction(get_task("sraven", permute=False))
+    assert "an order of its own" not in instruction(4, 8, permute=False)
 
 
 def test_worked_examples_are_solved_puzzles_of_train(rows):
@@ -83,7 +83,8 @@ def test_formats_are_not_mixed_and_a_task_without_text_is_refused(folder, tmp_pa
     assert "was written with --format text" in capsys.readouterr().err
     assert main(["data", "logic", "--format", "text", "--output", str(tmp_path / "logic")]) == 2
     assert (
-        "The task logic cannot be written as text, only sraven can: leave out --format text" in capsys.readouterr().err
+        "The task logic cannot be written as text, since it has no text_features: leave out --format text"
+        in capsys.readouterr().err
     )
     assert not (tmp_path / "logic").exists()
     assert main([*words, "--format", "txt", "--output", str(tmp_path)]) == 2

@@ -61,6 +61,12 @@ def rule_fits(
     yield fits & allowed, predictions
 
 
+def cells(input_ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The nine panels (samples, row, column, feature) of `input_ids` (samples, 9 · features) and `labels` (samples, features)."""
+    count, features = labels.shape
+    return np.concatenate([input_ids[:, :-features], labels], axis=1).reshape(count, GRID, GRID, features)
+
+
 def _distribute_three(a: np.ndarray, b: np.ndarray, c: np.ndarray, repeats: bool) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.minimum(np.minimum(a[:2], b[:2]), c), np.maximum(np.maximum(a[:2], b[:2]), c)
     middle = a[:2] + b[:2] + c - low - high

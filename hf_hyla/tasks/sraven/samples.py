@@ -16,7 +16,8 @@ from ..sampling import below
 from ..subject import Subject
 from ..words import Words
 from .ambiguity import ambiguity
-from .rules import DISTRIBUTE_THREE, GRID, INCREMENT, RULES, SIGN
+from .rules import DISTRIBUTE_THREE, GRID, INCREMENT, RULES, SIGN, cells
+from .text import text_columns, text_features, worked_examples
 from .words import SravenWords
 
 
@@ -261,6 +262,15 @@ class SravenTask(Task):
         described = {"rules": table["rules"], "permutations": table["permutations"]}
         return {"input_ids": input_ids, "labels": answer, **described}
 
+    def text_features(self) -> "datasets.Features":
+        """The types of the columns that `text_columns` returns."""
+        return text_features()
+
+    def text_columns(self, split: str, indices: np.ndarray, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Puzzles as prompts and answers. The worked examples of a prompt are puzzles of the split train."""
+        worked = self.samples("train", worked_examples(indices))
+        return text_columns(samples, worked, self.combinations(split), self.num_values, self.permute)
+
     def show(self, sample: dict[str, np.ndarray]) -> str:
         panels = cells(sample["input_ids"][None], sample["labels"][None])[0].tolist()
         width = len(str(self.num_values - 1))
@@ -299,9 +309,3 @@ class SravenTask(Task):
     def ambiguous(self, input_ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whether these samples are ambiguous, officially and strictly, each (samples,); see `ambiguity`."""
         return ambiguity(cells(input_ids, labels), self.num_values, self.permute)
-
-
-def cells(input_ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The nine panels (samples, row, column, feature) of `input_ids` (samples, 9 · features) and `labels` (samples, features)."""
-    count, features = labels.shape
-    return np.concatenate([input_ids[:, :-features], labels], axis=1).reshape(count, GRID, GRID, features)

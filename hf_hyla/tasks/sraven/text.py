@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .observer import explain, most_probable, posterior
-from .rules import RULES
-from .samples import SravenTask, cells
+from .rules import RULES, cells
 
 
 if TYPE_CHECKING:
@@ -31,46 +30,58 @@ def text_features() -> "datasets.Features":
     return Features({name: Value("string") for name in names} | {"observer_right": Value("bool")})
 
 
+def worked_examples(indices: np.ndarray) -> np.ndarray:
+    """
+    The indices (samples · `WORKED_EXAMPLES`) of the puzzles of the split train that the prompts of these samples show solved. For
+    sample i of any split these are 3 i + 2 to 3 i + 4, none of which is i.
+    """
+    first = WORKED_EXAMPLES * np.asarray(indices) + 2
+    return (first[:, None] + np.arange(WORKED_EXAMPLES)).reshape(-1)
+
+
 def text_columns(
-    task: SravenTask, split: str, indices: np.ndarray, samples: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray],
+    worked: dict[str, np.ndarray],
+    combinations: list[tuple[int, ...]],
+    num_values: int,
+    permute: bool,
 ) -> dict[str, np.ndarray]:
     """
     Samples of a split as text.
 
     A prompt is the instruction, the puzzle and `Answer:`. A prompt with worked examples also has three puzzles of the split
-    train with their answers, after the instruction. For sample i of any split these are the samples 3 i + 2 to 3 i + 4, none of
-    which is i.
+    train with their answers, after the instruction.
 
     Args:
-        indices: (samples,), the indices of the samples in the split.
         samples: the columns of these samples, as `Task.samples` gives them.
+        worked: those of `worked_examples`.
+        combinations: the split's combinations of rules, as `Task.combinations` gives them.
+        num_values, permute: settings of the task.
 
     Returns:
         `prompt`, `prompt_with_examples` and `answer_text`, strings; and `observer_right`, whether the answer of the ideal
         observer is the one that counts as right. The observer knows the generator and the split's combinations of rules.
     """
-    start = instruction(task)
-    first = WORKED_EXAMPLES * np.asarray(indices) + 2
-    train = task.samples("train", (first[:, None] + np.arange(WORKED_EXAMPLES)).reshape(-1))
-    worked = [f"{one}{answer}\n" for one, answer in zip(_puzzles(train), _answers(train), strict=True)]
+    start = instruction(samples["labels"].shape[1], num_values, permute)
+    solved = [f"{one}{answer}\n" for one, answer in zip(_puzzles(worked), _answers(worked), strict=True)]
     puzzles, answers = _puzzles(samples), _answers(samples)
-    examples = ["\n".join(worked[i * WORKED_EXAMPLES : (i + 1) * WORKED_EXAMPLES]) for i in range(len(indices))]
+    examples = ["\n".join(solved[i * WORKED_EXAMPLES : (i + 1) * WORKED_EXAMPLES]) for i in range(len(puzzles))]
     columns = {
         "prompt": [f"{start}\n{one}" for one in puzzles],
         "prompt_with_examples": [f"{start}\n{shown}\n{one}" for shown, one in zip(examples, puzzles, strict=True)],
         "answer_text": [answer.strip() for answer in answers],
     }
     texts = {name: np.array(column, dtype=object) for name, column in columns.items()}
-    return texts | {"observer_right": _observer_right(task, split, samples)}
+    return texts | {"observer_right": _observer_right(samples, combinations, num_values, permute)}
 
 
-def instruction(task: SravenTask) -> str:
+def instruction(num_features: int, num_values: int, permute: bool) -> str:
     """What every prompt begins with."""
     return _INSTRUCTION.format(
-        features=task.num_features,
-        last=task.num_values - 1,
+        features=num_features,
+        last=num_values - 1,
         rules=", ".join(RULES[:-1]) + f" or {RULES[-1]}",
-        permuted=_PERMUTED if task.permute else "",
+        permuted=_PERMUTED if permute else "",
     )
 
 
@@ -89,8 +100,9 @@ def _answers(samples: dict[str, np.ndarray]) -> list[str]:
     return [" " + " ".join(map(str, label)) for label in samples["labels"].tolist()]
 
 
-def _observer_right(task: SravenTask, split: str, samples: dict[str, np.ndarray]) -> np.ndarray:
-    combinations = task.combinations(split)
-    explained = explain(cells(samples["input_ids"], samples["labels"]), task)
-    answers = [most_probable(posterior(one, combinations, task.permute)) for one in explained]
-    return (np.array(answers).reshape(-1, task.num_features) == samples["labels"]).all(axis=1)
+def _observer_right(
+    samples: dict[str, np.ndarray], combinations: list[tuple[int, ...]], num_values: int, permute: bool
+) -> np.ndarray:
+    explained = explain(cells(samples["input_ids"], samples["labels"]), num_values, permute)
+    answers = [most_probable(posterior(one, combinations, permute)) for one in explained]
+    return (np.array(answers).reshape(samples["labels"].shape) == samples["labels"]).all(axis=1)
