@@ -21,6 +21,7 @@ MODULE = '''
 import dataclasses
 from functools import cached_property
 
+import datasets
 import numpy as np
 
 from hf_hyla.tasks import Task
@@ -66,6 +67,14 @@ class SumTask(Task):
 
     def metrics(self, logits, labels, inputs):
         return {"accuracy": float((logits.argmax(axis=-1) == labels).mean())}
+
+    def text_features(self):
+        return datasets.Features({name: datasets.Value("string") for name in ("prompt", "answer_text")})
+
+    def text_columns(self, split, indices, samples):
+        prompts = [f"{a} + {b} = " for a, b in (samples["parts"] - [0, self.num_values]).tolist()]
+        answers = [str(label) for label in samples["labels"].tolist()]
+        return {"prompt": np.array(prompts, dtype=object), "answer_text": np.array(answers, dtype=object)}
 '''
 RECIPE = """
 task: {name: my_sums:SumTask, num_values: 4}
@@ -154,6 +163,15 @@ def test_a_users_task_has_its_data_written_with_a_card_and_read_back(folder):
     card = (folder / "data" / "README.md").read_text()
     assert "hyla data my_sums:SumTask --split ood --num-examples 40 --task.num_values 4" in card
     assert "{{" not in card and "Attention as a Hypernetwork](" not in card
+
+
+def test_a_users_task_is_written_as_text(folder):
+    command = ["data", "my_sums:SumTask", "--format", "text", "--split", "test", "--num-examples", "20", "--output"]
+    assert main([*command, str(folder / "text")]) == 0
+    for row in datasets.load_dataset(str(folder / "text"), split="test"):
+        a, b = row["prompt"].removesuffix(" = ").split(" + ")
+        assert int(row["answer_text"]) == (int(a) + int(b)) % 5 == row["labels"]
+    assert "{{" not in (folder / "text" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "probe", "card", "compare"])
