@@ -145,6 +145,20 @@ def test_the_table_of_trials_comes_from_their_records():
     assert sorted(re.findall(row, section, flags=re.MULTILINE)) == sorted(found) != []
 
 
+def test_the_table_of_muon_on_sraven_comes_from_its_records():
+    names = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+    for kind, title in names.items():
+        cells = []
+        for folder, seed in [
+            *((f"sraven-{kind}-muon-max_steps=40000", seed) for seed in range(3)),
+            (f"sraven-{kind}-muon", 0),
+        ]:
+            path = PROJECT / "recipes" / "results" / folder / f"{seed}.json"
+            found = json.loads(path.read_text())["metrics"]["ood"]["accuracy"] if path.exists() else None
+            cells.append("-" if found is None else f"{found:.4f}")
+        assert f"| {title} | {' | '.join(cells)} |" in RECIPES
+
+
 def test_the_plateau_and_the_climb_of_hyla_come_from_its_record():
     record = record_of("sraven-hyla-muon")
     ood = {point["step"]: point["ood/accuracy"] for point in record["curve"] if "ood/accuracy" in point}

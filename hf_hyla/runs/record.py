@@ -26,14 +26,14 @@ RECORD_NAME = "run.json"
 SCHEMA_VERSION = 1
 # Keys of a recipe's section `trainer` that say where the finished run is published.
 HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
-# The settings in which runs of one recipe may differ: seeds, where their samples are read from, where they are published, and
-# whether a GPU replays its steps, which computes the same.
+# The settings in which runs of one recipe may differ: seeds, and what does not change the result. That is where samples are read
+# from and how, what is printed, tracked and saved, where a run is published, and whether a GPU replays its steps.
 _OF_ONE_RUN = {
-    "task.seed",
-    "trainer.seed",
-    "task.data",
-    "trainer.cuda_graphs",
-    *(f"trainer.{key}" for key in HUB_KEYS),
+    *("task.seed", "trainer.seed", "task.data"),
+    *(f"trainer.dataloader_{key}" for key in ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")),
+    *(f"trainer.{key}" for key in ("disable_tqdm", "log_level", "log_level_replica", "logging_first_step")),
+    *(f"trainer.{key}" for key in ("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id")),
+    *(f"trainer.{key}" for key in ("save_strategy", "save_steps", "save_total_limit", *HUB_KEYS, "cuda_graphs")),
 }
 # The files whose digests a record holds.
 _DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")

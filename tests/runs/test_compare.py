@@ -111,6 +111,24 @@ def test_a_changed_expectation_does_not_separate_seeds(record):
     assert len(one.values) == 2
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"disable_tqdm": True},
+        {"cuda_graphs": True},
+        {"dataloader_num_workers": 4},
+        {"save_steps": 7},
+        {"report_to": "all"},
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_change_the_result_do_not_separate_seeds(record, setting):
+    other = run_of(record, seed=1, r2=0.9)
+    other.recipe["trainer"] |= setting
+    (one,) = compare([run_of(record), other])
+    assert one.values == [0.7, 0.9] and one.name == compare([record])[0].name
+
+
 def test_recipes_of_one_name_are_distinguished_by_their_differences(record):
     other = copy.deepcopy(record)
     other.recipe["model"]["attention_type"] = "softmax"
