@@ -101,19 +101,18 @@ class HylaTrainingArguments(TrainingArguments):
         Raises:
             ValueError: for settings that a recorded step would not follow, or that no step has been recorded with.
         """
+        optimizer = str(getattr(self.optim, "value", self.optim))
         followed = {
             "gradient_accumulation_steps": self.gradient_accumulation_steps == 1,
             "auto_find_batch_size": not self.auto_find_batch_size,
             "torch_empty_cache_steps": not self.torch_empty_cache_steps,
             "gradient_checkpointing": not self.gradient_checkpointing,
             "full_determinism": not self.full_determinism,
-            "torch_compile_mode": self.torch_compile_mode
-            not in ("reduce-overhead", "max-autotune"),  # graphs of its own
+            # These make CUDA graphs of their own.
+            "torch_compile_mode": self.torch_compile_mode not in ("reduce-overhead", "max-autotune"),
             "torch_compile_backend": self.torch_compile_backend != "cudagraphs",
-            # Their updates or modes are part of a step.
-            "optim": not str(getattr(self.optim, "value", self.optim)).startswith(
-                ("lomo", "adalomo", "schedule_free")
-            ),
+            # The updates or modes of these are part of a step.
+            "optim": not optimizer.startswith(("lomo", "adalomo", "schedule_free")),
         }
         if missed := [name for name, fine in followed.items() if not fine]:
             value = getattr(self, missed[0])
