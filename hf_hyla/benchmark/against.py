@@ -68,13 +68,14 @@ def compare_with(
         other_folder = stack.enter_context(_folder(other))
         other_name = Path(other).resolve().name if Path(other).is_dir() else other
         drivers = {}
-        for name, folder in {"this checkout": _CHECKOUT, other_name: other_folder}.items():
+        # The other version first, since it may not start.
+        for name, folder in {other_name: other_folder, "this checkout": _CHECKOUT}.items():
             say(f"starts {name}")
             drivers[name] = stack.enter_context(_driver(name, folder, asked | {"recipe": str(folder / file)}))
         precision = "bfloat16 autocast" if bf16 else "float32"
         for workload in ("attention", "step"):
             meter.compare(
-                {name: partial(driver, workload) for name, driver in drivers.items()},
+                {name: partial(drivers[name], workload) for name in ("this checkout", other_name)},
                 against=(other_name,),
                 facts={"part": "against", "work": f"{workload} of {file.parent.name}/{file.stem}, {precision}"},
             )
