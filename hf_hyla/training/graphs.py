@@ -83,8 +83,8 @@ class GraphedStep:
     last one of an epoch, are computed as usual.
 
     Args:
-        step: adds the gradients of a model for a batch and the number of its labels to those that there are, and returns the
-            loss.
+        step: computes the loss of a model for a batch and the number of its labels, adds its gradients to those of the
+            parameters, and returns it.
     """
 
     def __init__(self, step: Callable[[nn.Module, dict[str, torch.Tensor], torch.Tensor | None], torch.Tensor]):

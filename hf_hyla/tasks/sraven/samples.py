@@ -269,7 +269,10 @@ class SravenTask(Task):
     def text_columns(self, split: str, indices: np.ndarray, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Puzzles as prompts and answers. The worked examples of a prompt are puzzles of the split train."""
         worked = self.samples("train", worked_examples(indices))
-        return text_columns(samples, worked, self.combinations(split), self.num_values, self.permute)
+        combinations = self.combinations(split)
+        return text_columns(
+            samples, worked, combinations=combinations, num_values=self.num_values, permute=self.permute
+        )
 
     def show(self, sample: dict[str, np.ndarray]) -> str:
         panels = cells(sample["input_ids"][None], sample["labels"][None])[0].tolist()

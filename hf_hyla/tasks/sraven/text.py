@@ -42,6 +42,7 @@ def worked_examples(indices: np.ndarray) -> np.ndarray:
 def text_columns(
     samples: dict[str, np.ndarray],
     worked: dict[str, np.ndarray],
+    *,
     combinations: list[tuple[int, ...]],
     num_values: int,
     permute: bool,
