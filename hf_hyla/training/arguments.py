@@ -41,8 +41,9 @@ class HylaTrainingArguments(TrainingArguments):
             Samples per split for the curve during training. The evaluation at the end uses the paper's number.
         cuda_graphs (`bool`, *optional*, defaults to `False`):
             Record a training step as CUDA graphs and replay it, see `Recorded`. For one NVIDIA GPU and batches of one shape, and
-            not for padded batches of a classifier. The result is the same up to rounding. What a callback changes in the model
-            after the first steps, such as frozen layers or a rate of dropout, has no effect.
+            not for padded batches of a classifier or the load-balancing loss of experts. The result is the same up to rounding.
+            What a callback changes in the model after the first steps, such as frozen layers or a rate of dropout, has no
+            effect.
 
     Raises:
         ValueError: for settings that contradict each other.

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..utils import one_line
 
@@ -14,6 +15,18 @@ WARM_UP_CALLS = 3
 _NUM_ITEMS = "num_items_in_batch"
 
 Result = TypeVar("Result")
+
+
+def refuse_balancing_loss(config: PreTrainedConfig | None) -> None:
+    """
+    Raises:
+        ValueError: if the loss of a model with this config cannot be recorded.
+    """
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "cuda_graphs cannot record the load-balancing loss of a mixture of experts, for which transformers copies a tensor "
+            "from the CPU: leave cuda_graphs out, or set the model's output_router_logits to false."
+        )
 
 
 class Recorded:

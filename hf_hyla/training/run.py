@@ -26,6 +26,7 @@ from ..tasks import Task, TaskDataset
 from ..utils import no_score, one_line, write_whole
 from .arguments import HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
+from .graphs import refuse_balancing_loss
 from .processes import check_launch, on_main
 from .progress import RunProgress
 from .recipe import Recipe, read_sections
@@ -123,12 +124,14 @@ def check_before_start(recipe: Recipe) -> None:
             "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave "
             "it out."
         )
-    if recipe.trainer.get("cuda_graphs") and (on_cpu or PartialState().device.type != "cuda"):
-        raise ValueError(
-            "trainer.cuda_graphs needs an NVIDIA GPU, and this run would be on another device: leave it out."
-        )
-    if recipe.trainer.get("cuda_graphs") and PartialState().num_processes > 1:
-        raise ValueError("trainer.cuda_graphs is for a single process: leave it out, or launch one.")
+    if recipe.trainer.get("cuda_graphs"):
+        refuse_balancing_loss(recipe.config)
+        if on_cpu or PartialState().device.type != "cuda":
+            raise ValueError(
+                "trainer.cuda_graphs needs an NVIDIA GPU, and this run would be on another device: leave it out."
+            )
+        if PartialState().num_processes > 1:
+            raise ValueError("trainer.cuda_graphs is for a single process: leave it out, or launch one.")
     asked = recipe.trainer.get("report_to") or []
     trackers = {asked} if isinstance(asked, str) else set(asked)
     if missing := sorted(trackers - {"all", "none", *get_available_reporting_integrations()}):

@@ -13,7 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from ..utils import one_line
 from .arguments import MUON, REFERENCE_SCHEDULE
 from .checkpoint import newest_whole
-from .graphs import GraphedStep
+from .graphs import GraphedStep, refuse_balancing_loss
 from .guard import Guard
 from .optimizers import muon_adamw, refuse_shards
 from .processes import keep_freed_memory, on_main
@@ -31,7 +31,7 @@ class HylaTrainer(Trainer):
 
     Raises:
         ValueError: for arguments that it would not follow: `push_to_hub`, `enable_jit_checkpoint`, `save_total_limit` 1,
-            sharded parameters with `optim="muon"`, and `cuda_graphs` without a GPU or on several.
+            sharded parameters with `optim="muon"`, and `cuda_graphs` without a GPU, on several, or with a load-balancing loss.
     """
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *rest, **kwargs):
@@ -81,6 +81,7 @@ class HylaTrainer(Trainer):
 
     def _check_graphs(self) -> None:
         self.args.check_graphs()  # type: ignore[attr-defined]  # again, since an accelerator_config may have changed them
+        refuse_balancing_loss(getattr(self.model, "config", None))
         if self.args.device.type != "cuda":
             raise ValueError(
                 f"cuda_graphs needs an NVIDIA GPU, but training is on the {self.args.device.type}: leave it out."

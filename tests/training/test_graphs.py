@@ -224,6 +224,13 @@ def test_refused_without_a_gpu_and_with_accumulation_by_another_name(tmp_path):
         make_trainer(tmp_path, model=small(0.0), cuda_graphs=True, use_cpu=True, accelerator_config=accumulating)
 
 
+def test_the_loss_of_routers_is_refused(tmp_path):
+    model = small(0.0)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="cuda_graphs cannot record the load-balancing loss of a mixture of experts"):
+        make_trainer(tmp_path, model=model, cuda_graphs=True, use_cpu=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnAGpu:
     @pytest.mark.parametrize(

@@ -154,13 +154,30 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("command", [["--dry-run"], ["--output", "{folder}/run"]], ids=["dry run", "run"])
-def test_float16_is_refused_on_a_cpu_before_anything_is_written(tmp_path, capsys, command):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"trainer.fp16": "true"},
+            "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave",
+        ),
+        (
+            {"trainer.cuda_graphs": "true"},
+            "trainer.cuda_graphs needs an NVIDIA GPU, and this run would be on another device",
+        ),
+        (
+            {"trainer.cuda_graphs": "true", "model.ffn_type": "moe", "model.output_router_logits": "true"},
+            "cuda_graphs cannot record the load-balancing loss of a mixture of experts",
+        ),
+    ],
+    ids=["fp16", "CUDA graphs", "CUDA graphs of experts"],
+)
+def test_what_a_machine_cannot_do_is_refused_before_anything_is_written(tmp_path, capsys, command, settings, message):
     recipe_in(tmp_path)
     command = [part.format(folder=tmp_path) for part in command]
-    assert main(["train", str(tmp_path / "tiny.yaml"), *command, "--trainer.fp16", "true"]) == 2
-    assert (
-        "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same." in capsys.readouterr().err
-    )
+    overrides = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    assert main(["train", str(tmp_path / "tiny.yaml"), *command, *overrides]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
