@@ -141,6 +141,9 @@ def test_the_table_of_trials_comes_from_their_records():
         for record in records.values()
     ]
     section = RECIPES.partition("### Trials with Muon on SRAVEN")[2].partition("###")[0]
+    of_sweep = [record for record in records.values() if record["steps"] == 8000]
+    of_sweep = [record for record in of_sweep if not record["recipe"]["trainer"].get("bf16")]
+    assert f"{len(of_sweep)} of the 33 have been run" in " ".join(section.split())
     row = r"^\| [^|]* \| [^|]* \| ([\d,]+) \| (0\.\d+) \| (0\.\d+) \|$"
     assert sorted(re.findall(row, section, flags=re.MULTILINE)) == sorted(found) != []
 
@@ -212,11 +215,35 @@ def test_the_table_of_language_models_comes_from_their_records():
 
 
 def test_the_means_in_bfloat16_come_from_their_records():
-    for bf16 in (True, False):
-        paths = sorted((PROJECT / "recipes/results/logic-demo-bf16").glob(f"bf16={bf16}-*.json"))
-        scores = [json.loads(path.read_text())["metrics"]["ood"]["r2"] for path in paths]
-        mean, error = statistics.fmean(scores), statistics.stdev(scores) / len(scores) ** 0.5
-        assert len(scores) == 3 and f"{mean:.4f} ± {error:.4f}" in " ".join(RECIPES.split())
+    for folder, metric in {"sraven-bf16": "accuracy", "logic-demo-bf16": "r2"}.items():
+        shown = []
+        for bf16 in (True, False):
+            paths = sorted((PROJECT / "recipes/results" / folder).glob(f"bf16={bf16}-*.json"))
+            records = [json.loads(path.read_text()) for path in paths]
+            assert [record["seeds"]["trainer"] for record in records] == [0, 1, 2]
+            assert {record["recipe"]["trainer"].get("bf16", False) for record in records} == {bf16}
+            scores = [record["metrics"]["ood"][metric] for record in records]
+            shown.append(f"{statistics.fmean(scores):.4f} ± {statistics.stdev(scores) / len(scores) ** 0.5:.4f}")
+        assert f" | {' | '.join(shown)} | `results/{folder}/` |" in RECIPES
+
+
+def test_how_little_a_trial_tells_comes_from_the_records_of_one_recipe_and_seed():
+    on_cpu = record_of("sraven-muon-trials", "hyla-attention_dropout=0.0-attention_out_multiplier=0.03125")
+    on_gpu = record_of("sraven-bf16", "bf16=False-0")
+    assert on_cpu["seeds"] == on_gpu["seeds"] and on_cpu["data_fingerprint"] == on_gpu["data_fingerprint"]
+    long = [record_of("sraven-hyla-muon-max_steps=40000", seed) for seed in range(3)]
+    plain = record_of("sraven-muon-trials", "hyla-max_steps=40000")
+    cpu, gpu, least, most, without = (
+        f"{score:.4f}"
+        for score in [
+            *(record["metrics"]["ood"]["accuracy"] for record in (on_cpu, on_gpu)),
+            *(choose(record["metrics"]["ood"]["accuracy"] for record in long) for choose in (min, max)),
+            plain["metrics"]["ood"]["accuracy"],
+        ]
+    )
+    text = " ".join(RECIPES.split())
+    assert f"reached {cpu} on a CPU. The same seed ended at {gpu} on an H100" in text
+    assert f"reach {least} to {most}, and the one without it reaches {without}" in text
 
 
 def test_the_effect_of_held_out_draws_comes_from_the_committed_scores_by_combination():
