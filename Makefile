@@ -26,7 +26,7 @@ demo: setup
 # Files of tests run side by side, each process with one thread, so that processes which tests start find free cores. There is one
 # process more than cores, up to four, since some tests wait.
 PROCESSES = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-SIDE_BY_SIDE = --numprocesses $(PROCESSES) --dist loadfile
+SIDE_BY_SIDE = --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 

@@ -15,10 +15,11 @@ SLOW = [
     "cli/test_start_up.py",
     "demo/test_browser.py",
     "demo/test_puzzles.py",
+    "hub/test_checks.py",
     "hub/test_end_to_end.py",
+    "hub/test_hostile_records.py",
     "hub/test_hub_cards.py",
     "hub/test_model_card.py",
-    "hub/test_hostile_records.py",
     "hub/test_publish.py",
     "hub/test_push_to_hub.py",
     "hub/test_spaces.py",
@@ -30,25 +31,24 @@ SLOW = [
     "model/test_mixed_precision.py",
     "model/test_mutations.py",
     "model/test_remote.py",
+    "model/test_text.py",
     "model/test_triton.py",
     "tasks/test_own_task.py",
-    "hub/test_checks.py",
-    "model/test_text.py",
-    "training/test_arguments.py",
-    "test_metrics.py",
-    "test_notebooks.py",
-    "test_package.py",
     "test_bench_against.py",
     "test_bench_products.py",
     "test_benchmark.py",
+    "test_metrics.py",
+    "test_notebooks.py",
+    "test_package.py",
     "test_readme.py",
-    "training/test_sweep.py",
+    "training/test_arguments.py",
     "training/test_optimizers.py",
     "training/test_processes.py",
     "training/test_ranks.py",
     "training/test_resume.py",
     "training/test_run.py",
     "training/test_sharding.py",
+    "training/test_sweep.py",
     "training/test_text_runs.py",
     "training/test_trainer.py",
     "training/test_weights.py",
@@ -56,10 +56,11 @@ SLOW = [
 
 
 def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
+    slow = {Path(__file__).parent / name for name in SLOW}
     for item in items:
-        if item.path.relative_to(here).as_posix() in SLOW:
+        if item.path in slow:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path not in slow)  # so that files that run side by side end at about the same time
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,54 +15,96 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from hf_hyla import HylaConfig, HylaForCausalLM, HylaForSequenceClassification, HylaModel, SymbolicReasoningPipeline
 
 
-REPOSITORY, COMMIT = "somebody/some-hyla", "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CODE = {
     "attention_hyla.py", "configuration_hyla.py", "inputs_hyla.py", "layers_hyla.py", "losses_hyla.py", "modeling_hyla.py",
     "pipeline_hyla.py",
 }  # fmt: skip
+# Imports once, and runs every script in a copy of itself.
+INTERPRETER = """
+import sys
+sys.modules["hf_hyla"] = None  # any import of the package fails
+import json, os, torch, traceback
+from pathlib import Path
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import Trainer, TrainingArguments, pipeline, set_seed
+torch.set_num_threads(1)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)
+        sys.stdin = open(0, closefd=False)
+        code = 1
+        try:
+            home, repository, script = json.loads(line)
+            home = Path(home)
+            exec(script)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Interpreter:
+    """A process that cannot import the package and has nothing but a cache in the layout of huggingface_hub."""
+
+    def __init__(self, home: Path):
+        self.cache, self._errors = home / "hub", home / "errors.txt"
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))
+        }
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", INTERPRETER],
+                cwd=home,
+                env={**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def run(self, home: Path, repository: str, script: str) -> None:
+        print(json.dumps([str(home), repository, textwrap.dedent(script)]), file=self._process.stdin, flush=True)
+        assert self._process.stdout.readline() == "0\n", self._errors.read_text()[-3000:]
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory):
+    running = Interpreter(tmp_path_factory.mktemp("home"))
+    yield running
+    running.close()
 
 
 class Repository:
     """A saved model in the layout in which huggingface_hub keeps what it has downloaded."""
 
-    def __init__(self, home: Path):
-        self.home = home
-        self.cache = home / "hub"
-        self.snapshot = self.cache / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots" / COMMIT
+    def __init__(self, home: Path, name: str, interpreter: Interpreter):
+        self.home, self.name, self.cache = home, f"somebody/{name}", interpreter.cache
+        self.snapshot = self.cache / f"models--somebody--{name}" / "snapshots" / COMMIT
         self.model = make(value_depth=2, ffn_type="moe", pad_token_id=7, attention_dropout=0.1)
         self.model.save_pretrained(self.snapshot)
         reference = self.snapshot.parents[1] / "refs" / "main"
         reference.parent.mkdir()
         reference.write_text(COMMIT)
+        self._interpreter = interpreter
 
     def run(self, script: str) -> None:
-        """Runs a script in a process that cannot import the package and has nothing but the cache."""
-        start = f"""
-            import sys
-            sys.modules["hf_hyla"] = None  # any import of the package fails
-            import torch
-            from pathlib import Path
-            from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-            home, repository = Path(r"{self.home}"), "{REPOSITORY}"
-            """
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(script)],
-            cwd=self.home,
-            env={**environment, "HF_HOME": str(self.home), "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+        """Runs a script that knows a folder to write to, `home`, and the id of the repository, `repository`."""
+        self._interpreter.run(self.home, self.name, script)
 
 
 @pytest.fixture
-def repository(tmp_path):
-    return Repository(tmp_path)
+def repository(tmp_path, interpreter):
+    return Repository(tmp_path, tmp_path.name, interpreter)
 
 
 def test_a_repository_loads_by_its_id_without_the_package_and_saves_itself_completely(repository):
@@ -85,12 +127,15 @@ def test_a_repository_loads_by_its_id_without_the_package_and_saves_itself_compl
                 assert "trust_remote_code=True" in str(error), error
             else:
                 raise AssertionError(f"{auto.__name__} ran a repository's code without asking")
-        assert not list((home / "modules").rglob("*_hyla.py"))
+        name = repository.partition("/")[2]
+        code = lambda: [path for path in Path(os.environ["HF_HOME"], "modules").rglob("*_hyla.py") if name in path.parts]
+        assert not code()
 
         config = AutoConfig.from_pretrained(repository, trust_remote_code=True)
         assert type(config).__name__ == "HylaConfig" and "transformers_modules" in type(config).__module__
         for source in (repository, home / "again", home / "again base"):
             base = AutoModel.from_pretrained(source, trust_remote_code=True).eval()
+            assert code()
             model = AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True).eval()
             for loaded in (base, model):
                 assert "transformers_modules" in type(loaded).__module__, type(loaded)
@@ -124,8 +169,6 @@ def test_a_language_model_generates_by_the_repositorys_id_without_the_package(re
     generated = model.generate(ids(), max_new_tokens=5, do_sample=False)
     torch.save((ids(), generated, model(ids()).logits.detach()), repository.home / "expected.pt")
     repository.run("""
-        from transformers import AutoModelForCausalLM
-
         x, generated, logits = torch.load(home / "expected.pt")
         for source in (repository, home / "again"):
             model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
@@ -148,9 +191,6 @@ def test_the_pipeline_runs_by_the_repositorys_id_without_the_package(repository)
     solve = SymbolicReasoningPipeline(model=model, task="symbolic-reasoning", device="cpu")
     (repository.home / "expected.json").write_text(json.dumps([puzzle, solve(puzzle)]))
     repository.run("""
-        import json
-        from transformers import pipeline
-
         puzzle, expected = json.loads((home / "expected.json").read_text())
         try:
             pipeline("symbolic-reasoning", model=repository, trust_remote_code=False)
@@ -171,8 +211,6 @@ def test_the_pipeline_runs_by_the_repositorys_id_without_the_package(repository)
 
 def test_a_model_loaded_by_its_id_trains_and_resumes_without_the_package(repository):
     repository.run("""
-        from transformers import Trainer, TrainingArguments, set_seed
-
         draw = torch.Generator().manual_seed(0)
         samples = [{"input_ids": torch.randint(0, 7, (10,), generator=draw),
                     "labels": torch.randint(0, 8, (4,), generator=draw)} for _ in range(32)]
@@ -213,9 +251,9 @@ def test_with_the_package_installed_no_code_of_the_repository_runs(repository, m
     for name in CODE:
         (repository.snapshot / name).write_text("raise SystemExit('the code of the repository runs')\n")
     where = {"cache_dir": repository.cache, "trust_remote_code": trust}
-    assert type(AutoConfig.from_pretrained(REPOSITORY, **where)) is HylaConfig
-    base = AutoModel.from_pretrained(REPOSITORY, **where)
-    model = AutoModelForSequenceClassification.from_pretrained(REPOSITORY, **where)
+    assert type(AutoConfig.from_pretrained(repository.name, **where)) is HylaConfig
+    base = AutoModel.from_pretrained(repository.name, **where)
+    model = AutoModelForSequenceClassification.from_pretrained(repository.name, **where)
     assert type(base) is HylaModel and type(model) is HylaForSequenceClassification
     assert torch.equal(model(ids()).logits, repository.model(ids()).logits)
     assert torch.equal(base(ids()).last_hidden_state, repository.model.model(ids()).last_hidden_state)
