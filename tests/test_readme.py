@@ -118,9 +118,16 @@ def test_the_table_of_results_is_what_the_command_prints(capsys):
     assert f"$ hyla compare recipes/results\n{capsys.readouterr().out}```" in README
 
 
-def test_the_rows_of_table_a1_equal_the_sweeps_points_and_the_papers_values():
-    rows = re.findall(r"^\| \d+ \| [^|]* \| `(.*)` \| (.*) \| (.*) \|$", RECIPES, flags=re.MULTILINE)
-    for column, task in enumerate(("logic", "sraven"), start=1):
+def test_the_rows_of_table_a1_equal_the_sweeps_points_the_papers_values_and_the_records():
+    rows = re.findall(r"^\| \d+ \| [^|]* \| `(.*)` \| (.*) \| (.*) \| (.*) \|$", RECIPES, flags=re.MULTILINE)
+    folders = ("logic-softmax", "logic-linear", "logic-hyla", "logic-table-a1")
+    records = [
+        json.loads(path.read_text())
+        for folder in folders
+        for path in (PROJECT / "recipes" / "results" / folder).glob("*.json")
+    ]
+    assert {record["steps"] for record in records} == {50_000}
+    for column, task in ((1, "logic"), (3, "sraven")):
         points = [p.recipe for p in load_sweep(f"figures/{task}-table-a1").points if p.recipe.task.seed == 0]
         assert len(points) == len(rows) == len({paper_result(point.settings) for point in points}) == 13
         for point, row in zip(points, rows, strict=True):
@@ -130,6 +137,10 @@ def test_the_rows_of_table_a1_equal_the_sweeps_points_and_the_papers_values():
             assert point.config.to_dict() == base.config.to_dict()
             paper = paper_result(point.settings)
             assert row[column] == f"{paper.mean:.4f} ± {paper.standard_error:.4f}"
+            if task == "logic":
+                here = [r["metrics"]["ood"]["r2"] for r in records if paper_result(r["recipe"]) == paper]
+                error = f" ± {statistics.stdev(here) / len(here) ** 0.5:.4f}" if len(here) > 1 else ""
+                assert row[2] == (f"{statistics.fmean(here):.4f}{error} ({len(here)})" if here else "-")
 
 
 def test_the_table_of_trials_comes_from_their_records():
