@@ -23,6 +23,7 @@ from .typed_yaml import read_mapping
 
 
 _KEYS = ("base", "grid", "seeds")
+_SEEDS = ("task.seed", "trainer.seed")
 
 
 @dataclasses.dataclass
@@ -71,13 +72,23 @@ def load_sweep(path: str | Path) -> Sweep:
             if both := settings.keys() & chosen.keys():
                 raise ValueError(f"{path}: two axes of the grid set {both.pop()}.")
             settings |= chosen
+        if both := settings.keys() & set(_SEEDS):
+            raise ValueError(
+                f"{path}: the grid sets {both.pop()}, which seeds sets for every point: list its values in seeds instead."
+            )
         for seed in seeds:
-            overrides = {**settings, "task.seed": seed, "trainer.seed": seed}
+            overrides = {**settings, **dict.fromkeys(_SEEDS, seed)}
             texts = {key: json.dumps(value) for key, value in overrides.items()}
             slug = "-".join(f"{key.partition('.')[2]}={value}" for key, value in settings.items()) or "base"
             points.append(Point(f"{slug}/{seed}".replace(" ", ""), texts, load_recipe(base, texts)))
     if len({point.folder for point in points}) < len(points):
         raise ValueError(f"{path} names a point twice: remove the second.")
+    for point in points:
+        if point.recipe.trainer.get("push_to_hub"):
+            raise ValueError(
+                f"{path}: the runs of a sweep would replace each other in one repository, but push_to_hub is set: leave it out, and "
+                "publish the run that you choose by hyla publish."
+            )
     return Sweep(path.stem, Path(base), points)
 
 

@@ -192,7 +192,7 @@ def test_a_sweep_uses_only_the_visible_gpus(tmp_path, monkeypatch):
 def test_a_sweep_with_a_key_twice_is_refused(tmp_path):
     path = write(tmp_path, grid={}, seeds=[0])
     path.write_text(path.read_text() + "seeds: [1]\n")
-    with pytest.raises(ValueError, match="not valid YAML: the key 'seeds' stands there twice"):
+    with pytest.raises(ValueError, match="not valid YAML: the key 'seeds' occurs twice"):
         load_sweep(path)
 
 
@@ -208,6 +208,14 @@ def test_a_sweep_with_a_key_twice_is_refused(tmp_path):
         ({"grid": {"task.held_uot": [0.5]}, "seeds": [0]}, "no key 'held_uot' .did you mean 'held_out'"),
         ({"grid": {"task.held_out": [0.5, 0.99]}, "seeds": [0]}, "must occur in training"),
         ({"grid": {"task.held_out": [0.5, 0.5]}, "seeds": [0]}, "names a point twice"),
+        (
+            {"grid": {"trainer.seed": [0, 1]}, "seeds": [7]},
+            "the grid sets trainer.seed, which seeds sets for every point: list its values in seeds instead",
+        ),
+        (
+            {"grid": {"trainer.hub_model_id": ["a/b"], "trainer.push_to_hub": [True]}, "seeds": [0, 1]},
+            "the runs of a sweep would replace each other in one repository, but push_to_hub is set",
+        ),
         (
             {"grid": {"model.hidden_size": [16], "w": [{"model.hidden_size": 8}]}, "seeds": [0]},
             "two axes of the grid set",
