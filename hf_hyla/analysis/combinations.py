@@ -37,11 +37,12 @@ def score_by_combination(
     task.check_model(model.config)
     trained = Counter(part for combination in task.combinations("train") for part in set(combination))
     num_samples = len(task.dataset(split, num_samples))
-    read = next(name for name in task.model_columns if name != "labels")
+    read = next(name for name in task.model_columns if name not in task.label_columns)
     parts_column = task.parts_column
-    kept: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], read: [], parts_column: []}
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("logits", *task.label_columns, read, parts_column)}
     for batch in task_batches(task, split, num_samples, batch_size):
-        for name, column in (batch | {"logits": run(model, batch).logits.float().cpu()}).items():
+        logits = run(model, batch).logits.float().cpu()
+        for name, column in (batch | {"logits": task.predictions(logits, _labels(task, batch))}).items():
             if name in kept:
                 kept[name].append(column)
     columns = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
@@ -52,15 +53,22 @@ def score_by_combination(
     for group in range(groups.max() + 1):
         rows = groups == group
         parts = sorted(columns[parts_column][rows][0].tolist())
+        of_group = {name: column[rows] for name, column in columns.items()}
         found.append(
             {
                 "parts": parts,
                 "trained": [trained[part] for part in parts],
                 "num_samples": int(rows.sum()),
-                "scores": task.metrics(columns["logits"][rows], columns["labels"][rows], columns[read][rows]),
+                "scores": task.metrics(of_group["logits"], _labels(task, of_group), of_group[read]),
             }
         )
-    return sorted(found, key=lambda one: one["scores"][task.metric_names[0]])
+    return sorted(found, key=lambda one: one["scores"][task.metric_names[0]], reverse=not task.greater_is_better)
+
+
+def _labels(task: Task, columns: dict[str, Any]) -> Any:
+    """The labels as `Task.metrics` takes them: a column, or a tuple if there are several."""
+    labels = tuple(columns[name] for name in task.label_columns)
+    return labels if len(labels) > 1 else labels[0]
 
 
 def table(found: list[dict[str, Any]], metric: str) -> str:

@@ -1,5 +1,6 @@
 """The figures of a probe report, as PNG files, in colours that colour-blind readers can tell apart."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def _write(
         colour = "white" if dark[row, column] else "black"
         weight = "bold" if bold is not None and bold[row, column] else "normal"
         # Without the zero before the point, since cells have no room for it.
-        text = f"{round(value, digits) + 0.0:.{digits}f}".replace("0.", ".", 1).replace("-", "−")
+        text = re.sub(r"^(-?)0\.", r"\1.", f"{round(value, digits) + 0.0:.{digits}f}").replace("-", "−")
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour, fontweight=weight)
 
 

@@ -78,6 +78,11 @@ def probe_report(
     task.check_model(model.config)
     split = split or task.headline_split
     check_sizes(task, split, train_samples, num_samples)
+    if ablate and len(task.combinations(split)) < 2:
+        raise ValueError(
+            f"Ablations need several combinations for a standard error, but the split {split} has one: leave them out, or choose "
+            "another split."
+        )
     query = task.query_point(seed) if fixed_query else None
     if output:
         output.mkdir(parents=True, exist_ok=True)
@@ -117,7 +122,7 @@ def probe_report(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The probes' scores as text, a line for each subject, layer and metric, and the ablation's largest losses."""
+    """The probes' scores as text, a line for each subject, layer and metric, and the ablation's largest difference."""
     lines = [f"{'codes tell':<10}{'layer':>6}{'metric':>10}{'score':>17}{'shuffled':>17}{'chance':>8}"]
     for result in report["probes"]:
         layer = "all" if result["layer"] is None else result["layer"] + 1
@@ -134,10 +139,10 @@ def table(report: dict[str, Any]) -> str:
             )
     if ablation := report["ablation"]:
         without = np.array(ablation["without"])
-        layer, head = np.unravel_index(without.argmin(), without.shape)
+        layer, head = np.unravel_index(np.abs(without - ablation["whole"]).argmax(), without.shape)
         lines.append(
-            f"{report['split']}/{ablation['metric']} {ablation['whole']:.4f}; {without.min():.4f} when head {head + 1} of "
-            f"layer {layer + 1} has its mean code for all samples, the largest loss"
+            f"{report['split']}/{ablation['metric']} {ablation['whole']:.4f}; {without[layer, head]:.4f} when head {head + 1} of "
+            f"layer {layer + 1} has its mean code for all samples, the largest difference"
         )
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from hf_hyla.analysis import Codes, ablated, mean_codes, plots, probe_report, task_batches
 from hf_hyla.analysis.report import _ablation, table
@@ -257,6 +258,22 @@ def test_bad_input_ends_with_one_sentence_before_anything_is_computed(saved, cap
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hyla: ") and message in error
     assert not list(saved.rglob("probe.json"))
+
+
+def test_ablations_of_a_split_of_one_combination_are_refused_before_anything_is_computed(build, monkeypatch):
+    monkeypatch.setattr("hf_hyla.analysis.report.collect_codes", lambda *_, **__: pytest.fail("computed"))
+    task = get_task("sraven", num_features=2, held_out=0.03)
+    assert len(task.combinations("ood")) == 1
+    with pytest.raises(ValueError, match="the split ood has one: leave them out, or choose another split"):
+        probe_report(build(task), task, train_samples=1000, num_samples=1000, ablate=True)
+
+
+def test_cells_lose_only_the_zero_before_the_point():
+    axes = Figure().subplots()
+    matrix = np.array([[0.5, -0.25, 10.25], [-10.123, 100.5, -0.001]])
+    plots._write(axes, matrix, np.zeros_like(matrix, dtype=bool))
+    shown = [text.get_text() for text in axes.texts]
+    assert shown == [".50", "−.25", "10.25", "−10.12", "100.50", ".00"]
 
 
 @pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])

@@ -75,6 +75,24 @@ class SumTask(Task):
         prompts = [f"{a} + {b} = " for a, b in (samples["parts"] - [0, self.num_values]).tolist()]
         answers = [str(label) for label in samples["labels"].tolist()]
         return {"prompt": np.array(prompts, dtype=object), "answer_text": np.array(answers, dtype=object)}
+
+
+@dataclasses.dataclass
+class WeightedSumTask(SumTask):
+    """Sums whose errors are weighted by a second column of labels."""
+
+    model_columns = ("input_ids", "labels", "weights")
+    label_columns = ("labels", "weights")
+    metric_names = ("error",)
+    greater_is_better = False
+
+    def draw(self, split, indices):
+        samples = super().draw(split, indices)
+        return samples | {"weights": 1.0 + samples["parts"][:, 0]}
+
+    def metrics(self, logits, labels, inputs):
+        labels, weights = labels
+        return {"error": float(((logits.argmax(axis=-1) != labels) * weights).mean())}
 '''
 RECIPE = """
 task: {name: my_sums:SumTask, num_values: 4}
@@ -127,6 +145,28 @@ def test_a_users_task_is_evaluated_as_a_whole_and_by_combination(run, capsys):
     assert main(["evaluate", str(run), "--split", "ood", "--by-combination", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["combinations"]
     assert {tuple(one["parts"]) for one in found} == set(get_task(**RECORDED).combinations("ood"))
+
+
+def test_a_task_with_several_columns_of_labels_and_an_error_to_be_small(folder, capsys):
+    command = [
+        "train",
+        str(folder / "sums.yaml"),
+        "--task.name",
+        "my_sums:WeightedSumTask",
+        "--trainer.max_steps",
+        "12",
+    ]
+    output = folder / "weighted"
+    assert main([*command, "--output", str(output)]) == 0
+    scores = RunRecord.load(output).metrics["ood"]
+    assert set(scores) == {"loss", "error", "num_samples"}
+    capsys.readouterr()
+    assert main(["evaluate", str(output), "--split", "ood", "--by-combination", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["combinations"]
+    errors = [one["scores"]["error"] for one in found]
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) > 1  # the worst first
+    mean = sum(one["num_samples"] * error for one, error in zip(found, errors, strict=True)) / 300
+    assert mean == pytest.approx(scores["error"], abs=1e-6)
 
 
 def test_a_users_task_is_probed_and_gets_a_card_and_a_complete_repository(run, capsys):
