@@ -216,6 +216,15 @@ def test_a_dataset_holds_a_document_in_each_row(rows):
     assert documents_of(task, "test") == [text.upper() for text in TEXTS[30:]]
 
 
+def test_documents_of_the_test_split_are_left_out_of_training(rows, caplog):
+    task = get_task("text", dataset_name=str(rows), dataset_split="train[:10]", dataset_test_split="train[4:6]")
+    assert documents_of(task, "train") == TEXTS[:4] + TEXTS[6:10] and documents_of(task, "test") == TEXTS[4:6]
+    assert "2 of the 10 documents for training are left out" in caplog.text
+    task = get_task("text", dataset_name=str(rows), dataset_split="train[:10]", dataset_test_split="train")
+    with pytest.raises(ValueError, match=r"0 for train and 30 for test documents, .* or name other splits"):
+        task.dataset("train")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -259,6 +268,10 @@ def test_files_and_tokenizers_that_are_not_there_are_refused(folder, settings, e
         ({"text_column": "page"}, "text_column belongs to a dataset_name, which is missing"),
         ({"files": "a", "dataset_split": "test"}, "dataset_split belongs to a dataset_name"),
         ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
+        (
+            {"dataset_name": "b", "dataset_test_split": "test", "held_out": 0.1},
+            "held_out=0.1 has no effect, since dataset_test_split names the documents that are held out",
+        ),
         ({"sequence_length": 1}, "sequence_length must be 2 to"),
         ({"reference_split": True}, "text has none"),
         ({"dataset": "b"}, "has no setting 'dataset'"),

@@ -8,8 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ...utils import nearest, one_line
 
+
+logger = logging.get_logger(__name__)
 
 # Folders in the standard library's that not every interpreter has, or that do not belong to the library.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -26,7 +30,8 @@ def read_documents(
     held_out: float,
 ) -> Documents:
     """
-    The documents of the splits `train` and `test`, see `TextTask` for the arguments. Empty documents are left out.
+    The documents of the splits `train` and `test`, see `TextTask` for the arguments. Empty documents are left out, and so are
+    those of a dataset's training split that its test split holds as well.
 
     Raises:
         ValueError: if there are no documents, if one is not text, or if a split is empty.
@@ -38,7 +43,7 @@ def read_documents(
         if dataset_test_split is None:
             documents = _held_out(((text, text) for text in rows), held_out)
         else:
-            documents = {"train": rows, "test": of_split(dataset_test_split)}
+            documents = _apart(rows, of_split(dataset_test_split), dataset_name)
         named = f"The dataset {dataset_name}"
     elif files is not None:
         documents, named = _held_out(_local(files), held_out), f"files={files!r}"
@@ -47,9 +52,10 @@ def read_documents(
     documents = {split: [text for text in texts if text] for split, texts in documents.items()}
     if empty := [split for split, texts in documents.items() if not texts]:
         counts = " and ".join(f"{len(texts)} for {split}" for split, texts in documents.items())
+        change = f"change held_out, which is {held_out}" if dataset_test_split is None else "name other splits"
         raise ValueError(
             f"{named} has {counts} documents, but {empty[0]} needs at least one: each file or row is one document, so name more of "
-            f"them, or change held_out, which is {held_out}."
+            f"them, or {change}."
         )
     return documents
 
@@ -68,6 +74,18 @@ def _held_out(documents: Iterable[tuple[str, str]], held_out: float) -> Document
     for name, text in documents:
         splits["test" if is_held_out(name, held_out) else "train"].append(text)
     return splits
+
+
+def _apart(train: list[str], test: list[str], dataset: str) -> Documents:
+    """The splits of a dataset, with those documents left out of `train` that `test` holds as well."""
+    held_out = set(filter(None, test))
+    kept = [text for text in train if text not in held_out]
+    if len(kept) < len(train):
+        logger.warning(
+            f"{len(train) - len(kept):,} of the {len(train):,} documents for training are left out, since the dataset {dataset} "
+            "holds them in its test split as well."
+        )
+    return {"train": kept, "test": test}
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:

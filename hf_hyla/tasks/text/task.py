@@ -106,6 +106,11 @@ class TextTask(Task):
                 raise ValueError(
                     f"{setting} belongs to a dataset_name, which is missing: add it, or leave {setting} out."
                 )
+        if self.dataset_test_split is not None and self.held_out != type(self).held_out:
+            raise ValueError(
+                f"held_out={self.held_out} has no effect, since dataset_test_split names the documents that are held out: leave one "
+                "out."
+            )
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}.")
         if not 2 <= self.sequence_length <= _MAX_SEQUENCE_LENGTH:
