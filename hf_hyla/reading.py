@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                twice = f"the key {key.value!r} stands there twice"
+                twice = f"the key {key.value!r} occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -102,7 +102,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {key!r:.80} stands there twice")
+            raise ValueError(f"the key {key!r:.80} occurs twice")
         content[key] = value
     return content
 

@@ -107,7 +107,7 @@ def test_what_yaml_cannot_make_is_one_sentence(text):
 
 def test_a_key_that_stands_twice_in_json_is_refused_at_any_depth(tmp_path):
     (tmp_path / "x.json").write_text('{"a": [{"b": 1, "b": 2}]}')
-    with pytest.raises(ValueError, match="the key 'b' stands there twice"):
+    with pytest.raises(ValueError, match="the key 'b' occurs twice"):
         read_json(tmp_path / "x.json")
 
 

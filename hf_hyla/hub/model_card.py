@@ -54,7 +54,7 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
     files: dict[str, str | bytes] = {
         "README.md": text,
         "comparison.png": plots.over_samples([seeds, *baselines]),
-        CURVE_NAME: plots.learning_curve(run.record),
+        CURVE_NAME: plots.learning_curve(run.record, run.config.attention_dropout > 0),
     }
     if dataset := dataset_repo(run.task, repo_id):
         files[f".eval_results/{run.task.name}.yaml"] = _eval_results(run, dataset)

@@ -33,9 +33,12 @@ def task_settings(record: RunRecord) -> dict[str, Any]:
     return {key: value for key, value in without_seeds(record.recipe).items() if key.startswith("task.")}
 
 
-def learning_curve(record: RunRecord) -> bytes:
+def learning_curve(record: RunRecord, with_dropout: bool) -> bytes:
     """
     The training loss of a run and the scores of its splits, over training samples, two pictures a row.
+
+    Args:
+        with_dropout: whether the model was trained with dropout, which its training loss is then noted to include.
 
     Raises:
         ValueError: without matplotlib.
@@ -70,8 +73,7 @@ def learning_curve(record: RunRecord) -> bytes:
     for axes in places[len(named) :]:
         axes.remove()
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    dropout = record.recipe["model"].get("attention_dropout") != 0
-    note = "The loss on train is measured with dropout, and so is higher than without." if dropout else None
+    note = "The loss on train is measured with dropout, and so is higher than without." if with_dropout else None
     # Below the axes, where it covers no curve.
     figure.legend(
         lines.values(),

@@ -266,13 +266,14 @@ def code_of(commit: str | None) -> dict[str, str] | None:
     return {path.rpartition("/")[2]: f"sha256:{hashlib.sha256(code).hexdigest()}" for path, code in files.items()}
 
 
-def hardware() -> dict[str, Any]:
-    """What the run runs on, without anything that names the machine."""
+def hardware(device: torch.device | None = None) -> dict[str, Any]:
+    """What the run runs on, without anything that names the machine; by default on the GPU if there is one."""
+    on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name(device) if on_gpu else None,
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 

@@ -108,7 +108,7 @@ def import_module(module: str) -> None:
         importlib.import_module(module)
     except Exception as error:  # whatever the module's code raises
         raise ValueError(
-            f"The module {module} cannot be imported ({type(error).__name__}: {one_line(error)}): if it lies in this folder, put "
+            f"The module {module} cannot be imported ({type(error).__name__}: {one_line(error)}): if it is in this folder, put "
             "PYTHONPATH=. before the command."
         ) from error
 

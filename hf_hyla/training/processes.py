@@ -40,6 +40,7 @@ def check_launch() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """
     Makes glibc, if that is the C library, keep the memory that a training step frees for the next step, in huge pages.
@@ -58,7 +59,6 @@ def keep_freed_memory() -> None:
         _ask_for_huge_pages(libc, largest)
 
 
-@functools.cache
 def _ask_for_huge_pages(libc: ctypes.CDLL, largest: int) -> None:
     """Reserves the heap that training will use, without touching it, and asks the system to back it by huge pages."""
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p

@@ -88,7 +88,7 @@ _REFUSED_TRAINER = {
     **dict.fromkeys(("resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"), _BY_THE_RUN),
     **dict.fromkeys(("num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio"), _BY_MAX_STEPS),
     **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _PUBLISHED_ONCE),
-    "hub_token": "must never lie in a file: log in by `hf auth login`, or set HF_TOKEN",
+    "hub_token": "must never be stored in a file: log in by `hf auth login`, or set HF_TOKEN",
 }
 # Fields of a config that describe a saved model.
 _REFUSED_MODEL = dict.fromkeys(
@@ -112,6 +112,7 @@ _MINIMUM_TRAINER = {
     # A single checkpoint would be removed before the next one is whole.
     "save_total_limit": 2,
     **dict.fromkeys((BATCH_SIZE_KEY, "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    "dataloader_prefetch_factor": 1,
     **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "seed"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0),
@@ -148,9 +149,10 @@ class Recipe:
     """
     A checked recipe. `settings` is what the run record keeps: the four sections, with overrides applied.
 
-    `expect` is `None` if the recipe has no such section, or if an override changed anything but a seed, since the
-    expectation is then about another run. `data` is the folder, made by `hyla data`, that training samples are read from;
-    `None` if they are drawn. It is not part of `settings`, since both give the same samples and so the same run.
+    `expect` is `None` if the recipe has no such section, or if an override changed a setting that tells recipes apart (see
+    `tells_recipes_apart`), since the expectation is then about another run. `data` is the folder, made by `hyla data`, that
+    training samples are read from; `None` if they are drawn. It is not part of `settings`, since both give the same samples and
+    so the same run.
     """
 
     name: str

@@ -18,7 +18,7 @@ from transformers import EvalPrediction, PreTrainedModel, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 
-from ..model import HylaForSequenceClassification
+from ..model import HylaConfig, HylaForSequenceClassification
 from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
 from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, digests, environment, first_difference, hardware
@@ -90,6 +90,8 @@ def train(
             trainer.add_callback(RunProgress)
         if resume_from:
             _say_how_it_resumes(resume_from, args.world_size)
+        # Taken now, since the checkout may hold other code when the run ends.
+        begun_in, begun_on = environment(), hardware(args.device)
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             stop.check(trainer.state)
@@ -102,11 +104,11 @@ def train(
             num_parameters=model.num_parameters(),
             steps=trainer.state.global_step,
             samples_seen=recipe.num_training_samples,
-            seconds=max((entry["seconds"] for entry in curve), default=0.0),
+            seconds=max(entry.get("seconds", 0.0) for entry in trainer.state.log_history),
             metrics=metrics,
             curve=curve,
-            environment=environment(),
-            hardware=hardware(),
+            environment=begun_in,
+            hardware=begun_on,
             data_fingerprint=task.fingerprint(),
         )
         _write_results(trainer, record, task.processing_class, output)
@@ -237,7 +239,8 @@ def _write_results(trainer: HylaTrainer, record: RunRecord, tokenizer: Any, outp
             tokenizer.save_pretrained(output)
         record.digests = digests(output)
         if can_draw():
-            (output / CURVE_NAME).write_bytes(learning_curve(record))
+            config = cast(HylaConfig, trainer.model.config)  # type: ignore[union-attr]
+            (output / CURVE_NAME).write_bytes(learning_curve(record, with_dropout=config.attention_dropout > 0))
         else:
             _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
         record.save(output)  # last: it says that the run is finished
@@ -298,6 +301,8 @@ def training_data(recipe: Recipe) -> TaskDataset:
 def _metrics_of(task: Task, model: PreTrainedModel):
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = _logits(prediction.predictions), prediction.label_ids
+        if not np.isfinite(logits).all():
+            return {}  # a run ends at such weights, and `_evaluate_split` refuses them
         scores = task.metrics(logits, labels, cast(np.ndarray, prediction.inputs))
         if unknown := sorted(scores.keys() - {"loss", *task.metric_names}):
             raise ValueError(
@@ -308,7 +313,8 @@ def _metrics_of(task: Task, model: PreTrainedModel):
             return scores
         # The Trainer's own loss is a mean over batches. The last batch may be shorter or, with several processes, repeat
         # samples.
-        loss = model.loss_function(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+        first = labels[0] if isinstance(labels, tuple) else labels
+        loss = model.loss_function(torch.from_numpy(logits), torch.from_numpy(first)).item()
         return {"loss": loss, **scores}
 
     return compute_metrics
@@ -342,11 +348,12 @@ def _curve(history: list[dict], splits: list[str]) -> list[dict[str, float]]:
         point = {
             name: entry[name] for name in ("step", "seconds", "loss", "learning_rate", "grad_norm") if name in entry
         }
-        for split in splits:
-            prefix = f"eval_{split}_"
-            for name, value in entry.items():
-                if name.startswith(prefix) and name.removeprefix(prefix) not in _TIMINGS:
-                    point[f"{split}/{name.removeprefix(prefix)}"] = value
+        for name, value in entry.items():
+            # The name of a split may begin with that of another.
+            split = max((split for split in splits if name.startswith(f"eval_{split}_")), key=len, default=None)
+            metric = name.removeprefix(f"eval_{split}_")
+            if split is not None and metric not in _TIMINGS:
+                point[f"{split}/{metric}"] = value
         if len(point) > 2:  # more than step and seconds
             curve.append({name: value for name, value in point.items() if math.isfinite(value)})
     return curve

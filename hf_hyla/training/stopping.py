@@ -85,6 +85,8 @@ class StopRequests(TrainerCallback):
         now = monotonic()
         # Evaluations and checkpoints count as part of the step before them.
         self._longest, self._last = max(self._longest, now - self._last), now
+        # What follows training may be stopped or fail, so the last step is saved even if `save_strategy` is "no".
+        control.should_save |= state.global_step >= state.max_steps
         processes = PartialState()
         steps = 1 if processes.num_processes == 1 else _STEPS_PER_QUESTION
         if state.global_step % steps:

@@ -8,7 +8,7 @@ def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     What a model's continuation of a prompt scores; means over puzzles are taken by the harness.
 
     Returns:
-        `accuracy`, whether the numbers that the first line begins with are the answer; `feature_accuracy`, the fraction of right
+        `accuracy`, whether the first numbers of the first line are the answer; `feature_accuracy`, the fraction of right
         numbers; `accuracy_unique`, the accuracy, only for puzzles with one answer; `ideal_observer`, its accuracy.
     """
     right = [int(word) for word in doc["answer_text"].split()]

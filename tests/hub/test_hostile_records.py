@@ -76,7 +76,7 @@ def rendered(folder, record: dict, pictures: bool = True) -> str:
     table(compare([run.record]))
     if pictures:
         plots.over_samples([[run.record]])
-        plots.learning_curve(run.record)
+        plots.learning_curve(run.record, True)
     return text
 
 

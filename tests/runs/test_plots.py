@@ -34,7 +34,7 @@ def records(*names):
 
 def test_the_curve_shows_the_loss_and_every_metric_of_each_split_in_two_columns(figure_of):
     [record] = records("sraven-hyla-30k/0.json")
-    figure = figure_of(learning_curve, record)
+    figure = figure_of(learning_curve, record, True)
     assert [axes.get_title() for axes in figure.axes] == ["loss", "accuracy", "feature_accuracy", "accuracy_unique"]
     assert len({axes.get_window_extent().x0 for axes in figure.axes}) == 2 and figure.get_figwidth() == 8
     losses, scored, *_ = figure.axes
@@ -46,7 +46,7 @@ def test_the_curve_shows_the_loss_and_every_metric_of_each_split_in_two_columns(
 
 @pytest.mark.parametrize("name", ["logic-demo/0.json", "sraven-hyla-30k/0.json", "logic-hyla/0.json"])
 def test_ticks_of_the_loss_are_plain_numbers_and_the_legend_covers_no_curve(figure_of, name):
-    figure = figure_of(learning_curve, *records(name))
+    figure = figure_of(learning_curve, *records(name), True)
     losses, [legend] = figure.axes[0], figure.legends
     low, high = losses.get_ylim()
     ticks = [tick.get_text() for tick in losses.get_yticklabels() if low <= tick.get_position()[1] <= high]
@@ -56,9 +56,8 @@ def test_ticks_of_the_loss_are_plain_numbers_and_the_legend_covers_no_curve(figu
 
 def test_the_curve_says_that_training_has_dropout_where_it_has(figure_of):
     [record] = records("logic-demo/0.json")
-    assert "with dropout" in figure_of(learning_curve, record).legends[0].get_title().get_text()
-    record.recipe["model"]["attention_dropout"] = 0.0
-    assert "dropout" not in figure_of(learning_curve, record).legends[0].get_title().get_text()
+    assert "with dropout" in figure_of(learning_curve, record, True).legends[0].get_title().get_text()
+    assert "dropout" not in figure_of(learning_curve, record, False).legends[0].get_title().get_text()
 
 
 def test_a_picture_of_several_attentions_shows_their_scores_the_papers_and_the_ideal_observers(figure_of):
@@ -109,13 +108,13 @@ def test_the_command_draws_the_runs_of_one_task_and_refuses_others(tmp_path, cap
 
 def test_a_run_without_a_curve_is_drawn_too_and_the_same_run_gives_the_same_file():
     record = RunRecord.load(RECORD)
-    assert learning_curve(record) == learning_curve(record)
+    assert learning_curve(record, True) == learning_curve(record, True)
     record.curve = []
-    for picture in (learning_curve(record), over_samples([[record]])):
+    for picture in (learning_curve(record, True), over_samples([[record]])):
         assert picture.startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install hf-hyla\[analysis\]"):
-        learning_curve(RunRecord.load(RECORD))
+        learning_curve(RunRecord.load(RECORD), True)

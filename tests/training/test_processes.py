@@ -13,7 +13,7 @@ from forks import on_ranks
 from safetensors.torch import load_file
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
-from hf_hyla.training import HylaTrainer, HylaTrainingArguments
+from hf_hyla.training import HylaTrainer, HylaTrainingArguments, processes
 
 
 HEADS = {
@@ -101,6 +101,15 @@ def test_accumulation_and_processes_change_neither_loss_nor_gradient(runs, kind,
     expected, weights = (load_file(runs[run] / kind / "model.safetensors") for run in ("whole", way))
     for key in expected:
         torch.testing.assert_close(weights[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_of_training_is_reserved_once(monkeypatch):
+    reserved = []
+    monkeypatch.setattr(processes, "_ask_for_huge_pages", lambda libc, largest: reserved.append(largest))
+    processes.keep_freed_memory.cache_clear()
+    for _ in range(3):
+        processes.keep_freed_memory()
+    assert len(reserved) == (sys.platform == "linux")
 
 
 # Prints how many pages a step takes anew, as a share of those before, and the MiB in huge pages while it holds 128.

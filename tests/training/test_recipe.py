@@ -118,7 +118,7 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(trainer={"output_dir": "x"}), "'output_dir', which is set by --output"),
         (changed(trainer={"push_to_hub": True}), "push_to_hub needs trainer.hub_model_id"),
         (changed(trainer={"hub_strategy": "checkpoint"}), "never its checkpoints, which hold pickles"),
-        (changed(trainer={"hub_token": "x"}), "must never lie in a file"),
+        (changed(trainer={"hub_token": "x"}), "must never be stored in a file"),
         (changed(trainer={"num_train_epochs": 3}), "'num_train_epochs', which has no effect"),
         (changed(trainer={"optim": "muon"}), "trainer: optim 'muon' needs muon_learning_rate"),
         (
@@ -179,11 +179,12 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
             )
             for key in ("value", "tolerance")
         ),
-        ("task:\n  name: logic\n  name: sraven\n", "not valid YAML: the key 'name' stands there twice.*line 3"),
-        ("task: {}\ntask: {}\n", "not valid YAML: the key 'task' stands there twice"),
+        ("task:\n  name: logic\n  name: sraven\n", "not valid YAML: the key 'name' occurs twice.*line 3"),
+        ("task: {}\ntask: {}\n", "not valid YAML: the key 'task' occurs twice"),
         ("task: \x00", "not valid YAML"),
         (changed(trainer={"train_batch_size": 0}), "train_batch_size must be at least 1, got 0"),
         (changed(trainer={"learning_rate": -1.0}), "learning_rate must be at least 0"),
+        (changed(trainer={"dataloader_prefetch_factor": 0}), "dataloader_prefetch_factor must be at least 1, got 0"),
         (
             changed(trainer={"per_device_train_batch_size": 8}),
             "write train_batch_size, the samples of all of them, and",

@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
-from hf_hyla.training import RunRecord, evaluate, load_recipe, train
+from hf_hyla.training import HylaTrainer, RunRecord, evaluate, load_recipe, train
 from hf_hyla.training.checkpoint import claimed, seal
+from hf_hyla.training.run import _curve
 
 
 SECTIONS = {
@@ -73,7 +74,7 @@ def test_the_record_holds_the_recipe_and_the_scores(finished):
     assert set(record.metrics["ood"]) == {"loss", "r2", "num_samples"} and record.metrics["ood"]["num_samples"] == 64
     assert [point["step"] for point in record.curve if "loss" in point] == [2, 4, 6, 8]
     assert [point["step"] for point in record.curve if "ood/r2" in point] == [4, 8]
-    assert record.seconds == record.curve[-1]["seconds"] > 0
+    assert record.seconds >= record.curve[-1]["seconds"] > 0
     assert record.environment["torch"] == torch.__version__
     text = (finished / "run.json").read_text()
     assert str(finished.parent) not in text  # no path of the machine
@@ -142,6 +143,40 @@ def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, mess
     record = train(recipe_in(tmp_path, trainer={"max_steps": 6, "learning_rate": 5e-3}), run, overwrite=True)
     assert record.steps == 6
     assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_saves_and_logs_nothing_on_the_way_has_its_last_step_saved_and_its_time_recorded(tmp_path):
+    quiet = {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 200}
+    record = train(recipe_in(tmp_path, trainer=quiet), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint-8"]
+    assert record.seconds > 0 and not [point for point in record.curve if "loss" in point]
+
+
+def test_the_record_names_the_commit_and_the_hardware_that_the_run_began_with(tmp_path, monkeypatch):
+    commits = iter(["0" * 40, "1" * 40])
+    monkeypatch.setattr("hf_hyla.runs.record._git_commit", lambda: next(commits))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "some GPU")
+    trains = HylaTrainer.train
+
+    def while_a_gpu_appears(self, *args, **kwargs):
+        trains(self, *args, **kwargs)
+        next(commits)
+
+    monkeypatch.setattr(HylaTrainer, "train", while_a_gpu_appears)
+    record = train(recipe_in(tmp_path, trainer={"use_cpu": True}), tmp_path / "run")
+    assert record.environment["git_commit"] == "0" * 40 and record.hardware["accelerator"] is None
+
+
+def test_the_curve_tells_splits_apart_whose_names_begin_alike():
+    entry = {
+        "step": 4,
+        "seconds": 1.0,
+        "eval_ood_accuracy": 0.5,
+        "eval_ood_far_accuracy": 0.25,
+        "eval_ood_runtime": 9.0,
+    }
+    [point] = _curve([entry], ["ood", "ood_far"])
+    assert point == {"step": 4, "seconds": 1.0, "ood/accuracy": 0.5, "ood_far/accuracy": 0.25}
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

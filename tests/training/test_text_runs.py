@@ -94,6 +94,26 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(finished, texts, tmp_pat
     assert record.metrics == RunRecord.load(finished).metrics
 
 
+def test_a_model_whose_weights_are_not_finite_has_no_score(finished, texts, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(finished)
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(
+        FloatingPointError, match="answers on the split test are not all finite, so they have no score"
+    ):
+        evaluate(model, recipe_in(tmp_path, texts).task, "test")
+
+
+def test_the_curve_does_not_speak_of_dropout_that_the_model_lacks(texts, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "hf_hyla.training.run.learning_curve", lambda record, with_dropout: said.append(with_dropout) or b""
+    )
+    for dropout in (0.0, 0.1):
+        changes = {"model": {"attention_dropout": dropout} if dropout else {}, "trainer": {"max_steps": 5}}
+        train(recipe_in(tmp_path / str(dropout), texts, **changes), tmp_path / str(dropout) / "run")
+    assert said == [False, True]
+
+
 def test_a_lower_score_exceeds_what_was_expected(finished):
     record = RunRecord.load(finished)
     reached = record.metrics["test"]["bits_per_byte"]
