@@ -60,9 +60,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in slow:
             item.add_marker(pytest.mark.slow)
-    items.sort(
-        key=lambda item: item.path not in slow
-    )  # so that files that run side by side end at about the same time
+    # Files that run side by side then end at about the same time.
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
