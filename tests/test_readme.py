@@ -141,6 +141,8 @@ def test_the_rows_of_table_a1_equal_the_sweeps_points_the_papers_values_and_the_
                 here = [r["metrics"]["ood"]["r2"] for r in records if paper_result(r["recipe"]) == paper]
                 error = f" ± {statistics.stdev(here) / len(here) ** 0.5:.4f}" if len(here) > 1 else ""
                 assert row[2] == (f"{statistics.fmean(here):.4f}{error} ({len(here)})" if here else "-")
+    of_seed_0 = record_of("logic-hyla")["metrics"]["ood"]["r2"]
+    assert f"Rows with one seed have seed 0, where HYLA has {of_seed_0:.4f}." in RECIPES
 
 
 def test_the_table_of_trials_comes_from_their_records():
