@@ -8,6 +8,7 @@ import pytest
 import torch
 from model_helpers import HYLA, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, SOFTMAX, Case, Layer, filled_with_nan
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import backends_hyla, chunked_hyla, kernels_cpu_hyla, ops_cpu_hyla, tiles_cpu_hyla
@@ -411,18 +412,34 @@ def test_the_kernel_refuses_dtypes_that_differ():
         BACKENDS["hyla_cpu"](Layer(*HYLA[:3], None), query, query, query.double(), None, 0.5)
 
 
-def test_forward_mode_gradients_are_those_of_the_eager_implementation(monkeypatch):
+FORWARD_MODE = {
+    "hyla_cpu": Layer(*HYLA[:3], None),
+    "hyla_chunked": Layer("hyla", "rms_head", "gelu", None),
+    "hyla_sdpa": Layer(*SOFTMAX[:3], None),
+}
+
+
+@pytest.mark.parametrize("transform", ["dual", "jvp"])
+@pytest.mark.parametrize("fastest", FORWARD_MODE)
+def test_forward_mode_gradients_are_those_of_the_eager_implementation(monkeypatch, fastest, transform):
     monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
-    layer, (query, key, value, tangent) = Layer(*HYLA[:3], None), torch.randn(4, 2, 3, 9, 5, dtype=torch.float64)
+    monkeypatch.setattr(backends_hyla, "CHUNK_ELEMENTS", 0)
+    layer, (query, key, value, tangent) = FORWARD_MODE[fastest], torch.randn(4, 2, 3, 9, 5, dtype=torch.float64)
+    assert fastest_implementation(Call(layer, query, key, value, None, 0.5)) == fastest
 
     def along(backend):
         def attend(query):
             return BACKENDS[backend](layer, query, key, value, None, 0.5)[0]
 
-        return torch.func.jvp(attend, (query,), (tangent,))[1]
+        if transform == "jvp":
+            return torch.func.jvp(attend, (query,), (tangent,))[1]
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(attend(forward_ad.make_dual(query, tangent))).tangent
 
     assert along("eager").norm() > 0.1
     torch.testing.assert_close(along("hyla"), along("eager"))
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        along(fastest)
 
 
 @pytest.mark.parametrize("mask_shape", [(40, 40), (1, 40, 40)])

@@ -90,6 +90,19 @@ def test_weights_are_initialised_as_in_the_reference():
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_the_last_layers_position_biases_learn_even_if_nothing_before_them_does(attention_type):
+    model = make(num_answers=1, attention_type=attention_type).double().requires_grad_(False)
+    bias = model.model.layers[-1].self_attn.relative_attention_bias.requires_grad_()
+    gradients = []
+    for implementation in ("hyla", "eager"):
+        model.set_attn_implementation(implementation)
+        logits = model(ids(64, 20)).logits
+        gradients += torch.autograd.grad(logits.square().sum(), bias)
+    assert gradients[1].norm() > 0.1
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_the_output_of_attention_is_multiplied_before_it_is_added(attention_type):
     plain = make(attention_type=attention_type, scale=2.0).double().eval()
     multiplied = make(attention_type=attention_type, attention_out_multiplier=0.3).double().eval()
