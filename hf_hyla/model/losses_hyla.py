@@ -57,13 +57,15 @@ def classification_loss(
             f"{tuple(labels.shape)}."
         )
     reduction = "mean" if num_items_in_batch is None else "sum"
+    # Sums overflow in half precision.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "single_label_classification":
         if labels.is_floating_point():
             raise ValueError(
                 f"Classes must be integers, got labels of dtype {labels.dtype}: set problem_type='regression' in "
                 "the config to fit numbers."
             )
-        loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long(), reduction=reduction)
+        loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction=reduction)
     elif problem_type == "regression":
         loss = nn.functional.mse_loss(logits, labels.to(logits.dtype), reduction=reduction)
     else:
