@@ -173,9 +173,9 @@ class HylaAttention(nn.Module):
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
         with cpu_functions(hidden_states):
             query, key, value = self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        query = self.q_norm(query.view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
-        key = self.k_norm(key.view(batch, length, self.num_heads, -1)).transpose(1, 2)
-        value = value.view(batch, length, self.num_heads, -1).transpose(1, 2)
+        query = self.q_norm(query.view(*queries.shape[:2], self.num_heads, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(key.view(batch, length, self.num_heads, self.head_dim)).transpose(1, 2)
+        value = value.view(batch, length, self.num_heads, self.value_head_dim).transpose(1, 2)
         if self.config.position_type == "rotary" and position_embeddings is None:
             raise ValueError(
                 "A HylaAttention with position_type='rotary' needs position_embeddings, cosines and sines as HylaRotaryEmbedding "
@@ -216,7 +216,7 @@ class HylaAttention(nn.Module):
             position_bias=position_bias,
             **kwargs,
         )
-        output = output.reshape(*queries.shape[:2], -1)
+        output = output.flatten(2)
         with cpu_functions(output):
             return self.o_proj(output), codes
 

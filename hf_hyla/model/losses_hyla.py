@@ -77,7 +77,7 @@ def classification_loss(
 
 def balancing_loss(model: PreTrainedModel, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """
-    The load-balancing loss of a mixture of experts; `None` if there are no router logits.
+    The load-balancing loss of a mixture of experts; `None` if there are no router logits, or no tokens.
 
     Args:
         router_logits (tuple of `torch.Tensor` of shape (batch * sequence, experts)): one tensor for each layer.
@@ -87,7 +87,8 @@ def balancing_loss(model: PreTrainedModel, router_logits, attention_mask: torch.
     Raises:
         ValueError: if gradient checkpointing loses its gradient.
     """
-    if not router_logits:  # empty if a model without routers is asked for them
+    # A model without routers that is asked for their logits gives an empty tuple.
+    if not router_logits or not len(router_logits[0]):
         return None
     config = model.config
     is_token = None

@@ -6,7 +6,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from model_helpers import HYLA, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, SOFTMAX, Case, Layer, filled_with_nan
+from model_helpers import (
+    ATTENTION_TYPES,
+    HYLA,
+    HYLA_PLUS,
+    LINEAR,
+    ROW_IDS,
+    ROWS,
+    SOFTMAX,
+    Case,
+    Layer,
+    filled_with_nan,
+    ids,
+    make,
+)
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -514,6 +527,34 @@ def test_a_model_gives_the_same_answers_and_codes_by_every_backend():
     model.set_attn_implementation("hyla_sdpa")
     with pytest.raises(ValueError, match="cannot compute this layer"):
         model(input_ids=ids)
+
+
+EMPTY = [
+    *(
+        ({"attention_type": name}, backend)
+        for name in ATTENTION_TYPES
+        for backend in ("hyla", "eager", "hyla_chunked", "hyla_cpu")
+    ),
+    ({"attention_type": "softmax", "attention_dropout": 0.0}, "hyla_sdpa"),
+    ({"value_depth": 2}, "hyla_cpu"),
+    ({"num_answers": 1, "qk_norm": True}, "hyla"),
+    ({"ffn_type": "moe", "output_router_logits": True}, "hyla"),
+]
+
+
+@pytest.mark.usefixtures("one_size_of_tiles")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("settings", "backend"), EMPTY)
+def test_an_empty_batch_gives_empty_logits_and_gradients_of_zero(settings, backend, masked):
+    model = make(num_attention_heads=5, head_dim=4, value_head_dim=4, **settings).train()
+    model.set_attn_implementation(backend)
+    answers = () if model.config.num_answers == 1 else (4,)
+    labels = torch.zeros(0, *answers, dtype=torch.long)
+    mask = torch.ones(0, 8, dtype=torch.long) if masked else None
+    out = model(ids(0, 8), attention_mask=mask, labels=labels, num_items_in_batch=4)
+    assert out.logits.shape == (0, *answers, 8) and out.loss == 0
+    out.loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
 def test_the_operators_of_the_kernel_pass_torchs_opcheck():
