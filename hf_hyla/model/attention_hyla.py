@@ -192,8 +192,8 @@ def attention_codes(
         scaled = scores.to(norm_dtype) * scale
         mean_square = scaled.square().mean(dim=1, keepdim=True) + RMS_HEAD_EPS * scale**2
         # Not rsqrt: its gradient contains the cube of the result, which is 0 for large scores.
-        scores = (scaled * mean_square.sqrt().reciprocal()).to(query.dtype)
-    return scores
+        scores = scaled * mean_square.sqrt().reciprocal()
+    return scores.to(query.dtype)
 
 
 def mixed_values(codes: torch.Tensor, value: torch.Tensor, activation: nn.Module | None) -> torch.Tensor:
