@@ -289,12 +289,6 @@ def fastest_implementation(call: Call) -> str:
     return "hyla_chunked" if chunked else "eager"
 
 
-def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, position_bias) -> str | None:
-    """Why the kernel cannot compute this layer here, or `None` if it can."""
-    call = Call(module, query, key, value, attention_mask, module.scaling, position_bias=position_bias)
-    return IMPLEMENTATIONS[kernel].problem(call)
-
-
 # The definition has its own function, and no model has single queries only.
 _NOT_BY_NAME = ("eager", "hyla_step")
 BACKENDS: dict[str, Callable] = {
