@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..model.attention_hyla import by_pair, eager_attention_forward, largest_intermediate
-from ..model.backends_hyla import BACKENDS, kernel_problem
+from ..model.backends_hyla import BACKENDS, IMPLEMENTATIONS, Call
 from ..model.configuration_hyla import HylaConfig
 from ..model.layers_hyla import HylaAttention
 from .meter import SEED, Meter, available_bytes, in_a_line
@@ -80,8 +80,7 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
         )
         if shape.dtype != torch.float32:
             return meter.skip(what, "in half precision the others are held to the errors of the eager implementation.")
-    query, key, value, bias = (inputs[name] for name in ("query", "key", "value", "position_bias"))
-    if problem := kernel_problem(fused, hyla, query, key, value, attention_mask=None, position_bias=bias):
+    if problem := kernel_problem(fused, hyla, inputs):
         meter.skip(f"{what}, fused", f"{problem}.")
     else:
         hyla_subjects["fused"] = (backends[fused], inputs)
@@ -132,6 +131,13 @@ def _inputs(shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
     leaves = {name: draw(*size).transpose(1, 2) for name in ("query", "key", "value")}
     leaves["position_bias"] = draw(shape.heads, 2 * shape.length - 1)
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()} | {"gradient": draw(*size)}
+
+
+def kernel_problem(kernel: str, layer: HylaAttention, inputs: dict[str, torch.Tensor]) -> str | None:
+    """Why the kernel cannot compute this layer here, or `None` if it can."""
+    query, key, value, bias = (inputs[name] for name in ("query", "key", "value", "position_bias"))
+    call = Call(layer, query, key, value, attention_mask=None, scaling=layer.scaling, position_bias=bias)
+    return IMPLEMENTATIONS[kernel].problem(call)
 
 
 def _apply(attention: Callable, layer: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -48,8 +48,8 @@ def relative_position_buckets(
     `num_buckets`, from which on all share the last one.
 
     Args:
-        first_query (`int` or `torch.LongTensor` of shape (), *optional*): the place among the keys of the first query. Where
-            it is `None`, the last query stands beside the last key.
+        first_query (`int` or `torch.LongTensor` of shape (), *optional*): position of the first query among the keys. If `None`,
+            the last query is aligned with the last key.
 
     Returns:
         `torch.LongTensor` of shape (query + key - 1,), values 0 to `num_buckets - 1`, by diagonal as in `by_pair`.
@@ -144,7 +144,7 @@ def attended(attention_mask: torch.Tensor) -> torch.Tensor:
     The mask as booleans, True where a query attends to a key. In a mask of integers, 1 attends and 0 does not. In a mask of
     floats, as transformers makes them, 0.0 attends and negative values do not.
 
-    Biases are not masks. They belong into `position_bias`.
+    Biases are not masks. They belong in `position_bias`.
     """
     if attention_mask.dtype == torch.bool:
         return attention_mask
@@ -192,8 +192,8 @@ def attention_codes(
         scaled = scores.to(norm_dtype) * scale
         mean_square = scaled.square().mean(dim=1, keepdim=True) + RMS_HEAD_EPS * scale**2
         # Not rsqrt: its gradient contains the cube of the result, which is 0 for large scores.
-        scores = (scaled * mean_square.sqrt().reciprocal()).to(query.dtype)
-    return scores
+        scores = scaled * mean_square.sqrt().reciprocal()
+    return scores.to(query.dtype)
 
 
 def mixed_values(codes: torch.Tensor, value: torch.Tensor, activation: nn.Module | None) -> torch.Tensor:

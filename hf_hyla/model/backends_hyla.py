@@ -95,11 +95,16 @@ def _no_problem(call: Call) -> None:
 
 
 def _transform_problem(call: Call) -> str | None:
-    """Why only the eager implementation can compute a call inside a transform of torch.func, or `None` outside of one."""
+    """
+    Why only the eager implementation can compute a call that is transformed by torch.func or differentiated in forward mode, or
+    `None` for other calls.
+    """
     if torch.compiler.is_compiling():
         return None
     if any(map(is_functorch_wrapped_tensor, filter(torch.is_tensor, (*call[1:5], *_differentiable(call))))):
         return "it cannot be transformed by torch.func (vmap, grad, jvp); attn_implementation='eager' can"
+    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in _differentiable(call)):
+        return "it has no forward-mode gradient; attn_implementation='eager' has one"
     return None
 
 
@@ -191,11 +196,6 @@ def _kernel_problem(own_problem: Callable[..., str | None], call: Call) -> str |
             return f"it takes {name} in the dtype of the queries, {query.dtype}{wide}, not {tensor.dtype}"
     if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
         return "it takes one mask for all heads"
-    differentiated = (query, key, value, bias, module.value_mixing)
-    if not torch.compiler.is_compiling() and any(
-        x is not None and unpack_dual(x).tangent is not None for x in differentiated
-    ):
-        return "it has no forward-mode gradient"
     return own_problem(query, key, value, module.value_mixing)
 
 
@@ -212,7 +212,7 @@ def _step_problem(call: Call) -> str | None:
         return "it takes position biases by diagonal"
     if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1):
         return "it takes one mask for all heads"
-    return step_problem(call.module, call.query, call.key, call.value)
+    return _transform_problem(call) or step_problem(call.module, call.query, call.key, call.value, bias)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -287,12 +287,6 @@ def fastest_implementation(call: Call) -> str:
         logger.warning_once(f"Attention is computed without a fused kernel: {problem}.")
     chunked = elements > CHUNK_ELEMENTS and IMPLEMENTATIONS["hyla_chunked"].problem(call) is None
     return "hyla_chunked" if chunked else "eager"
-
-
-def kernel_problem(kernel: str, module: Any, query, key, value, attention_mask, position_bias) -> str | None:
-    """Why the kernel cannot compute this layer here, or `None` if it can."""
-    call = Call(module, query, key, value, attention_mask, module.scaling, position_bias=position_bias)
-    return IMPLEMENTATIONS[kernel].problem(call)
 
 
 # The definition has its own function, and no model has single queries only.

@@ -110,9 +110,9 @@ class HylaConfig(PreTrainedConfig):
         attention_dropout (`float`, *optional*, defaults to 0.1):
             Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
         attention_out_multiplier (`float`, *optional*, defaults to 1.0):
-            Factor of the output of attention before it is added to the hidden states. It is not in the paper. If scores are not
-            normalised over keys, outputs grow with the number of keys and heads. When training starts, they are tens of times
-            as large as softmax attention's in the paper's model.
+            Factor by which the output of attention is multiplied before it is added to the hidden states. It is not in the
+            paper. If scores are not normalised over keys, outputs grow with the number of keys and heads. When training
+            starts, they are tens of times as large as softmax attention's in the paper's model.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
         intermediate_size (`int`, *optional*, defaults to 256):
@@ -130,11 +130,11 @@ class HylaConfig(PreTrainedConfig):
         norm_type (`str`, *optional*, defaults to `"layer_norm"`):
             Norm inside the layers, `"layer_norm"` or `"rms_norm"`. The final norm is always a LayerNorm.
         norm_eps (`float`, *optional*, defaults to 1e-6):
-            Added to the variance in every norm.
+            Epsilon of every LayerNorm and RMSNorm. RMSHead has its own, 1e-6.
         num_answers (`int`, *optional*, defaults to 4):
             How many of the last tokens carry an answer of the classification head.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether the head of a language model has the table of embeddings for its weights.
+            Whether a language model's head shares its weights with the token embeddings.
         lm_head_bias (`bool`, *optional*, defaults to `False`):
             Whether the head of a language model adds a bias.
         scale_logits (`bool`, *optional*):

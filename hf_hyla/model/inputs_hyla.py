@@ -223,8 +223,8 @@ def _sees_all(config: HylaConfig, hidden_states, attention_mask, cache: Cache | 
 
 def check_is_0_or_1(attention_mask: torch.Tensor) -> None:
     """
-    Raises a ValueError, on the CPU, for a mask of padding with other values, as numbers of sequences and masks that are added
-    to scores have them.
+    Raises a ValueError, on the CPU, for a mask of padding with other values, such as sequence numbers of packed rows, or an
+    additive mask.
     """
     # On a GPU a look at the values would stall the queue of kernels.
     if attention_mask.dtype == torch.bool or attention_mask.device.type != "cpu" or is_torchdynamo_compiling():

@@ -77,10 +77,12 @@ class HylaAttention(nn.Module):
         config (`HylaConfig`): `hidden_size`, `num_attention_heads`, `head_dim` and `value_head_dim` are the sizes. They do
             not depend on each other: `None` for a head's width means `hidden_size / num_attention_heads`. `attention_type`,
             `score_norm`, `value_activation`, `value_depth` and `qk_norm` (with `norm_eps`) say which attention it is.
-            `attention_dropout`, 0.1 by default, drops pairs in training. `is_causal` hides later tokens. With
-            `position_type="relative"`, the default, every head learns a bias for each of `relative_attention_num_buckets`
-            distances; `"none"` leaves positions to the model around. `attn_implementation` names the implementation, by
-            default the fastest. All other fields belong to whole models.
+            `attention_dropout`, 0.1 by default, drops pairs in training. `is_causal` hides later tokens, and
+            `sliding_window` all but the nearest earlier ones. With `position_type="relative"`, the default, every head
+            learns a bias for each of `relative_attention_num_buckets` distances. `"rotary"` needs `position_embeddings` in
+            every call. `"none"` leaves positions to the model around. `attn_implementation` names the implementation, by
+            default the fastest. `output_attentions` asks for the codes in every call. The remaining fields concern whole
+            models.
         layer_idx (`int`, *optional*, defaults to 0): the number of the layer.
 
     Raises:
@@ -173,9 +175,9 @@ class HylaAttention(nn.Module):
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
         with cpu_functions(hidden_states):
             query, key, value = self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        query = self.q_norm(query.view(*queries.shape[:2], self.num_heads, -1)).transpose(1, 2)
-        key = self.k_norm(key.view(batch, length, self.num_heads, -1)).transpose(1, 2)
-        value = value.view(batch, length, self.num_heads, -1).transpose(1, 2)
+        query = self.q_norm(query.view(*queries.shape[:2], self.num_heads, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(key.view(batch, length, self.num_heads, self.head_dim)).transpose(1, 2)
+        value = value.view(batch, length, self.num_heads, self.value_head_dim).transpose(1, 2)
         if self.config.position_type == "rotary" and position_embeddings is None:
             raise ValueError(
                 "A HylaAttention with position_type='rotary' needs position_embeddings, cosines and sines as HylaRotaryEmbedding "
@@ -216,7 +218,7 @@ class HylaAttention(nn.Module):
             position_bias=position_bias,
             **kwargs,
         )
-        output = output.reshape(*queries.shape[:2], -1)
+        output = output.flatten(2)
         with cpu_functions(output):
             return self.o_proj(output), codes
 

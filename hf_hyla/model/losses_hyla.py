@@ -57,13 +57,15 @@ def classification_loss(
             f"{tuple(labels.shape)}."
         )
     reduction = "mean" if num_items_in_batch is None else "sum"
+    # Sums overflow in half precision.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if problem_type == "single_label_classification":
         if labels.is_floating_point():
             raise ValueError(
                 f"Classes must be integers, got labels of dtype {labels.dtype}: set problem_type='regression' in "
                 "the config to fit numbers."
             )
-        loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long(), reduction=reduction)
+        loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), reduction=reduction)
     elif problem_type == "regression":
         loss = nn.functional.mse_loss(logits, labels.to(logits.dtype), reduction=reduction)
     else:
@@ -75,7 +77,7 @@ def classification_loss(
 
 def balancing_loss(model: PreTrainedModel, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """
-    The load-balancing loss of a mixture of experts; `None` if there are no router logits.
+    The load-balancing loss of a mixture of experts; `None` if there are no router logits, or no tokens.
 
     Args:
         router_logits (tuple of `torch.Tensor` of shape (batch * sequence, experts)): one tensor for each layer.
@@ -85,7 +87,8 @@ def balancing_loss(model: PreTrainedModel, router_logits, attention_mask: torch.
     Raises:
         ValueError: if gradient checkpointing loses its gradient.
     """
-    if not router_logits:  # empty if a model without routers is asked for them
+    # A model without routers that is asked for their logits gives an empty tuple.
+    if not router_logits or not len(router_logits[0]):
         return None
     config = model.config
     is_token = None

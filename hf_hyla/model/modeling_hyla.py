@@ -57,7 +57,7 @@ from .losses_hyla import add_balancing_loss, balancing_loss, classification_loss
 from .pipeline_hyla import SymbolicReasoningPipeline
 
 
-# What transformers-mlinter would have otherwise, here and below. TRF057: docstrings are written by hand, with shapes and
+# Deliberate deviations from transformers-mlinter's rules, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
 # the official implementation. TRF051: whoever asks for the eager implementation wants every token computed.
 # trf-ignore: TRF041 config.vocab_size, config.embedding_bias, config.position_type, config.is_causal, config.num_answers, config.scale_logits
@@ -90,7 +90,7 @@ class HylaPreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
-        The default is `"hyla"`, the fastest exact implementation. transformers' own functions would compute other attention.
+        The default is `"hyla"`, the fastest exact implementation. transformers' own functions would compute a different attention.
 
         Raises:
             ValueError: for a name that is not in `BACKENDS`.

@@ -111,7 +111,7 @@ def _prepare(
         "scaling": number(scaling * scale),
         "splits": splits,
     }
-    return arguments, shares(batch * splits, min(threads, batch * splits))
+    return arguments, shares(batch * splits, max(1, min(threads, batch * splits)))
 
 
 def shares(count: int, parts: int) -> list[tuple[int, int]]:

@@ -22,8 +22,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
 
 from .card_hyla import fill_in_card
+
+
+logger = logging.get_logger(__name__)
 
 
 GRID = 3
@@ -39,8 +43,8 @@ class SymbolicReasoningPipeline(Pipeline):
     A fuzzy logic model, with `input_size` in its config, takes truth tables. A table is 2 or more rows of `input_size`
     numbers in [0, 1]: a point, and the function's value there. The last value is `None`.
 
-    Arrays and tensors are taken as lists are. One puzzle or table gives a dict, a list of them a list of dicts, and an
-    iterator, a dataset or a column of one an iterator over dicts, with
+    Arrays and tensors are taken as lists are. One puzzle or table gives a dict. A list gives a list of dicts. An iterator, a
+    dataset, or a column of a dataset gives an iterator over dicts. Each dict holds
     - `answer`: a list of `num_answers` integers for a puzzle, a number for a table;
     - `scores`: for a puzzle, the probability of each value, a list per feature;
     - `codes`: with `return_codes=True`, the latent codes of the answer tokens, a tensor (layers, heads, answers, keys).
@@ -103,6 +107,9 @@ class SymbolicReasoningPipeline(Pipeline):
     ):
         # As in the base class, which makes batches only with a tokenizer or a processor.
         dataset = PipelineDataset if hasattr(inputs, "__len__") else PipelineIterator
+        if dataset is PipelineIterator and num_workers > 1:
+            logger.warning("Each worker would read all of an iterator, so num_workers is set to 1.")
+            num_workers = 1
         encoded = dataset(inputs, self.preprocess, preprocess_params)
         batches = DataLoader(encoded, num_workers=num_workers, batch_size=batch_size, collate_fn=_collate)
         outputs = PipelineIterator(batches, self.forward, forward_params, loader_batch_size=batch_size)

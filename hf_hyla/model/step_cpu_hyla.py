@@ -80,7 +80,9 @@ def _compiled_step(dtype_name: str):
         return None
 
 
-def step_problem(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def step_problem(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position_bias: torch.Tensor | None
+) -> str | None:
     """Why `step_attention` cannot compute this layer here, or `None` where it can."""
     if module.attention_type != "hyla" or module.score_norm == "softmax" or module.value_mixing is not None:
         return "it computes HYLA attention, whose codes depend on single pairs, with one hidden layer"
@@ -92,7 +94,8 @@ def step_problem(module: Any, query: torch.Tensor, key: torch.Tensor, value: tor
         type(x) is not torch.Tensor or x.device.type != "cpu" or x.dtype != query.dtype for x in (query, key, value)
     ):
         return "it takes ordinary tensors of one dtype on the CPU"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    differentiated = (x for x in (query, key, value, position_bias) if x is not None)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiated):
         return "it has no gradient"
     name = str(query.dtype).removeprefix("torch.")
     if name not in STORED or _compiled_step(name) is None:

@@ -6,8 +6,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from model_helpers import HYLA, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, SOFTMAX, Case, Layer, filled_with_nan
+from model_helpers import (
+    ATTENTION_TYPES,
+    HYLA,
+    HYLA_PLUS,
+    LINEAR,
+    ROW_IDS,
+    ROWS,
+    SOFTMAX,
+    Case,
+    Layer,
+    filled_with_nan,
+    ids,
+    make,
+)
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import backends_hyla, chunked_hyla, kernels_cpu_hyla, ops_cpu_hyla, tiles_cpu_hyla
@@ -411,18 +425,34 @@ def test_the_kernel_refuses_dtypes_that_differ():
         BACKENDS["hyla_cpu"](Layer(*HYLA[:3], None), query, query, query.double(), None, 0.5)
 
 
-def test_forward_mode_gradients_are_those_of_the_eager_implementation(monkeypatch):
+FORWARD_MODE = {
+    "hyla_cpu": Layer(*HYLA[:3], None),
+    "hyla_chunked": Layer("hyla", "rms_head", "gelu", None),
+    "hyla_sdpa": Layer(*SOFTMAX[:3], None),
+}
+
+
+@pytest.mark.parametrize("transform", ["dual", "jvp"])
+@pytest.mark.parametrize("fastest", FORWARD_MODE)
+def test_forward_mode_gradients_are_those_of_the_eager_implementation(monkeypatch, fastest, transform):
     monkeypatch.setattr(backends_hyla, "_EAGER_ELEMENTS", 0)
-    layer, (query, key, value, tangent) = Layer(*HYLA[:3], None), torch.randn(4, 2, 3, 9, 5, dtype=torch.float64)
+    monkeypatch.setattr(backends_hyla, "CHUNK_ELEMENTS", 0)
+    layer, (query, key, value, tangent) = FORWARD_MODE[fastest], torch.randn(4, 2, 3, 9, 5, dtype=torch.float64)
+    assert fastest_implementation(Call(layer, query, key, value, None, 0.5)) == fastest
 
     def along(backend):
         def attend(query):
             return BACKENDS[backend](layer, query, key, value, None, 0.5)[0]
 
-        return torch.func.jvp(attend, (query,), (tangent,))[1]
+        if transform == "jvp":
+            return torch.func.jvp(attend, (query,), (tangent,))[1]
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(attend(forward_ad.make_dual(query, tangent))).tangent
 
     assert along("eager").norm() > 0.1
     torch.testing.assert_close(along("hyla"), along("eager"))
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        along(fastest)
 
 
 @pytest.mark.parametrize("mask_shape", [(40, 40), (1, 40, 40)])
@@ -497,6 +527,34 @@ def test_a_model_gives_the_same_answers_and_codes_by_every_backend():
     model.set_attn_implementation("hyla_sdpa")
     with pytest.raises(ValueError, match="cannot compute this layer"):
         model(input_ids=ids)
+
+
+EMPTY = [
+    *(
+        ({"attention_type": name}, backend)
+        for name in ATTENTION_TYPES
+        for backend in ("hyla", "eager", "hyla_chunked", "hyla_cpu")
+    ),
+    ({"attention_type": "softmax", "attention_dropout": 0.0}, "hyla_sdpa"),
+    ({"value_depth": 2}, "hyla_cpu"),
+    ({"num_answers": 1, "qk_norm": True}, "hyla"),
+    ({"ffn_type": "moe", "output_router_logits": True}, "hyla"),
+]
+
+
+@pytest.mark.usefixtures("one_size_of_tiles")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("settings", "backend"), EMPTY)
+def test_an_empty_batch_gives_empty_logits_and_gradients_of_zero(settings, backend, masked):
+    model = make(num_attention_heads=5, head_dim=4, value_head_dim=4, **settings).train()
+    model.set_attn_implementation(backend)
+    answers = () if model.config.num_answers == 1 else (4,)
+    labels = torch.zeros(0, *answers, dtype=torch.long)
+    mask = torch.ones(0, 8, dtype=torch.long) if masked else None
+    out = model(ids(0, 8), attention_mask=mask, labels=labels, num_items_in_batch=4)
+    assert out.logits.shape == (0, *answers, 8) and out.loss == 0
+    out.loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
 def test_the_operators_of_the_kernel_pass_torchs_opcheck():

@@ -8,6 +8,7 @@ import torch
 from model_helpers import ATTENTION_TYPES, cache_of, ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -194,8 +195,65 @@ def test_the_kernel_for_one_query_equals_the_definition(score_norm, activation, 
     large = Call(layer, query * 1e15, key * 1e15, value, padding, scaling)
     if score_norm == "rms_head" and dtype == torch.float32:
         assert BACKENDS["hyla"](*large)[0][0].isfinite().all()
-    learning = Call(layer, query.clone().requires_grad_(), key, value, padding, scaling)
-    assert fastest_implementation(learning) != "hyla_step"
+
+
+STEP = SimpleNamespace(
+    attention_type="hyla", score_norm="rms_head", value_activation=nn.ReLU(), value_mixing=None, training=False
+)
+DIFFERENTIATED = ["query", "key", "value", "position_bias"]
+
+
+def step_inputs() -> dict[str, torch.Tensor]:
+    """What one query needs whose kernel is worth its call."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 1, 7), (2, 3, 700, 7), (2, 3, 700, 5), (3, 700))
+    tensors = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return dict(zip(DIFFERENTIATED, tensors, strict=True))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_the_kernel_for_one_query_leaves_gradients_to_the_others(name):
+    pytest.importorskip("numba")
+    inputs = step_inputs()
+    call = Call(STEP, attention_mask=None, scaling=0.4, **inputs)
+    assert fastest_implementation(call) == "hyla_step"
+    inputs[name].requires_grad_()
+    assert fastest_implementation(call) != "hyla_step"
+    gradients = [
+        torch.autograd.grad(BACKENDS[backend](*call)[0].square().sum(), inputs[name])[0]
+        for backend in ("hyla", "eager")
+    ]
+    assert gradients[1].norm() > 0.1
+    torch.testing.assert_close(*gradients)
+
+
+def dual(attend, tensor, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(attend(forward_ad.make_dual(tensor, tangent))).tangent
+
+
+TRANSFORMS = {
+    "dual": dual,
+    "jvp": lambda attend, tensor, tangent: torch.func.jvp(attend, (tensor,), (tangent,))[1],
+    "vmap": lambda attend, tensor, tangent: torch.vmap(attend)(torch.stack([tensor, tangent])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_the_kernel_for_one_query_leaves_transforms_to_the_definition(name, transform):
+    inputs = step_inputs()
+    tangent = torch.randn_like(inputs[name])
+
+    def along(backend):
+        def attend(tensor):
+            return BACKENDS[backend](STEP, attention_mask=None, scaling=0.4, **{**inputs, name: tensor})[0]
+
+        return TRANSFORMS[transform](attend, inputs[name], tangent)
+
+    expected = along("eager")
+    assert expected.norm() > 0.1
+    torch.testing.assert_close(along("hyla"), expected)
 
 
 @pytest.mark.parametrize("attn_implementation", ["hyla_chunked", "hyla_cpu"])

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import backends_hyla, chunked_hyla, vectors_cpu_hyla
-from hf_hyla.model.attention_hyla import by_pair, eager_attention_forward
+from hf_hyla.model.attention_hyla import attention_codes, by_pair, eager_attention_forward
 from hf_hyla.model.backends_hyla import BACKENDS, IMPLEMENTATIONS
 
 
@@ -120,6 +120,24 @@ def test_in_a_model_of_half_precision_only_results_are_rounded(row, backend, dty
     found = differentiate(BACKENDS[backend], row, case, tensors)
     assert {x.dtype for x in found.values()} == {dtype}
     assert_rounded(found, expected_of(row, case, tensors))
+
+
+@half
+@pytest.mark.parametrize("row", [row for row in ROWS if row[3] == 1], ids=[i for i in ROW_IDS if i.endswith("1")])
+def test_the_definition_takes_half_precision_beside_position_biases_in_float32(row, dtype):
+    case = Case(mask="padding", dropout=0.3)
+    tensors = given(row, case, dtype)
+    found = differentiate(eager_attention_forward, row, case, tensors)
+    assert {name: x.dtype for name, x in found.items()} == {
+        "output": dtype,
+        **{n: x.dtype for n, x in tensors.items()},
+    }
+    # It rounds its intermediate results too.
+    for name, tensor in expected_of(row, case, tensors).items():
+        assert (found[name].double() - tensor).norm() < 8 * torch.finfo(dtype).eps * tensor.norm(), name
+    query, key = tensors["query"], tensors["key"]
+    codes = attention_codes(query, key, 0.5, row[1], position_bias=tensors["position_bias"])
+    assert codes.dtype == dtype
 
 
 @half

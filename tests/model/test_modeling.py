@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
+from hf_hyla.model.losses_hyla import classification_loss
 
 
 def test_the_papers_models_have_the_papers_parameter_counts():
@@ -87,6 +88,19 @@ def test_weights_are_initialised_as_in_the_reference():
     check(layer.self_attn.relative_attention_bias, fan_in=64, truncated=False)
     text = HylaModel(HylaConfig(vocab_size=500, answer_token_id=None, embedding_bias=False, hidden_size=100))
     check(text.embed_tokens.weight, fan_in=100, truncated=False)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_the_last_layers_position_biases_learn_even_if_nothing_before_them_does(attention_type):
+    model = make(num_answers=1, attention_type=attention_type).double().requires_grad_(False)
+    bias = model.model.layers[-1].self_attn.relative_attention_bias.requires_grad_()
+    gradients = []
+    for implementation in ("hyla", "eager"):
+        model.set_attn_implementation(implementation)
+        logits = model(ids(64, 20)).logits
+        gradients += torch.autograd.grad(logits.square().sum(), bias)
+    assert gradients[1].norm() > 0.1
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
@@ -221,6 +235,24 @@ def test_the_loss_equals_torchs_and_is_divided_by_num_items_in_batch(settings, l
     # An update made of four such batches divides by the labels of all of them.
     torch.testing.assert_close(model(ids(), labels=labels, num_items_in_batch=4 * count).loss, expected / 4)
     assert model.config.problem_type == settings.get("problem_type")  # computing a loss writes nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
+def test_losses_are_computed_in_float32_at_least(problem_type, dtype):
+    config = HylaConfig(num_labels=8, problem_type=problem_type)
+    generator = torch.Generator().manual_seed(0)
+    # The squares of 128 such labels are more than float16 can hold.
+    logits, labels = (8 * torch.randn(128, 8, generator=generator)).to(dtype), torch.full((128, 8), 30.0)
+    if problem_type == "single_label_classification":
+        labels = torch.arange(128) % 8
+    elif problem_type == "multi_label_classification":
+        labels = (labels.cumsum(1) % 60) / 30
+    for count in (None, 128):
+        expected = classification_loss(config, logits.double(), labels, count)
+        loss = classification_loss(config, logits, labels, count)
+        assert loss.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

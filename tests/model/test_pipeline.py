@@ -102,6 +102,16 @@ def test_one_puzzle_lists_arrays_and_generators_give_the_same_answers(case, pipe
         assert alone[0] == pipe([[panel and torch.tensor(panel) for panel in row] for row in puzzles[0]])
 
 
+def test_several_workers_give_every_answer_once(case, pipe, caplog):
+    *_, puzzles = case
+    alone = pipe(puzzles)
+    assert pipe(puzzles, num_workers=2) == alone and not caplog.records
+    assert list(pipe(iter(puzzles), num_workers=2)) == alone
+    assert [record.getMessage() for record in caplog.records] == [
+        "Each worker would read all of an iterator, so num_workers is set to 1."
+    ]
+
+
 def test_a_model_in_training_answers_without_dropout(case, pipe):
     _, model, _, _, puzzles = case
     model.train()
