@@ -64,12 +64,17 @@ class Run:
         The config of the run's model.
 
         Raises:
-            ValueError: if config.json is not a config.
+            ValueError: if config.json is not the config of a HYLA model.
             OSError: if it is missing.
         """
         try:
-            # transformers would wait for a pipe, and crash at content that is nested too deep.
-            read_json(self.folder / "config.json")
+            # transformers would wait for a pipe, crash at content that is nested too deep, and take another model's config.
+            found = read_json(self.folder / "config.json")
+            kind = found.get("model_type") if isinstance(found, dict) else None
+            if kind != HylaConfig.model_type:
+                raise ValueError(
+                    f"its model_type is {kind!r:.80}, expected {HylaConfig.model_type!r}; copy the run again"
+                )
             return HylaConfig.from_pretrained(self.folder)
         except (StrictDataclassError, TypeError, ValueError) as error:
             raise ValueError(
