@@ -25,7 +25,11 @@ def add(commands) -> None:
         "--beside", metavar="MODEL", nargs="+", default=(), help="other published models that this page shows too"
     )
     parser.add_argument("--collection", metavar="TITLE", help="put all of them into this collection")
-    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="make new repositories private (default: what trainer.hub_private_repo of the run's recipe says)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
     parser.add_argument(
         "--output", type=Path, help="write each repository into a folder of its name inside this folder; send nothing"
@@ -40,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..hub.publish import publish
     from ..hub.repository import plan
+    from ..runs import RunRecord
 
     repositories = plan(
         folder,
@@ -55,4 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         for repository in repositories:
             repository.write(arguments.output / repository.repo_id.partition("/")[2])
     elif not arguments.dry_run:
-        print("\n".join(publish(repositories, private=arguments.private, collection=arguments.collection)))
+        private = arguments.private
+        if private is None:
+            private = RunRecord.load(folder).recipe["trainer"].get("hub_private_repo")
+        print("\n".join(publish(repositories, private=private, collection=arguments.collection)))

@@ -65,12 +65,12 @@ def publish(
     repositories = list(repositories)
     lines: list[str] = []
     if private:
-        public = [one for one in repositories if _is_public(api, one)]
-        if public:
-            raise ValueError(
-                f"The {public[0].repo_type} {public[0].repo_id} is public already, so nothing was sent: make it private in "
-                "its settings on the Hub, or leave out --private."
-            )
+        for one in repositories:
+            if _is_public(api, one.repo_id, one.repo_type):
+                raise ValueError(
+                    f"The {one.repo_type} {one.repo_id} is public already, so nothing was sent: make it private in its settings "
+                    "on the Hub, or publish with --no-private."
+                )
     for repository in repositories:
         with _in_one_sentence(f"{repository.repo_type} {repository.repo_id}", _STATE, lines):
             lines.append(_commit(api, repository, private))
@@ -96,7 +96,8 @@ def publish_run(folder: str | Path, repo_id: str, private: bool | None = None) -
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"{error} The run itself is finished; `hyla publish {folder} --repo-id {repo_id}` publishes it."
+            f"{error} The run itself is finished; `hyla publish {folder} --repo-id {repo_id}{' --private' if private else ''}` "
+            "publishes it."
         ) from error
     return line
 
@@ -114,11 +115,20 @@ def check_before_training(name: str, settings: dict[str, Any], task: Task, confi
         ValueError: if it cannot. The message says what to do.
     """
     check_card_before_training(name, settings, task, config)
-    if not settings["trainer"].get("push_to_hub"):
+    trainer = settings["trainer"]
+    if not trainer.get("push_to_hub"):
         return
-    check_publishable(settings, settings["trainer"]["hub_model_id"])
+    repo_id = trainer["hub_model_id"]
+    check_publishable(settings, repo_id)
     if get_token() is None:
         raise ValueError("push_to_hub needs a token: log in by `hf auth login`, or set HF_TOKEN.")
+    if trainer.get("hub_private_repo"):
+        with contextlib.suppress(OSError):  # a Hub that does not answer now is asked again when the run is published
+            if _is_public(HfApi(), repo_id, "model"):
+                raise ValueError(
+                    f"The model {repo_id} is public already, but the recipe says trainer.hub_private_repo: make it private in its "
+                    "settings on the Hub, or leave out trainer.hub_private_repo."
+                )
 
 
 def check_publishable(settings: dict[str, Any], repo_id: str) -> None:
@@ -156,10 +166,10 @@ def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:
     return f"{repo_type} {repo_id}: {state}, {commit.commit_url}"
 
 
-def _is_public(api: HfApi, repository: Repository) -> bool:
-    with _in_one_sentence(f"{repository.repo_type} {repository.repo_id}", "nothing was sent", []):
+def _is_public(api: HfApi, repo_id: str, repo_type: str) -> bool:
+    with _in_one_sentence(f"{repo_type} {repo_id}", "nothing was sent", []):
         try:
-            return not api.repo_info(repository.repo_id, repo_type=repository.repo_type).private
+            return not api.repo_info(repo_id, repo_type=repo_type).private
         except RepositoryNotFoundError:
             return False
 

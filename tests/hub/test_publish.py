@@ -1,5 +1,6 @@
 """Tests of publishing and of failures of the Hub, over HTTP with the loopback Hub."""
 
+import json
 import re
 from pathlib import Path
 
@@ -272,6 +273,26 @@ def test_push_to_hub_in_a_recipe_publishes_the_same_files_as_the_command(hub_her
     assert "--trainer.push_to_hub false" in published(repo)["README.md"].decode()
 
 
+def test_a_run_whose_recipe_says_private_stays_private_when_it_is_published_later(hub_here, logic_run, copied, capsys):
+    record = json.loads((logic_run / "run.json").read_text())
+    record["recipe"]["trainer"]["hub_private_repo"] = True
+    run = copied(logic_run, recipe=record["recipe"])
+    (run / "resolved_recipe.yaml").write_text(yaml.safe_dump(record["recipe"]))
+    command = ["publish", str(run), "--repo-id", REPO]
+    assert main(command) == 0 and hub_here.repo(REPO).private
+    HfApi().delete_repo(REPO)
+    assert main([*command, "--no-private"]) == 0 and not hub_here.repo(REPO).private
+    head = hub_here.repo(REPO).head
+    assert main(command) == 2 and hub_here.repo(REPO).head == head
+    assert "is public already, so nothing was sent" in capsys.readouterr().err
+
+
+def test_a_private_push_that_fails_advises_a_private_publication(hub_here, logic_run):
+    hub_here.fail("commit/main", with_=500, times=20)
+    with pytest.raises(OSError, match=f"`hyla publish {logic_run} --repo-id {REPO} --private` publishes it"):
+        publish_run(logic_run, REPO, private=True)
+
+
 @pytest.mark.parametrize(("request_", "fault"), [("commit/main", 500), ("validate-yaml", 503), ("validate-yaml", 400)])
 def test_a_push_that_fails_says_how_to_publish_the_finished_run(hub_here, logic_run, copied, request_, fault):
     run = copied(logic_run)
@@ -302,6 +323,25 @@ def test_a_recipe_that_could_not_be_pushed_is_refused_before_training(logic_run,
     recipe.settings["model"]["model_name_or_path"] = str(logic_run)
     with pytest.raises(ValueError, match="which nobody else has: publish that model first"):
         check()
+
+
+def test_a_private_push_to_a_public_repository_is_refused_before_training(hub_here, logic_run, monkeypatch):
+    recipe = load_recipe(logic_run / "resolved_recipe.yaml")
+    recipe.settings["trainer"] |= {"push_to_hub": True, "hub_model_id": REPO, "hub_private_repo": True}
+    monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40})
+
+    def check():
+        check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
+
+    check()  # there is no such repository yet
+    HfApi().create_repo(REPO)
+    with pytest.raises(ValueError, match=r"is public already, but the recipe says trainer\.hub_private_repo: make it"):
+        check()
+    hub_here.fail("GET /api/models", with_=500, times=20)
+    check()  # the Hub is asked again when the run is published
+    hub_here.heal()
+    HfApi().update_repo_settings(REPO, private=True)
+    check()
 
 
 def trainer_in(folder, args_class=HylaTrainingArguments, **settings):
