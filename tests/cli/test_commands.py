@@ -288,6 +288,22 @@ def test_a_quick_run_fits_the_schedule_and_scores_few_samples(recipe, monkeypatc
     assert "steps                100 of 128 samples" in capsys.readouterr().out
 
 
+def test_a_quick_run_is_published_only_on_request(recipe, monkeypatch, tmp_path, capsys):
+    published = []
+    monkeypatch.setattr("hf_hyla.hub.publish.publish_run", lambda *run: published.append(run) or "published")
+    monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": None})
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    trainer = {**TINY["trainer"], "push_to_hub": True, "hub_model_id": "org/real"}
+    (tmp_path / "push.yaml").write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
+    command = ["train", str(tmp_path / "push.yaml"), "--quick", "--trainer.max_steps", "4", "--output"]
+    assert main([*command, str(tmp_path / "quick")]) == 0 and published == []
+    assert main([*command, str(tmp_path / "pushed"), "--trainer.push_to_hub", "true"]) == 0
+    assert published == [(tmp_path / "pushed", "org/real", None)]
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--quick", "--dry-run"]) == 0
+    assert "push_to_hub" not in capsys.readouterr().out  # only where the recipe has it
+
+
 def test_a_run_whose_settings_give_no_repository_name_trains_and_gets_a_card(
     recipe, run, monkeypatch, tmp_path, capsys
 ):
