@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -91,6 +92,47 @@ def test_evaluate_takes_the_task_from_the_run_or_from_the_command_line(run, caps
         assert "pass --task with one of logic" in capsys.readouterr().err
     finally:
         (run / "away.json").rename(run / "run.json")
+
+
+def test_a_checkpoint_is_scored_on_the_task_of_its_run(run, tmp_path, monkeypatch, capsys):
+    [checkpoint, *_] = sorted((run / "checkpoints").glob("checkpoint-*"))
+    monkeypatch.chdir(checkpoint.parent)
+    for name in (str(checkpoint), checkpoint.name):
+        assert main(["evaluate", name, "--split", "test", "--num-samples", "64", "--json"]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["task"]["num_examples"] == 4 and "assumed" not in said.err
+    shutil.copytree(checkpoint, tmp_path / "checkpoints" / checkpoint.name)
+    (tmp_path / "resolved_recipe.yaml").write_text("[1]")
+    assert main(["evaluate", str(tmp_path / "checkpoints" / checkpoint.name)]) == 2
+    assert "resolved_recipe.yaml is not a recipe" in capsys.readouterr().err
+
+
+def test_a_published_run_is_scored_on_its_task(run, hub_here, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    assert main(["evaluate", str(run), "--split", "test", "--num-samples", "64", "--json"]) == 0
+    of_folder = json.loads(capsys.readouterr().out)
+    api = HfApi()
+    api.create_repo("org/x")
+    for name in ("config.json", "model.safetensors", "run.json"):
+        api.upload_file(repo_id="org/x", path_or_fileobj=run / name, path_in_repo=name)
+    assert main(["evaluate", "org/x", "--split", "test", "--num-samples", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == of_folder | {"model": "org/x"}
+    probe = ["probe", "org/x", "--train-samples", "400", "--num-samples", "200", "--output", str(tmp_path / "probe")]
+    assert main(probe) == 0
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["task"]["num_examples"] == 4
+
+
+def test_settings_of_a_task_that_are_assumed_are_printed(run, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, tmp_path)
+    command = ["evaluate", str(tmp_path), "--task", "logic", "--split", "test", "--num-samples", "16", "--json"]
+    assert main([*command, "--task.num_examples", "4"]) == 0
+    said = capsys.readouterr()
+    assert "has no run.json of the task logic, so these settings are assumed" in said.err
+    task = json.loads(said.out)["task"]
+    assert all(f"{name} {value}" in said.err for name, value in task.items()) and "seed 0" in said.err
+    assert main(["evaluate", str(run), *command[2:]]) == 0
+    assert "assumed" not in capsys.readouterr().err
 
 
 def test_convert_writes_a_model_that_evaluate_scores(golden, tmp_path, capsys):
