@@ -8,12 +8,13 @@ or complete, whatever breaks, and the same command resumes from there. A new rep
 import contextlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from ..model import HylaConfig
 from ..runs.record import environment
@@ -40,6 +41,7 @@ _REASONS = {
     412: "somebody else has changed it in the meantime (status 412): see what they did",
     429: "the Hub has had too many requests (status 429): wait some minutes",
 }
+_REASONS_OF_COLLECTION = _REASONS | {400: "the Hub refuses it (status 400): choose another title"}
 
 
 def publish(
@@ -76,7 +78,8 @@ def publish(
             lines.append(_commit(api, repository, private))
     if collection:
         namespace = repositories[0].repo_id.partition("/")[0]
-        with _in_one_sentence(f"collection {collection!r}", "it may hold some of them only", lines):
+        state = "it may hold some of them only"
+        with _in_one_sentence(f"collection {collection!r}", state, lines, _REASONS_OF_COLLECTION):
             made = api.create_collection(collection, namespace=namespace, private=bool(private), exists_ok=True)
             for repository in repositories:
                 api.add_collection_item(made.slug, repository.repo_id, repository.repo_type, exists_ok=True)  # type: ignore[arg-type]
@@ -175,7 +178,7 @@ def _is_public(api: HfApi, repo_id: str, repo_type: str) -> bool:
 
 
 @contextlib.contextmanager
-def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
+def _in_one_sentence(what: str, state: str, done: list[str], reasons: dict[int, str] = _REASONS) -> Iterator[None]:
     """
     Turns a failed or missing answer of the Hub into one sentence that says what to do and repeats nothing of the request. Other
     errors stay as they are.
@@ -184,15 +187,20 @@ def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
         what: what is being published.
         state: the state that it may be in after a failure.
         done: a line about each thing that was published before.
+        reasons: by status, why it failed and what to do.
     """
     try:
         yield
-    except (HTTPError, RuntimeError, ValueError) as error:
-        # huggingface_hub wraps what breaks an upload in a RuntimeError, and metadata that the Hub refuses in a ValueError.
-        cause = error if isinstance(error, (HTTPError, json.JSONDecodeError)) else error.__cause__
-        if not isinstance(cause, (HTTPError, json.JSONDecodeError)):
+    except (HTTPError, ConnectionError, RuntimeError, ValueError) as error:
+        # huggingface_hub wraps what breaks an upload in a RuntimeError, and metadata that the Hub refuses in a ValueError. hf_xet
+        # raises Python's ConnectionError, also for an answer with a status.
+        of_hub = (HTTPError, ConnectionError, json.JSONDecodeError)
+        cause = error if isinstance(error, of_hub) else error.__cause__
+        if not isinstance(cause, of_hub) or isinstance(cause, OfflineModeIsEnabled):
             raise
         status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, ConnectionError) and (said := re.search(r"status\D{0,30}([45]\d\d)\b", str(cause))):
+            status = int(said[1])
         if isinstance(cause, json.JSONDecodeError):
             reason = "the Hub answers with something other than JSON: wait"
         elif status is None:
@@ -200,7 +208,7 @@ def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
         elif status >= 500:
             reason = f"the Hub is in trouble (status {status}): wait"
         else:
-            reason = _REASONS.get(status, f"the Hub refuses it (status {status}): look at the name and at your rights")
+            reason = reasons.get(status, f"the Hub refuses it (status {status}): look at the name and at your rights")
         published = f" Published before it: {', '.join(line.partition(': ')[0] for line in done)}." if done else ""
         raise OSError(
             f"Publishing the {what} failed, since {reason}, then publish again; {state}.{published}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import TrainingArguments
 
 from hf_hyla import HylaForSequenceClassification, model
@@ -241,6 +242,50 @@ def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_
     publish(repositories, collection="HYLA")
     [collection] = hub_here.collections.values()
     assert [item["id"] for item in collection["items"]] == ["org/hyla_logic_r2", REPO]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("HTTP status client error (401 Unauthorized) for url (http://cas:8443/x)", "log in by `hf auth login`"),
+        ("HTTP status client error (403 Forbidden) for url (http://cas:8443/x)", "may not write there"),
+        (
+            "HTTP status client error (400 Bad Request) for url (http://cas:8443/x)",
+            "refuses the card's metadata or the",
+        ),
+        ("HTTP status server error (500 Internal Server Error) for url (http://cas/x)", "in trouble (status 500)"),
+        (
+            "error sending request for url (http://cas:443/500): connection refused",
+            "cannot be reached (ConnectionError)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_error_of_xet_is_one_sentence_too(hub_here, planned, monkeypatch, said, message, wrapped):
+    def fail(*_, **__):
+        try:
+            raise ConnectionError(said)
+        except ConnectionError as error:
+            if not wrapped:
+                raise
+            raise RuntimeError("Error while uploading") from error
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    with pytest.raises(OSError, match=f"^Publishing the model {REPO} failed") as error:
+        publish(planned)
+    assert message in str(error.value) and "cas" not in str(error.value)
+
+
+def test_offline_mode_is_called_so(planned, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OfflineModeIsEnabled):
+        publish(planned)
+
+
+def test_a_title_that_the_hub_refuses_is_said_to_be_that(hub_here, planned):
+    hub_here.fail("POST /api/collections$", with_=400, times=20)
+    with pytest.raises(OSError, match=r"the Hub refuses it \(status 400\): choose another title"):
+        publish(planned, collection="HYLA")
 
 
 def test_an_error_names_what_was_published_before_it(hub_here, logic_run, capsys):
