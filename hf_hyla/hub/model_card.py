@@ -1,7 +1,6 @@
 """A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
 
 import dataclasses
-import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..model import HylaConfig
 from ..reading import read_json
 from ..runs import Run, RunRecord, plots
-from ..runs.compare import grouped
+from ..runs.compare import check_seeds, grouped
 from ..runs.folder import CURVE_NAME, PROBE_NAME
 from ..runs.paper import config_of, effective, paper_result
 from ..runs.record import mean_and_error, without_seeds
@@ -129,11 +128,8 @@ def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], lis
             raise ValueError(
                 f"{other.name} (seeds {other.seeds}) lacks scores of the splits {', '.join(record.metrics)}: train that run again."
             )
-    baselines = grouped(of_others)
-    for group in (seeds, *baselines):
-        if len({json.dumps(one.seeds, sort_keys=True) for one in group}) < len(group):
-            raise ValueError("Two of the records have the same seeds, but other results: name one of them.")
-    return seeds, baselines
+    check_seeds(seeds)
+    return seeds, grouped(of_others)
 
 
 def _probe_of(run: Run) -> dict[str, Any] | None:
