@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--beside names models for the page that --space publishes: add --space.")
 
     from ..hub.publish import publish
-    from ..hub.repository import plan
+    from ..hub.repository import plan, write_all
     from ..runs import RunRecord
 
     repositories = plan(
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print("\n".join(repository.listing() for repository in repositories), flush=True)
     if arguments.output:
-        for repository in repositories:
-            repository.write(arguments.output / repository.repo_id.partition("/")[2])
+        write_all(repositories, arguments.output)
     elif not arguments.dry_run:
         private = arguments.private
         if private is None:

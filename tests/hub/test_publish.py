@@ -122,6 +122,22 @@ def test_a_publication_can_be_written_into_a_folder_and_published_from_there(
     assert main(command) == 2 and "holds notes.txt, which would not be published" in capsys.readouterr().err
 
 
+def test_a_model_and_a_dataset_of_one_name_are_written_into_two_folders(sraven_run, dataset, tmp_path, capsys):
+    output = tmp_path / "hub"
+    command = ["publish", str(sraven_run), "--repo-id", SRAVEN_DATA, "--dataset", str(dataset), "--metric"]
+    command += ["--output", str(output)]
+    name = SRAVEN_DATA.partition("/")[2]
+    (output / f"{name}-model").mkdir(parents=True)
+    (output / f"{name}-model" / "notes.txt").write_text("mine")
+    # The dataset and the metric come before the model, and are not written either.
+    assert main(command) == 2 and "holds notes.txt, which would not be published" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [f"{name}-model"]
+    (output / f"{name}-model" / "notes.txt").unlink()
+    assert main(command) == 0 and main(command) == 0
+    assert {path.name for path in output.iterdir()} == {f"{name}-dataset", f"{name}-model", "hyla_sraven_accuracy"}
+    assert (output / f"{name}-dataset" / "task.json").exists() and (output / f"{name}-model" / "config.json").exists()
+
+
 def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub, logic_run, hub_here, tmp_path):
     publish(plan(logic_run, REPO, metric=True))
     sraven = plan_metric("sraven", hub_here)
