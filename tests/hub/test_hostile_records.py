@@ -241,4 +241,7 @@ def test_plain_settings_are_shown_as_they_are():
     assert [as_text(text) for text in ("", "a|b", "<b>", "http://x", "[x](y)", "# x", "__x__")] == [
         "`  `", r"`a\|b`", "`<b>`", "`http://x`", "`[x](y)`", "`# x`", "`__x__`"
     ]  # fmt: skip
+    for text in ("see www.evil.com now", "(www.evil.com", "_private_", "a _b_ c", "(_b_)", "see http://x now"):
+        assert as_text(text) == f"`{text}`"
+    assert [as_text(text) for text in ("rms_head", "a_b_c d")] == ["rms_head", "a_b_c d"]
     assert as_code("a `` b") == "```a `` b```" and as_code("`") == "`` ` ``"
