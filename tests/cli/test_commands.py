@@ -211,6 +211,7 @@ def test_env_prints_json(capsys):
         (["data", "logic", "--task.name", "sraven", "--output", "{run}-2"], "--task.name is a setting of recipes"),
         (["ceiling", "--task.name", "logic"], "--task.name is a setting of recipes"),
         (["ceiling", "--num-samples", "1", "--output", "{run}"], "--output must name a file, but {run} is a folder"),
+        (["bench", "--against", "HEAD", "--lengths", "8"], "--against, which has workloads of its own: leave it out"),
         (["bench", "--threads", "100000000"], "--threads must be at most 1024"),
         (["train", "{recipe}", "--task.seed", ""], "The argument after '--task.seed' is empty"),
         (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
@@ -234,6 +235,13 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, a
     assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hyla: ") and message.format(run=run) in error
+
+
+@pytest.mark.parametrize("command", ["ceiling", "data", "evaluate", "probe"])
+def test_the_help_of_a_command_that_takes_settings_of_the_task_says_so(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "given like --task.num_" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_full_disk_is_called_so_and_costs_no_later_run(monkeypatch, tmp_path, capsys):
