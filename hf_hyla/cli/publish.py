@@ -20,7 +20,7 @@ def add(commands) -> None:
         "--dataset", metavar="DIR", type=Path, help="also publish this folder, which `hyla data` wrote"
     )
     parser.add_argument("--metric", action="store_true", help="also publish the task's metric")
-    parser.add_argument("--space", action="store_true", help="also publish a page on which the model can be asked")
+    parser.add_argument("--space", action="store_true", help="also publish a page for trying the model")
     parser.add_argument(
         "--beside", metavar="MODEL", nargs="+", default=(), help="other published models that this page shows too"
     )

@@ -143,7 +143,7 @@ def plan(
         folder: the folder of a finished run.
         repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
         dataset: a folder that `hyla data` wrote and that is published too.
-        metric, space: whether to publish the task's metric and a page that asks the model.
+        metric, space: whether to publish the task's metric and a page for trying the model.
         beside: repositories of other models that the page shows too.
         others: see `card_files`.
 

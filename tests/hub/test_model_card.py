@@ -230,7 +230,7 @@ def test_the_card_shows_a_probe_report_only_of_its_own_weights(logic_run, copied
         assert cell == shown
     assert "400 samples of trained combinations and scored on 200 of `ood`" in text
     assert f"{report['ablation']['whole']:.4f} with all heads" in text
-    assert "What its latent codes tell" not in card_files(logic_run)["README.md"]
+    assert "What its latent codes reveal" not in card_files(logic_run)["README.md"]
 
     for spoilt, message in [
         (report | {"figures": ["../../secret.txt"]}, "names the figure '../../secret.txt'"),
