@@ -107,7 +107,7 @@ def _check(arguments: argparse.Namespace) -> None:
         for name in ("task", "lengths"):
             if getattr(arguments, name):
                 raise ValueError(
-                    f"--{name} cannot be used with --against, which compares training steps: leave it out."
+                    f"--{name} cannot be used with --against, which has workloads of its own: leave it out."
                 )
         find_recipe(arguments.recipe)
     else:

@@ -13,7 +13,7 @@ def add(commands) -> None:
         "ceiling",
         help="score an ideal observer on SRAVEN",
         description="Scores the ideal observer of SRAVEN, which knows how puzzles are made and answers with the most probable "
-        "panel. No model can expect a higher accuracy.",
+        "panel. No model can expect a higher accuracy. Settings of the task are given like --task.num_features 3.",
     )
     parser.add_argument(
         "--num-samples", type=whole(at_least=1), default=51_200, help="puzzles per split (default: 51200)"

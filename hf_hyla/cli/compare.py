@@ -17,7 +17,10 @@ def add(commands) -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs, record files, or folders of them")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument(
-        "--output", metavar="FILE.png", type=Path, help="also draw scores on ood over training samples into this file"
+        "--output",
+        metavar="FILE.png",
+        type=Path,
+        help="also draw the headline scores over training samples into this file",
     )
     parser.set_defaults(run=run)
 

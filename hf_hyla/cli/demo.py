@@ -1,4 +1,4 @@
-"""`hyla demo`: a page on which models are asked."""
+"""`hyla demo`: a page for trying models."""
 
 import argparse
 import importlib.util
@@ -11,8 +11,8 @@ from .parser import whole
 def add(commands) -> None:
     parser = commands.add_parser(
         "demo",
-        help="open a page that asks models",
-        description="Opens a page on this machine that asks models: a board of SRAVEN puzzles with answers, probabilities and "
+        help="open a page for trying models",
+        description="Opens a page on this machine for trying models: a board of SRAVEN puzzles with answers, probabilities and "
         "latent codes side by side, and fuzzy logic functions. Nothing is sent anywhere else. Without MODEL it shows those that "
         f"come with the package: {', '.join(DEMO_MODELS)}.",
     )

@@ -12,11 +12,11 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a run or a model on a split",
-        description="Scores a run or a model on a split. A run knows its task. For any other model, --task names it, and its "
-        "settings are given like --task.num_examples 32.",
+        description="Scores a run or a model on a split. The task is that of the run, of which checkpoints and published "
+        "repositories know it too. For any other model, --task names it, and its settings are given like --task.num_examples 32.",
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
-    parser.add_argument("--task", type=task_name, help="name of the task (default: the run's)")
+    parser.add_argument("--task", type=task_name, help="name of the task (default: that of the model's run)")
     parser.add_argument("--split", help="split to score (default: ood, or test if the task has no ood)")
     parser.add_argument("--num-samples", type=whole(at_least=1), help="samples to score (default: the paper's number)")
     parser.add_argument("--batch-size", type=whole(at_least=1), help="samples per batch (default: the task's)")

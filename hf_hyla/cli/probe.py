@@ -14,11 +14,11 @@ def add(commands) -> None:
         help="probe the latent codes of a run or a model",
         description="Fits linear probes on the latent codes of training samples and scores them on another split. The probes "
         "read the rule or the terms, and the value of the answer, from the codes of answer tokens. Writes probe.json and "
-        "figures. A run knows its task. For any other model, --task names it, and its settings are given like "
-        "--task.num_examples 32.",
+        "figures. The task is that of the run, of which checkpoints and published repositories know it too. For any other model, "
+        "--task names it, and its settings are given like --task.num_examples 32.",
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
-    parser.add_argument("--task", type=task_name, help="name of the task (default: the run's)")
+    parser.add_argument("--task", type=task_name, help="name of the task (default: that of the model's run)")
     parser.add_argument("--split", help="split to score on (default: ood, or test if the task has no ood)")
     parser.add_argument(
         "--train-samples", type=whole(at_least=1), default=5_000, help="samples to fit probes on (default: 5000)"

@@ -20,12 +20,16 @@ def add(commands) -> None:
         "--dataset", metavar="DIR", type=Path, help="also publish this folder, which `hyla data` wrote"
     )
     parser.add_argument("--metric", action="store_true", help="also publish the task's metric")
-    parser.add_argument("--space", action="store_true", help="also publish a page on which the model can be asked")
+    parser.add_argument("--space", action="store_true", help="also publish a page for trying the model")
     parser.add_argument(
         "--beside", metavar="MODEL", nargs="+", default=(), help="other published models that this page shows too"
     )
     parser.add_argument("--collection", metavar="TITLE", help="put all of them into this collection")
-    parser.add_argument("--private", action="store_true", default=None, help="make new repositories private")
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="make new repositories private (default: what trainer.hub_private_repo of the run's recipe says)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and send nothing")
     parser.add_argument(
         "--output", type=Path, help="write each repository into a folder of its name inside this folder; send nothing"
@@ -39,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--beside names models for the page that --space publishes: add --space.")
 
     from ..hub.publish import publish
-    from ..hub.repository import plan
+    from ..hub.repository import plan, write_all
+    from ..runs import RunRecord
 
     repositories = plan(
         folder,
@@ -52,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print("\n".join(repository.listing() for repository in repositories), flush=True)
     if arguments.output:
-        for repository in repositories:
-            repository.write(arguments.output / repository.repo_id.partition("/")[2])
+        write_all(repositories, arguments.output)
     elif not arguments.dry_run:
-        print("\n".join(publish(repositories, private=arguments.private, collection=arguments.collection)))
+        private = arguments.private
+        if private is None:
+            private = RunRecord.load(folder).recipe["trainer"].get("hub_private_repo")
+        print("\n".join(publish(repositories, private=private, collection=arguments.collection)))

@@ -1,8 +1,7 @@
 """The task that a command works on."""
 
 import argparse
-from pathlib import Path
-from typing import Any
+import sys
 
 from .parser import one_of
 from .settings import TASKS
@@ -27,26 +26,34 @@ def task_of(name: str, overrides: dict[str, str]):
 
 def task_of_model(arguments: argparse.Namespace):
     """
-    The task that `--task` names, or else that of the run in the folder `arguments.model`, with the settings in the overrides.
+    The task that `--task` names, or else that of the run that made `arguments.model`, with the settings in the overrides. Settings
+    that nothing names are the defaults, and are printed.
 
     Raises:
         ValueError: if neither names a task.
     """
-    from ..runs import RunRecord
+    from ..runs.folder import trained_task
+    from ..runs.record import RECORD_NAME
     from ..training.recipe import checked_task
 
-    settings: dict[str, Any] = {}
-    folder = Path(arguments.model)
-    if (folder / "run.json").exists():
-        settings = dict(RunRecord.load(folder).recipe.get("task", {}))
-    if arguments.task and arguments.task != settings.get("name"):
+    settings = trained_task(arguments.model)
+    is_assumed = bool(arguments.task) and arguments.task != settings.get("name")
+    if is_assumed:
         settings = {"name": arguments.task}
     if not settings:
         raise ValueError(
-            f"{arguments.model} has no run.json that names a task: pass --task with one of {', '.join(TASKS)}."
+            f"{arguments.model} has no {RECORD_NAME} that names a task: pass --task with one of {', '.join(TASKS)}."
         )
     # A record may have been downloaded, so only a task that the user has named is imported.
-    return checked_task("--task", settings, _by_key(arguments.overrides), may_import=bool(arguments.task))
+    task = checked_task("--task", settings, _by_key(arguments.overrides), may_import=bool(arguments.task))
+    if is_assumed:
+        used = ", ".join(f"{name} {value}" for name, value in task.settings.items())
+        print(
+            f"{arguments.model} has no {RECORD_NAME} of the task {task.name}, so these settings are assumed, and "
+            f"--task.NAME VALUE gives others: {used}.",
+            file=sys.stderr,
+        )
+    return task
 
 
 def _by_key(overrides: dict[str, str]) -> dict[str, str]:

@@ -31,7 +31,8 @@ def add(commands) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"make a whole run in about a minute: {_QUICK_STEPS} steps with a fitted schedule, and few samples to score",
+        help=f"make a whole run in about a minute: {_QUICK_STEPS} steps with a fitted schedule, and few samples to score; it is "
+        "published only if --trainer.push_to_hub true is given too",
     )
     parser.set_defaults(run=run, sections=("task", "model", "trainer", "expect"))
 
@@ -49,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_launch()
     overrides = (_quick(arguments.overrides) if arguments.quick else {}) | arguments.overrides
     recipe = load_recipe(path, overrides)
+    if arguments.quick and recipe.trainer.get("push_to_hub") and "trainer.push_to_hub" not in arguments.overrides:
+        # A quick run must not replace a trained model on the Hub.
+        recipe = load_recipe(path, overrides | {"trainer.push_to_hub": "false"})
     check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
     if arguments.dry_run:
         PartialState().print(dry_run(recipe))

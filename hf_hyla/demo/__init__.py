@@ -1,1 +1,1 @@
-"""The demo, a page on which people ask models. It needs the extra `demo`."""
+"""The demo, a page for trying models. It needs the extra `demo`."""

@@ -46,7 +46,7 @@ LAUNCH: dict[str, Any] = {
 
 def page(names: Sequence[str], title: str = "Attention as a hypernetwork") -> gr.Blocks:
     """
-    The page that asks these models, to be launched with `LAUNCH`.
+    The page for trying these models, to be launched with `LAUNCH`.
 
     Raises:
         ValueError, OSError: see `load`.

@@ -2,14 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HTTPError
 
 from ..model import HylaForSequenceClassification
 from ..runs import RunRecord
-from ..runs.record import RECORD_NAME
+from ..runs.folder import record_of
 from ..runs.weights import load_model
 from ..tasks import TASKS, Task, get_task
 from ..utils import ATTENTION_NAMES
@@ -56,7 +52,7 @@ def load(names: Sequence[str]) -> list[tuple[Task, list[Shown]]]:
     """
     found: dict[str, tuple[Task, list[Shown]]] = {}
     for name in dict.fromkeys(names):
-        record = _record(name)
+        record = record_of(name)
         kind = record.recipe["task"]["name"]
         papers = [own for own, task in TASKS.items() if task.paper]
         if kind not in papers:
@@ -78,18 +74,3 @@ def load(names: Sequence[str]) -> list[tuple[Task, list[Shown]]]:
             if titles.count(one.title) > 1:
                 one.title = f"{one.title} ({one.name})"
     return [found[kind] for kind in ("sraven", "logic") if kind in found]
-
-
-def _record(name: str) -> RunRecord:
-    if Path(name).exists():
-        path: str | Path = Path(name) / RECORD_NAME
-    else:
-        try:
-            path = hf_hub_download(name, RECORD_NAME)
-        except (HTTPError, ValueError) as error:
-            raise ValueError(
-                f"{name} has no {RECORD_NAME} that can be fetched ({type(error).__name__}): expected a published run."
-            ) from None
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{name} has no {RECORD_NAME}, which names its task: expected the folder of a run.")
-    return RunRecord.load(path)

@@ -43,6 +43,11 @@ _PICKLE_STARTS = (
     *(bytes((0x80, protocol)) for protocol in range(2, 6)),
     *(b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf\x27\x1c", b"\x28\xb5\x2f\xfd"),
 )
+# The instructions of pickle that import, call or fetch something.
+_CALLS = (
+    *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD", "PERSID", "BINPERSID"),
+    *("EXT1", "EXT2", "EXT4"),
+)
 # Parquet and PNG, which are binary but none of the above.
 _KNOWN_STARTS = (b"PAR1", b"\x89PNG\r\n\x1a\n")
 _PARSERS: dict[str, Callable[[Path], Any]] = {
@@ -117,12 +122,27 @@ def _is_pickle(path: Path) -> bool:
             return True
     except zlib.error:
         pass
+    return _is_unmarked_pickle(data)
+
+
+def _is_unmarked_pickle(data: bytes) -> bool:
+    """
+    Whether a file is one or several pickles of protocols 0 and 1, which have no mark: programs that leave one object each. A short
+    program may also be the beginning of a text, such as "N.", so one that can call nothing must be the whole file.
+    """
+    stream, end = io.BytesIO(data), len(data.rstrip())
     try:
-        # Protocols 0 and 1 have no mark, but hardly any other file is a program of pickle that leaves one object.
-        pickletools.dis(data, out=io.StringIO())
+        while stream.tell() < end:
+            start = stream.tell()
+            pickletools.dis(stream, out=io.StringIO())
+            stream.seek(start)
+            if any(opcode.name in _CALLS for opcode, _, _ in pickletools.genops(stream)):
+                return True
+            if stream.tell() == end:
+                return True
     except (ValueError, IndexError):
-        return False
-    return True
+        pass
+    return False
 
 
 def check_text(files: dict[str, Path]) -> None:

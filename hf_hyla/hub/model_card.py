@@ -1,7 +1,6 @@
 """A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
 
 import dataclasses
-import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 from ..model import HylaConfig
 from ..reading import read_json
 from ..runs import Run, RunRecord, plots
-from ..runs.compare import grouped
+from ..runs.compare import check_seeds, grouped
 from ..runs.folder import CURVE_NAME, PROBE_NAME
-from ..runs.paper import paper_result
+from ..runs.paper import config_of, effective, paper_result
 from ..runs.record import mean_and_error, without_seeds
 from ..tasks import Task
 from ..utils import ATTENTION_NAMES, check_repo_id
@@ -129,11 +128,8 @@ def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], lis
             raise ValueError(
                 f"{other.name} (seeds {other.seeds}) lacks scores of the splits {', '.join(record.metrics)}: train that run again."
             )
-    baselines = grouped(of_others)
-    for group in (seeds, *baselines):
-        if len({json.dumps(one.seeds, sort_keys=True) for one in group}) < len(group):
-            raise ValueError("Two of the records have the same seeds, but other results: name one of them.")
-    return seeds, baselines
+    check_seeds(seeds)
+    return seeds, grouped(of_others)
 
 
 def _probe_of(run: Run) -> dict[str, Any] | None:
@@ -262,7 +258,7 @@ def _render(
             baselines=baselines,
             several=any(len(group) > 1 for group in (seeds, *baselines)),
             comparison=_comparison(run, seeds, baselines),
-            differing=_differing_from_baselines(seeds, baselines),
+            differing=_differing_from_baselines(run, seeds, baselines),
             probe=probe,
             printed=printed,
             command=_command(record),
@@ -368,14 +364,33 @@ def _named(seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> Iterator
     return zip(plots.labels([seeds, *baselines])[1:], baselines, strict=True)
 
 
-def _differing_from_baselines(
-    seeds: list[RunRecord], baselines: list[list[RunRecord]]
-) -> list[tuple[str, str, Any, Any]]:
-    """The settings besides the attention in which other recipes differ from a run: key, recipe, their value, the run's."""
+def _differing_from_baselines(run: Run, seeds: list[RunRecord], baselines: list[list[RunRecord]]) -> list[list[str]]:
+    """
+    The rows of a table of the settings besides the attention in which other recipes differ from a run: key, the run's value, and
+    theirs with their names. A setting of the model that a recipe leaves out has its default.
+    """
     ours = without_seeds(seeds[0].recipe)
-    found = []
-    for name, group in _named(seeds, baselines):
-        theirs = without_seeds(group[0].recipe)
-        keys = [key for key in ours | theirs if key != "model.attention_type" and ours.get(key) != theirs.get(key)]
-        found += [(key, name, theirs.get(key), ours.get(key)) for key in keys]
-    return found
+    theirs = [
+        (name, without_seeds(group[0].recipe), config_of(group[0].recipe)) for name, group in _named(seeds, baselines)
+    ]
+
+    def value(key: str, settings: dict[str, Any], config: HylaConfig) -> Any:
+        section, _, name = key.partition(".")
+        if section == "model" and name in HylaConfig.__annotations__:
+            return effective(config, name)
+        return settings.get(key)
+
+    def shown(key: str, settings: dict[str, Any], config: HylaConfig) -> str:
+        is_left_out = key not in settings and key.startswith("trainer.")
+        return "default" if is_left_out else as_text(value(key, settings, config))
+
+    rows = []
+    for key in dict.fromkeys(key for settings in (ours, *(one for _, one, _ in theirs)) for key in settings):
+        names: dict[str, list[str]] = {}
+        for name, settings, config in theirs:
+            if value(key, settings, config) != value(key, ours, run.config):
+                names.setdefault(shown(key, settings, config), []).append(as_text(name))
+        if names and key != "model.attention_type":
+            others = ", ".join(f"{text} ({'; '.join(of)})" for text, of in names.items())
+            rows.append([as_code(key), shown(key, ours, run.config), others])
+    return rows

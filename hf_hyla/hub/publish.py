@@ -8,12 +8,13 @@ or complete, whatever breaks, and the same command resumes from there. A new rep
 import contextlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from ..model import HylaConfig
 from ..runs.record import environment
@@ -40,6 +41,7 @@ _REASONS = {
     412: "somebody else has changed it in the meantime (status 412): see what they did",
     429: "the Hub has had too many requests (status 429): wait some minutes",
 }
+_REASONS_OF_COLLECTION = _REASONS | {400: "the Hub refuses it (status 400): choose another title"}
 
 
 def publish(
@@ -65,18 +67,19 @@ def publish(
     repositories = list(repositories)
     lines: list[str] = []
     if private:
-        public = [one for one in repositories if _is_public(api, one)]
-        if public:
-            raise ValueError(
-                f"The {public[0].repo_type} {public[0].repo_id} is public already, so nothing was sent: make it private in "
-                "its settings on the Hub, or leave out --private."
-            )
+        for one in repositories:
+            if _is_public(api, one.repo_id, one.repo_type):
+                raise ValueError(
+                    f"The {one.repo_type} {one.repo_id} is public already, so nothing was sent: make it private in its settings "
+                    "on the Hub, or publish with --no-private."
+                )
     for repository in repositories:
         with _in_one_sentence(f"{repository.repo_type} {repository.repo_id}", _STATE, lines):
             lines.append(_commit(api, repository, private))
     if collection:
         namespace = repositories[0].repo_id.partition("/")[0]
-        with _in_one_sentence(f"collection {collection!r}", "it may hold some of them only", lines):
+        state = "it may hold some of them only"
+        with _in_one_sentence(f"collection {collection!r}", state, lines, _REASONS_OF_COLLECTION):
             made = api.create_collection(collection, namespace=namespace, private=bool(private), exists_ok=True)
             for repository in repositories:
                 api.add_collection_item(made.slug, repository.repo_id, repository.repo_type, exists_ok=True)  # type: ignore[arg-type]
@@ -96,7 +99,8 @@ def publish_run(folder: str | Path, repo_id: str, private: bool | None = None) -
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"{error} The run itself is finished; `hyla publish {folder} --repo-id {repo_id}` publishes it."
+            f"{error} The run itself is finished; `hyla publish {folder} --repo-id {repo_id}{' --private' if private else ''}` "
+            "publishes it."
         ) from error
     return line
 
@@ -114,11 +118,20 @@ def check_before_training(name: str, settings: dict[str, Any], task: Task, confi
         ValueError: if it cannot. The message says what to do.
     """
     check_card_before_training(name, settings, task, config)
-    if not settings["trainer"].get("push_to_hub"):
+    trainer = settings["trainer"]
+    if not trainer.get("push_to_hub"):
         return
-    check_publishable(settings, settings["trainer"]["hub_model_id"])
+    repo_id = trainer["hub_model_id"]
+    check_publishable(settings, repo_id)
     if get_token() is None:
         raise ValueError("push_to_hub needs a token: log in by `hf auth login`, or set HF_TOKEN.")
+    if trainer.get("hub_private_repo"):
+        with contextlib.suppress(OSError):  # a Hub that does not answer now is asked again when the run is published
+            if _is_public(HfApi(), repo_id, "model"):
+                raise ValueError(
+                    f"The model {repo_id} is public already, but the recipe says trainer.hub_private_repo: make it private in its "
+                    "settings on the Hub, or leave out trainer.hub_private_repo."
+                )
 
 
 def check_publishable(settings: dict[str, Any], repo_id: str) -> None:
@@ -156,16 +169,16 @@ def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:
     return f"{repo_type} {repo_id}: {state}, {commit.commit_url}"
 
 
-def _is_public(api: HfApi, repository: Repository) -> bool:
-    with _in_one_sentence(f"{repository.repo_type} {repository.repo_id}", "nothing was sent", []):
+def _is_public(api: HfApi, repo_id: str, repo_type: str) -> bool:
+    with _in_one_sentence(f"{repo_type} {repo_id}", "nothing was sent", []):
         try:
-            return not api.repo_info(repository.repo_id, repo_type=repository.repo_type).private
+            return not api.repo_info(repo_id, repo_type=repo_type).private
         except RepositoryNotFoundError:
             return False
 
 
 @contextlib.contextmanager
-def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
+def _in_one_sentence(what: str, state: str, done: list[str], reasons: dict[int, str] = _REASONS) -> Iterator[None]:
     """
     Turns a failed or missing answer of the Hub into one sentence that says what to do and repeats nothing of the request. Other
     errors stay as they are.
@@ -174,15 +187,20 @@ def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
         what: what is being published.
         state: the state that it may be in after a failure.
         done: a line about each thing that was published before.
+        reasons: by status, why it failed and what to do.
     """
     try:
         yield
-    except (HTTPError, RuntimeError, ValueError) as error:
-        # huggingface_hub wraps what breaks an upload in a RuntimeError, and metadata that the Hub refuses in a ValueError.
-        cause = error if isinstance(error, (HTTPError, json.JSONDecodeError)) else error.__cause__
-        if not isinstance(cause, (HTTPError, json.JSONDecodeError)):
+    except (HTTPError, ConnectionError, RuntimeError, ValueError) as error:
+        # huggingface_hub wraps what breaks an upload in a RuntimeError, and metadata that the Hub refuses in a ValueError. hf_xet
+        # raises Python's ConnectionError, also for an answer with a status.
+        of_hub = (HTTPError, ConnectionError, json.JSONDecodeError)
+        cause = error if isinstance(error, of_hub) else error.__cause__
+        if not isinstance(cause, of_hub) or isinstance(cause, OfflineModeIsEnabled):
             raise
         status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, ConnectionError) and (said := re.search(r"status\D{0,30}([45]\d\d)\b", str(cause))):
+            status = int(said[1])
         if isinstance(cause, json.JSONDecodeError):
             reason = "the Hub answers with something other than JSON: wait"
         elif status is None:
@@ -190,7 +208,7 @@ def _in_one_sentence(what: str, state: str, done: list[str]) -> Iterator[None]:
         elif status >= 500:
             reason = f"the Hub is in trouble (status {status}): wait"
         else:
-            reason = _REASONS.get(status, f"the Hub refuses it (status {status}): look at the name and at your rights")
+            reason = reasons.get(status, f"the Hub refuses it (status {status}): look at the name and at your rights")
         published = f" Published before it: {', '.join(line.partition(': ')[0] for line in done)}." if done else ""
         raise OSError(
             f"Publishing the {what} failed, since {reason}, then publish again; {state}.{published}"

@@ -86,12 +86,10 @@ class Repository:
         lines += [f"  note: {self.note}"] if self.note else []
         return "\n".join(lines)
 
-    def write(self, folder: Path) -> None:
+    def check_folder(self, folder: Path) -> None:
         """
-        Writes what the repository will hold into a folder.
-
         Raises:
-            FileExistsError: if the folder holds other files.
+            FileExistsError: if a folder that the repository is to be written into holds other files.
         """
         others = sorted(
             name
@@ -102,10 +100,31 @@ class Repository:
             raise FileExistsError(
                 f"{folder} holds {others[0]}, which would not be published: remove it, or choose another --output."
             )
+
+    def write(self, folder: Path) -> None:
+        """Writes what the repository will hold into a folder."""
         contents = {name: c.read_bytes() if isinstance(c, Path) else c for name, c in self.files.items()}
         for name, content in contents.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
+
+
+def write_all(repositories: Sequence[Repository], output: Path) -> None:
+    """
+    Writes each repository into a folder of its name inside `output`. Where a model and a dataset share a name, their types are added.
+
+    Raises:
+        FileExistsError: if one of the folders holds other files. Nothing is written then.
+    """
+    names = [repository.repo_id.partition("/")[2] for repository in repositories]
+    folders = [
+        output / (f"{name}-{repository.repo_type}" if names.count(name) > 1 else name)
+        for name, repository in zip(names, repositories, strict=True)
+    ]
+    for repository, folder in zip(repositories, folders, strict=True):
+        repository.check_folder(folder)
+    for repository, folder in zip(repositories, folders, strict=True):
+        repository.write(folder)
 
 
 def plan(
@@ -124,7 +143,7 @@ def plan(
         folder: the folder of a finished run.
         repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
         dataset: a folder that `hyla data` wrote and that is published too.
-        metric, space: whether to publish the task's metric and a page that asks the model.
+        metric, space: whether to publish the task's metric and a page for trying the model.
         beside: repositories of other models that the page shows too.
         others: see `card_files`.
 

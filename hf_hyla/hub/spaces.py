@@ -1,4 +1,4 @@
-"""The Spaces beside a model: its task's metric, as evaluate.load reads it, and a page that asks the model."""
+"""The Spaces beside a model: its task's metric, as evaluate.load reads it, and a page for trying the model."""
 
 import json
 from collections.abc import Sequence
@@ -88,13 +88,13 @@ def _metric_of(task: Task) -> HubMetric:
 
 
 def demo_repo(repo_id: str) -> str:
-    """The repository of the Space that asks the model."""
+    """The repository of the Space for trying the model."""
     return f"{repo_id}-demo"
 
 
 def demo_files(task: Task, repo_id: str, beside: Sequence[str] = ()) -> dict[str, str | bytes]:
     """
-    The files of the Space that asks the model, by name: the page of `hyla demo`, and the code that it needs.
+    The files of the Space for trying the model, by name: the page of `hyla demo`, and the code that it needs.
 
     Args:
         beside: repositories of other models of the same task, which the page shows too.
@@ -104,7 +104,7 @@ def demo_files(task: Task, repo_id: str, beside: Sequence[str] = ()) -> dict[str
     """
     page = task.words(task).page()
     if page is None:
-        raise ValueError(f"There is no page that asks models of the task {task.name}: leave out --space.")
+        raise ValueError(f"There is no page for trying models of the task {task.name}: leave out --space.")
     title = f"Ask {repo_id.partition('/')[2]}"
     models = [repo_id, *beside]
     data = _card_data(

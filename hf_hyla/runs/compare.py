@@ -75,19 +75,41 @@ def compare(records: Iterable[RunRecord]) -> list[Comparison]:
     One `Comparison` for each recipe, in the order of their first runs. Copies of a run count once, see `RunRecord.identity`.
 
     Raises:
-        ValueError: for a record that lacks the score that is compared, or whose recipe makes no sense.
+        ValueError: for a record that lacks the score that is compared, or whose recipe makes no sense, and as `grouped` does.
     """
     groups = grouped(records)
     return [_compared(group, [other[0] for other in groups]) for group in groups]
 
 
 def grouped(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
-    """The runs of each recipe, which differ in their seeds. Recipes are in the order of their first runs; copies count once."""
+    """
+    The runs of each recipe, which differ in their seeds. Recipes are in the order of their first runs; copies count once.
+
+    Raises:
+        ValueError: for two runs of a recipe with the same seeds, but other results.
+    """
     groups: dict[str, dict[str, RunRecord]] = {}
     for record in records:
         recipe = json.dumps([record.name, without_seeds(record.recipe)], sort_keys=True)
         groups.setdefault(recipe, {}).setdefault(record.identity, record)
+    for runs in groups.values():
+        check_seeds(runs.values())
     return [list(runs.values()) for runs in groups.values()]
+
+
+def check_seeds(runs: Iterable[RunRecord]) -> None:
+    """
+    Raises:
+        ValueError: for two runs with the same seeds, which would count as two seeds.
+    """
+    seen = set()
+    for run in runs:
+        seeds = json.dumps(run.seeds, sort_keys=True)
+        if seeds in seen:
+            raise ValueError(
+                f"Two of the records of {run.name} have the same seeds, but other results ({seeds.strip('{}')}): name one of them."
+            )
+        seen.add(seeds)
 
 
 def table(comparisons: list[Comparison]) -> str:

@@ -4,11 +4,13 @@ import dataclasses
 import math
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 
 from ..model import HylaConfig
-from ..reading import read_json
+from ..reading import read_json, read_yaml
 from ..tasks import Task, get_task
 from ..utils import one_line
 from .paper import PaperResult, paper_result
@@ -64,12 +66,17 @@ class Run:
         The config of the run's model.
 
         Raises:
-            ValueError: if config.json is not a config.
+            ValueError: if config.json is not the config of a HYLA model.
             OSError: if it is missing.
         """
         try:
-            # transformers would wait for a pipe, and crash at content that is nested too deep.
-            read_json(self.folder / "config.json")
+            # transformers would wait for a pipe, crash at content that is nested too deep, and take another model's config.
+            found = read_json(self.folder / "config.json")
+            kind = found.get("model_type") if isinstance(found, dict) else None
+            if kind != HylaConfig.model_type:
+                raise ValueError(
+                    f"its model_type is {kind!r:.80}, expected {HylaConfig.model_type!r}; copy the run again"
+                )
             return HylaConfig.from_pretrained(self.folder)
         except (StrictDataclassError, TypeError, ValueError) as error:
             raise ValueError(
@@ -117,6 +124,48 @@ class Run:
                         f"{self.folder / RECORD_NAME} has no result {split}/{name}, got {scores.get(name)}: train the run to "
                         "its end."
                     )
+
+
+def record_of(name: str | Path) -> RunRecord:
+    """
+    The record of the run in a folder, or of the run that was published to a repository on the Hub.
+
+    Raises:
+        FileNotFoundError: if there is no record, or the Hub cannot be asked for it.
+        ValueError: if it is not a record.
+    """
+    path = Path(name) / RECORD_NAME
+    if not Path(name).exists():
+        try:
+            path = Path(hf_hub_download(str(name), RECORD_NAME))
+        except (HTTPError, OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{name} has no {RECORD_NAME} that can be fetched ({type(error).__name__}): expected a published run."
+            ) from None
+    if not path.exists():
+        raise FileNotFoundError(f"{name} has no {RECORD_NAME}, which names its task: expected the folder of a run.")
+    return RunRecord.load(path)
+
+
+def trained_task(name: str | Path) -> dict[str, Any]:
+    """
+    The settings of the task that a model was trained on, by the record of its run or, for a checkpoint, by the recipe of its run;
+    empty where neither is there.
+
+    Raises:
+        ValueError: if the record is not a record, or the recipe is not a recipe.
+    """
+    checkpoints = Path(name).resolve().parent
+    recipe = checkpoints.parent / RECIPE_NAME
+    if Path(name).exists() and checkpoints.name == CHECKPOINTS and recipe.exists():
+        try:
+            return dict(read_yaml(recipe)["task"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{recipe} is not a recipe ({one_line(error)}): train the run again.") from None
+    try:
+        return dict(record_of(name).recipe["task"])
+    except FileNotFoundError:
+        return {}
 
 
 def weights_digest(folder: Path) -> str:

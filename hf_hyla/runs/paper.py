@@ -52,6 +52,25 @@ def differing_settings(task: Task) -> dict[str, Any]:
     return {name: value for name, value in task.settings.items() if value != papers.get(name)}
 
 
+def config_of(settings: dict[str, Any]) -> HylaConfig:
+    """
+    The config of the model that a recipe with these sections `task` and `model` makes from fresh weights.
+
+    Raises:
+        ValueError: if the settings make no task or no model.
+    """
+    defaults = get_task(**settings["task"]).model_defaults
+    try:
+        return HylaConfig.from_dict({**defaults, **settings["model"]})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"The recipe's section model does not describe a model: {one_line(error)}") from None
+
+
+def effective(config: HylaConfig, name: str) -> Any:
+    """The value of a field that the model uses, where the field may be `None`."""
+    return getattr(config, f"effective_{name}", getattr(config, name))
+
+
 def paper_result(settings: dict[str, Any]) -> PaperResult | None:
     """
     What Table A1 says about the model of a run with these settings, which are the sections `task` and `model` of a recipe.
@@ -66,15 +85,11 @@ def paper_result(settings: dict[str, Any]) -> PaperResult | None:
         return None
     if any(task.settings[name] != value for name, value in task.paper.settings.items()):
         return None
-    papers = HylaConfig(**task.model_defaults)
-    try:
-        config = HylaConfig.from_dict({**task.model_defaults, **settings["model"]})
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"The recipe's section model does not describe a model: {one_line(error)}") from None
+    papers, config = HylaConfig(**task.model_defaults), config_of(settings)
     others = set(HylaConfig.__annotations__) - {*_ROW_FIELDS, *_UNKNOWN_FIELDS, *_TRAINING_FIELDS}
     if any(getattr(config, name) != getattr(papers, name) for name in others):
         return None
-    row = _ROWS.get(tuple(getattr(config, f"effective_{name}", getattr(config, name)) for name in _ROW_FIELDS))
+    row = _ROWS.get(tuple(effective(config, name) for name in _ROW_FIELDS))
     if row is None:
         return None
     mean, standard_error = task.paper.table_a1[row]

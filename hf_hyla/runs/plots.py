@@ -8,7 +8,7 @@ from typing import Any
 from ..tasks import get_task
 from ..utils import ATTENTION_NAMES
 from .compare import settings_apart
-from .paper import paper_result
+from .paper import PaperResult, paper_result
 from .record import RunRecord, mean_and_error, without_seeds
 
 
@@ -124,7 +124,7 @@ def over_samples(groups: list[list[RunRecord]]) -> bytes:
         axes.errorbar(group[0].samples_seen, mean, yerr=error, fmt="o", color=colour, capsize=4)
     axes.plot([], [], "o", color="grey", label="result of the finished run")
     left, right = axes.dataLim.intervalx
-    budget = _draw_papers(axes, records)
+    budget = _draw_papers(axes, groups)
     # The automatic limits ignore markers that are drawn beside their places.
     axes.set_xlim(left / 1.2, max(right, budget) * 1.4)
     if ceiling := task.words(task).ceiling(split):
@@ -169,22 +169,22 @@ def _named_lines(groups: list[list[RunRecord]]) -> Iterator[tuple[list[RunRecord
         yield group, (name + seeds, style, _COLOURS[attention])
 
 
-def _draw_papers(axes, records: list[RunRecord]) -> int:
-    """Draws what the paper reports for the attentions of these runs. Returns its number of training samples, or 0 without any."""
+def _draw_papers(axes, groups: list[list[RunRecord]]) -> int:
+    """Draws what the paper reports for the models of these runs. Returns its number of training samples, or 0 without any."""
     from matplotlib.transforms import ScaledTranslation
 
-    drawn = 0
-    budget = 0
-    for attention in dict.fromkeys(map(attention_of, records)):
-        settings = {"task": records[0].recipe["task"], "model": {"attention_type": attention}}
-        if attention and (paper := paper_result(settings)):
+    drawn: list[PaperResult] = []
+    for group in groups:
+        paper = paper_result(group[0].recipe)
+        if paper and paper not in drawn:
             # Beside its place, where it does not cover a result after the same number of samples.
-            aside = ScaledTranslation((9 + 7 * drawn) / 72, 0, axes.figure.dpi_scale_trans)
+            aside = ScaledTranslation((9 + 7 * len(drawn)) / 72, 0, axes.figure.dpi_scale_trans)
             axes.errorbar(
-                paper.num_samples, paper.mean, yerr=paper.standard_error, fmt="D", color=_COLOURS[attention],
+                paper.num_samples, paper.mean, yerr=paper.standard_error, fmt="D", color=_COLOURS[attention_of(group[0])],
                 fillstyle="none", capsize=3, transform=axes.transData + aside,
             )  # fmt: skip
-            drawn, budget = drawn + 1, paper.num_samples
+            drawn.append(paper)
+    budget = drawn[0].num_samples if drawn else 0
     if drawn:
         label = f"the paper, after {budget / 1e6:g}M samples"
         axes.plot([], [], "D", color="grey", fillstyle="none", label=label)

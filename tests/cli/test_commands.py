@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -93,6 +94,47 @@ def test_evaluate_takes_the_task_from_the_run_or_from_the_command_line(run, caps
         (run / "away.json").rename(run / "run.json")
 
 
+def test_a_checkpoint_is_scored_on_the_task_of_its_run(run, tmp_path, monkeypatch, capsys):
+    [checkpoint, *_] = sorted((run / "checkpoints").glob("checkpoint-*"))
+    monkeypatch.chdir(checkpoint.parent)
+    for name in (str(checkpoint), checkpoint.name):
+        assert main(["evaluate", name, "--split", "test", "--num-samples", "64", "--json"]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["task"]["num_examples"] == 4 and "assumed" not in said.err
+    shutil.copytree(checkpoint, tmp_path / "checkpoints" / checkpoint.name)
+    (tmp_path / "resolved_recipe.yaml").write_text("[1]")
+    assert main(["evaluate", str(tmp_path / "checkpoints" / checkpoint.name)]) == 2
+    assert "resolved_recipe.yaml is not a recipe" in capsys.readouterr().err
+
+
+def test_a_published_run_is_scored_on_its_task(run, hub_here, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    assert main(["evaluate", str(run), "--split", "test", "--num-samples", "64", "--json"]) == 0
+    of_folder = json.loads(capsys.readouterr().out)
+    api = HfApi()
+    api.create_repo("org/x")
+    for name in ("config.json", "model.safetensors", "run.json"):
+        api.upload_file(repo_id="org/x", path_or_fileobj=run / name, path_in_repo=name)
+    assert main(["evaluate", "org/x", "--split", "test", "--num-samples", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == of_folder | {"model": "org/x"}
+    probe = ["probe", "org/x", "--train-samples", "400", "--num-samples", "200", "--output", str(tmp_path / "probe")]
+    assert main(probe) == 0
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["task"]["num_examples"] == 4
+
+
+def test_settings_of_a_task_that_are_assumed_are_printed(run, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, tmp_path)
+    command = ["evaluate", str(tmp_path), "--task", "logic", "--split", "test", "--num-samples", "16", "--json"]
+    assert main([*command, "--task.num_examples", "4"]) == 0
+    said = capsys.readouterr()
+    assert "has no run.json of the task logic, so these settings are assumed" in said.err
+    task = json.loads(said.out)["task"]
+    assert all(f"{name} {value}" in said.err for name, value in task.items()) and "seed 0" in said.err
+    assert main(["evaluate", str(run), *command[2:]]) == 0
+    assert "assumed" not in capsys.readouterr().err
+
+
 def test_convert_writes_a_model_that_evaluate_scores(golden, tmp_path, capsys):
     case = ["--params", str(golden / "raven_params.safetensors"), "--config", str(golden / "raven_linear_hypatt.json")]
     assert main(["convert", *case, "--output", str(tmp_path / "model")]) == 0
@@ -169,6 +211,7 @@ def test_env_prints_json(capsys):
         (["data", "logic", "--task.name", "sraven", "--output", "{run}-2"], "--task.name is a setting of recipes"),
         (["ceiling", "--task.name", "logic"], "--task.name is a setting of recipes"),
         (["ceiling", "--num-samples", "1", "--output", "{run}"], "--output must name a file, but {run} is a folder"),
+        (["bench", "--against", "HEAD", "--lengths", "8"], "--against, which has workloads of its own: leave it out"),
         (["bench", "--threads", "100000000"], "--threads must be at most 1024"),
         (["train", "{recipe}", "--task.seed", ""], "The argument after '--task.seed' is empty"),
         (["env", "--task.num_examples", "4"], "Unknown argument '--task.num_examples'"),
@@ -192,6 +235,13 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(recipe, run, capsys, a
     assert main([argument.format(recipe=recipe, run=run) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hyla: ") and message.format(run=run) in error
+
+
+@pytest.mark.parametrize("command", ["ceiling", "data", "evaluate", "probe"])
+def test_the_help_of_a_command_that_takes_settings_of_the_task_says_so(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "given like --task.num_" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_full_disk_is_called_so_and_costs_no_later_run(monkeypatch, tmp_path, capsys):
@@ -286,6 +336,22 @@ def test_a_quick_run_fits_the_schedule_and_scores_few_samples(recipe, monkeypatc
     assert {scores["num_samples"] for scores in record["metrics"].values()} == {1024}
     assert main(["train", str(warm), "--quick", "--dry-run"]) == 0
     assert "steps                100 of 128 samples" in capsys.readouterr().out
+
+
+def test_a_quick_run_is_published_only_on_request(recipe, monkeypatch, tmp_path, capsys):
+    published = []
+    monkeypatch.setattr("hf_hyla.hub.publish.publish_run", lambda *run: published.append(run) or "published")
+    monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": None})
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    trainer = {**TINY["trainer"], "push_to_hub": True, "hub_model_id": "org/real"}
+    (tmp_path / "push.yaml").write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
+    command = ["train", str(tmp_path / "push.yaml"), "--quick", "--trainer.max_steps", "4", "--output"]
+    assert main([*command, str(tmp_path / "quick")]) == 0 and published == []
+    assert main([*command, str(tmp_path / "pushed"), "--trainer.push_to_hub", "true"]) == 0
+    assert published == [(tmp_path / "pushed", "org/real", None)]
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--quick", "--dry-run"]) == 0
+    assert "push_to_hub" not in capsys.readouterr().out  # only where the recipe has it
 
 
 def test_a_run_whose_settings_give_no_repository_name_trains_and_gets_a_card(

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import zlib
+from fractions import Fraction
 
 import pytest
 import torch
@@ -157,6 +158,27 @@ WEIGHTS = {"weights": [0.5] * 9}
 PICKLES = {
     **{f"a{protocol}.dat": pickle.dumps(WEIGHTS, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)},
     "x_hyla.py": pickle.dumps(WEIGHTS, 0),
+    **{
+        f"call{protocol}.dat": pickle.dumps(Fraction(1, 3), protocol)
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    },
+    "spaced.dat": pickle.dumps(WEIGHTS, 0) + b"\n \n",
+    "two.dat": pickle.dumps(None, 0) + pickle.dumps([1], 1),
+    **{
+        f"{name}.txt": before + pickle.dumps(Fraction(1, 3), protocol) + b"and more"
+        for name, before, protocol in (("first", b"", 0), ("second", b"N.", 0), ("third", b").].", 1))
+    },
+    **{
+        f"{name}.txt": program + b"more"
+        for name, program in {
+            "instance": b"(ios\nsystem\n.",
+            "object": b"(cos\nsystem\no.",
+            "build": b"NNb.",
+            "persistent": b"Px\n.",
+            "binary_persistent": b"NQ.",
+            "extension": b"\x82\x01.",
+        }.items()
+    },
     **{f"{module.__name__}.dat": module.compress(pickle.dumps(WEIGHTS)) for module in (gzip, bz2, lzma, zlib)},
     **{f"a{suffix}": b"x" for suffix in (".dill", ".cloudpickle", ".p", ".pk", ".PT")},
 }
@@ -215,6 +237,9 @@ def test_text_that_begins_like_a_pickle_is_accepted_and_other_code_is_left_out(l
         "hello.txt": b"hello.",
         "x.txt": b"x^2 + 1\n",
         "empty.txt": b"",
+        "note.txt": b"N.B. this run was stopped once.\n",
+        "brackets.txt": b").\nThe rest",
+        "list.txt": b"]. The rest\n",
         "my_hyla.py": b"",
     }
     for name, content in notes.items():

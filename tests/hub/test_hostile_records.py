@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
+from hf_hyla.cli import main
 from hf_hyla.hub import model_card
-from hf_hyla.hub.cards import as_code, as_text
+from hf_hyla.hub.cards import as_code, as_text, run_snippet
 from hf_hyla.runs import Run, RunRecord, plots
 from hf_hyla.runs.compare import compare, table
 from hf_hyla.tasks import get_task
@@ -191,6 +193,41 @@ def test_weights_that_a_run_started_from_are_a_repository_or_a_folder(folder, lo
         model_card.card_files(Run.load(copied(logic_run, recipe=recipe)), "org/x")
 
 
+@pytest.fixture
+def with_code(tmp_path):
+    """A copy of a published model whose config names a model type and classes of its own, in a file that leaves a trace."""
+    folder, trace = tmp_path / "evil", tmp_path / "trace"
+    shutil.copytree(Path(__file__).parents[2] / "hub_cards" / "hyla-logic", folder)
+    shutil.rmtree(folder / "probe")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "evilmodel",
+        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForSequenceClassification": "evil.EvilModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"digests": None}))
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\nraise SystemExit('evil')\n")
+    return folder, trace
+
+
+@pytest.mark.parametrize("command", [["card"], ["publish", "--repo-id", "org/x", "--dry-run"]])
+def test_the_code_of_a_folder_never_runs(with_code, capsys, command):
+    folder, trace = with_code
+    assert main([*command, str(folder)]) == 2
+    assert "config.json is not the config of a model: its model_type is 'evilmodel'" in capsys.readouterr().err
+    assert not trace.exists()
+
+
+def test_a_snippet_runs_without_the_code_of_the_folder(with_code):
+    folder, trace = with_code
+    snippet = get_task("logic").words(get_task("logic")).snippet(str(folder))
+    assert "trust_remote_code=True" in snippet
+    with pytest.raises(ValueError, match="The snippet of the card fails"):
+        run_snippet(f"```python\n{snippet}\n```", {})
+    assert not trace.exists()
+
+
 def test_the_card_is_for_a_name_that_the_hub_takes(logic_run):
     for repo_id in ("x", "org/x y", "org/x\n# Evil", "org/x--y", "a/b/c"):
         with pytest.raises(ValueError, match="A repository is named ORG/NAME"):
@@ -204,4 +241,7 @@ def test_plain_settings_are_shown_as_they_are():
     assert [as_text(text) for text in ("", "a|b", "<b>", "http://x", "[x](y)", "# x", "__x__")] == [
         "`  `", r"`a\|b`", "`<b>`", "`http://x`", "`[x](y)`", "`# x`", "`__x__`"
     ]  # fmt: skip
+    for text in ("see www.evil.com now", "(www.evil.com", "_private_", "a _b_ c", "(_b_)", "see http://x now"):
+        assert as_text(text) == f"`{text}`"
+    assert [as_text(text) for text in ("rms_head", "a_b_c d")] == ["rms_head", "a_b_c d"]
     assert as_code("a `` b") == "```a `` b```" and as_code("`") == "`` ` ``"

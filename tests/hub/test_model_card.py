@@ -230,7 +230,7 @@ def test_the_card_shows_a_probe_report_only_of_its_own_weights(logic_run, copied
         assert cell == shown
     assert "400 samples of trained combinations and scored on 200 of `ood`" in text
     assert f"{report['ablation']['whole']:.4f} with all heads" in text
-    assert "What its latent codes tell" not in card_files(logic_run)["README.md"]
+    assert "What its latent codes reveal" not in card_files(logic_run)["README.md"]
 
     for spoilt, message in [
         (report | {"figures": ["../../secret.txt"]}, "names the figure '../../secret.txt'"),
@@ -324,9 +324,12 @@ def test_baselines_stand_beside_the_model_with_what_differs_besides_the_attentio
     assert (row[1], row[4]) == ("2", f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}")
     assert "differ in nothing but the attention" in text and "all seeds" not in text
     linear = with_attention("linear", logic_run, learning_rate=0.5)
+    slow = [with_attention("softmax", run, learning_rate=0.5) for run in (logic_run, other_seed)]
+    text = card_files(logic_run, others=[*slow, linear])["README.md"]
+    assert table_row(text, "`trainer.learning_rate`")[1:] == ["0.01", "0.5 (softmax attention; linear attention)"]
     text = card_files(logic_run, others=[*softmax, linear])["README.md"]
     assert table_row(text, "linear attention")[1] == "1"
-    assert "`trainer.learning_rate` (0.5 for linear attention, 0.01 here)." in text
+    assert table_row(text, "`trainer.learning_rate`")[1:] == ["0.01", "0.5 (linear attention)"]
     again = RunRecord.load(softmax[0])
     again.metrics["ood"]["r2"] += 0.25
     (tmp_path / "again").mkdir()
@@ -350,7 +353,25 @@ def test_other_recipes_of_one_attention_are_named_by_what_tells_them_apart(logic
     text = card_files(logic_run, others=others)["README.md"]
     for label, samples in (("HYLA", 20), ("linear attention", 24), ("linear attention", 28)):
         assert table_row(text, f"{label}, max_steps={samples // 4}")[1:3] == ["1", str(samples)]
-    assert "`trainer.max_steps` (5 for HYLA, max_steps=5, 6 here), " in text
+    steps = "5 (HYLA, max_steps=5), 7 (linear attention, max_steps=7)"
+    assert table_row(text, "`trainer.max_steps`")[1:] == ["6", steps]
+    assert text.count("| `trainer.max_steps` | 6 | ") == 1
+
+
+def test_a_setting_that_a_recipe_leaves_out_is_shown_by_its_default(logic_run, tmp_path):
+    record = RunRecord.load(logic_run)
+    record.recipe["model"] |= {"attention_type": "softmax", "attention_out_multiplier": 0.25}
+    record.recipe["model"] |= {"norm_type": "layer_norm", "score_norm": "softmax"}  # the first is the default
+    del record.recipe["trainer"]["logging_steps"]
+    record.save(tmp_path)
+    text = card_files(logic_run, others=[tmp_path])["README.md"]
+    text = text.partition("Apart from the attention type")[2].partition("## Use")[0]
+    rows = [re.findall("[^|]+", line) for line in text.splitlines() if line.startswith("| `")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["`trainer.logging_steps`", "2", "default (softmax attention)"],
+        ["`model.attention_out_multiplier`", "1", "0.25 (softmax attention)"],
+        ["`model.score_norm`", "rms_head", "softmax (softmax attention)"],
+    ]
 
 
 def test_without_matplotlib_the_message_says_what_to_install(logic_run, monkeypatch):

@@ -1,11 +1,13 @@
 """Tests of publishing and of failures of the Hub, over HTTP with the loopback Hub."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import TrainingArguments
 
 from hf_hyla import HylaForSequenceClassification, model
@@ -118,6 +120,22 @@ def test_a_publication_can_be_written_into_a_folder_and_published_from_there(
     assert main(command) == 0  # again
     (folder / "notes.txt").write_text("mine")
     assert main(command) == 2 and "holds notes.txt, which would not be published" in capsys.readouterr().err
+
+
+def test_a_model_and_a_dataset_of_one_name_are_written_into_two_folders(sraven_run, dataset, tmp_path, capsys):
+    output = tmp_path / "hub"
+    command = ["publish", str(sraven_run), "--repo-id", SRAVEN_DATA, "--dataset", str(dataset), "--metric"]
+    command += ["--output", str(output)]
+    name = SRAVEN_DATA.partition("/")[2]
+    (output / f"{name}-model").mkdir(parents=True)
+    (output / f"{name}-model" / "notes.txt").write_text("mine")
+    # The dataset and the metric come before the model, and are not written either.
+    assert main(command) == 2 and "holds notes.txt, which would not be published" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [f"{name}-model"]
+    (output / f"{name}-model" / "notes.txt").unlink()
+    assert main(command) == 0 and main(command) == 0
+    assert {path.name for path in output.iterdir()} == {f"{name}-dataset", f"{name}-model", "hyla_sraven_accuracy"}
+    assert (output / f"{name}-dataset" / "task.json").exists() and (output / f"{name}-model" / "config.json").exists()
 
 
 def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub, logic_run, hub_here, tmp_path):
@@ -242,6 +260,50 @@ def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_
     assert [item["id"] for item in collection["items"]] == ["org/hyla_logic_r2", REPO]
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("HTTP status client error (401 Unauthorized) for url (http://cas:8443/x)", "log in by `hf auth login`"),
+        ("HTTP status client error (403 Forbidden) for url (http://cas:8443/x)", "may not write there"),
+        (
+            "HTTP status client error (400 Bad Request) for url (http://cas:8443/x)",
+            "refuses the card's metadata or the",
+        ),
+        ("HTTP status server error (500 Internal Server Error) for url (http://cas/x)", "in trouble (status 500)"),
+        (
+            "error sending request for url (http://cas:443/500): connection refused",
+            "cannot be reached (ConnectionError)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_error_of_xet_is_one_sentence_too(hub_here, planned, monkeypatch, said, message, wrapped):
+    def fail(*_, **__):
+        try:
+            raise ConnectionError(said)
+        except ConnectionError as error:
+            if not wrapped:
+                raise
+            raise RuntimeError("Error while uploading") from error
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    with pytest.raises(OSError, match=f"^Publishing the model {REPO} failed") as error:
+        publish(planned)
+    assert message in str(error.value) and "cas" not in str(error.value)
+
+
+def test_offline_mode_is_called_so(planned, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OfflineModeIsEnabled):
+        publish(planned)
+
+
+def test_a_title_that_the_hub_refuses_is_said_to_be_that(hub_here, planned):
+    hub_here.fail("POST /api/collections$", with_=400, times=20)
+    with pytest.raises(OSError, match=r"the Hub refuses it \(status 400\): choose another title"):
+        publish(planned, collection="HYLA")
+
+
 def test_an_error_names_what_was_published_before_it(hub_here, logic_run, capsys):
     hub_here.fail(f"models/{REPO}/commit", with_=500, times=20)
     assert main(["publish", str(logic_run), "--repo-id", REPO, "--metric"]) == 2
@@ -270,6 +332,26 @@ def test_push_to_hub_in_a_recipe_publishes_the_same_files_as_the_command(hub_her
     assert published(repo) == contents(plan(run, REPO)[0])
     assert published(repo)["README.md"].decode() == card_files(Run.load(run), REPO)["README.md"]
     assert "--trainer.push_to_hub false" in published(repo)["README.md"].decode()
+
+
+def test_a_run_whose_recipe_says_private_stays_private_when_it_is_published_later(hub_here, logic_run, copied, capsys):
+    record = json.loads((logic_run / "run.json").read_text())
+    record["recipe"]["trainer"]["hub_private_repo"] = True
+    run = copied(logic_run, recipe=record["recipe"])
+    (run / "resolved_recipe.yaml").write_text(yaml.safe_dump(record["recipe"]))
+    command = ["publish", str(run), "--repo-id", REPO]
+    assert main(command) == 0 and hub_here.repo(REPO).private
+    HfApi().delete_repo(REPO)
+    assert main([*command, "--no-private"]) == 0 and not hub_here.repo(REPO).private
+    head = hub_here.repo(REPO).head
+    assert main(command) == 2 and hub_here.repo(REPO).head == head
+    assert "is public already, so nothing was sent" in capsys.readouterr().err
+
+
+def test_a_private_push_that_fails_advises_a_private_publication(hub_here, logic_run):
+    hub_here.fail("commit/main", with_=500, times=20)
+    with pytest.raises(OSError, match=f"`hyla publish {logic_run} --repo-id {REPO} --private` publishes it"):
+        publish_run(logic_run, REPO, private=True)
 
 
 @pytest.mark.parametrize(("request_", "fault"), [("commit/main", 500), ("validate-yaml", 503), ("validate-yaml", 400)])
@@ -302,6 +384,25 @@ def test_a_recipe_that_could_not_be_pushed_is_refused_before_training(logic_run,
     recipe.settings["model"]["model_name_or_path"] = str(logic_run)
     with pytest.raises(ValueError, match="which nobody else has: publish that model first"):
         check()
+
+
+def test_a_private_push_to_a_public_repository_is_refused_before_training(hub_here, logic_run, monkeypatch):
+    recipe = load_recipe(logic_run / "resolved_recipe.yaml")
+    recipe.settings["trainer"] |= {"push_to_hub": True, "hub_model_id": REPO, "hub_private_repo": True}
+    monkeypatch.setattr("hf_hyla.hub.publish.environment", lambda: {"git_commit": "0" * 40})
+
+    def check():
+        check_before_training(recipe.name, recipe.settings, recipe.task, recipe.config)
+
+    check()  # there is no such repository yet
+    HfApi().create_repo(REPO)
+    with pytest.raises(ValueError, match=r"is public already, but the recipe says trainer\.hub_private_repo: make it"):
+        check()
+    hub_here.fail("GET /api/models", with_=500, times=20)
+    check()  # the Hub is asked again when the run is published
+    hub_here.heal()
+    HfApi().update_repo_settings(REPO, private=True)
+    check()
 
 
 def trainer_in(folder, args_class=HylaTrainingArguments, **settings):

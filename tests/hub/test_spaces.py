@@ -73,5 +73,5 @@ def test_a_space_shows_the_models_that_are_named_beside_it(sraven_run, capsys):
 
 def test_a_space_for_a_task_without_a_page_is_refused(monkeypatch):
     monkeypatch.setattr(LogicTask, "words", Words)
-    with pytest.raises(ValueError, match="There is no page that asks models of the task logic: leave out --space"):
+    with pytest.raises(ValueError, match="There is no page for trying models of the task logic: leave out --space"):
         spaces.demo_files(get_task("logic"), "org/x")

@@ -62,13 +62,21 @@ def test_copies_of_a_run_are_one_wherever_they_lie(record, tmp_path, capsys):
         assert one["values"] == [0.7, 0.8] and one["mean"] == pytest.approx(0.75)
 
 
-def test_runs_with_other_data_or_another_result_are_no_copies(record):
-    others = [
-        run_of(record, 0, 0.71), run_of(record, 0, data_fingerprint=f"sha256:{'0' * 64}"), run_of(record, 1), run_of(record)
-    ]  # fmt: skip
+def test_runs_with_the_same_seeds_but_other_data_or_another_result_are_refused(record, tmp_path, capsys):
+    others = [run_of(record, 0, 0.71), run_of(record, 0, data_fingerprint=f"sha256:{'0' * 64}"), run_of(record)]
     others[-1].metrics["test"]["num_samples"] += 1
-    (one,) = compare([run_of(record), *others])
-    assert len(one.values) == 5
+    for other in others:
+        with pytest.raises(
+            ValueError, match="Two of the records of logic-demo have the same seeds, but other results"
+        ):
+            compare([run_of(record), run_of(record, 1), other])
+    for number, run in enumerate((run_of(record), others[0])):
+        (tmp_path / str(number)).mkdir()
+        run.save(tmp_path / str(number))
+    assert main(["compare", str(tmp_path)]) == 2
+    assert 'logic-demo have the same seeds, but other results ("task": 0, "trainer": 0)' in capsys.readouterr().err
+    (one,) = compare([run_of(record), run_of(record, 1)])
+    assert len(one.values) == 2
 
 
 def test_a_terminal_is_not_given_what_it_would_obey(record, tmp_path, capsys):
@@ -179,7 +187,7 @@ def test_a_record_without_the_compared_metric_is_named(record):
         ({"metrics": {"ood": {"loss": 1.0}}}, "lacks the score ood/r2"),
     ):
         with pytest.raises(ValueError, match=message):
-            compare([record, dataclasses.replace(record, **lacking)])
+            compare([record, dataclasses.replace(record, seeds={"task": 0, "trainer": 1}, **lacking)])
 
 
 def test_another_seed_of_a_recipe_keeps_its_expectation():

@@ -8,6 +8,7 @@ import pytest
 from hf_hyla.cli import main
 from hf_hyla.runs import RunRecord, plots
 from hf_hyla.runs.compare import grouped
+from hf_hyla.runs.paper import paper_result
 from hf_hyla.runs.plots import learning_curve, over_samples
 
 
@@ -72,6 +73,29 @@ def test_a_picture_of_several_attentions_shows_their_scores_the_papers_and_the_i
     assert marks == [*results, (20_000_000, 0.6913), (20_000_000, 0.5656)]
     assert list(lines["ideal observer"].get_ydata()) == [0.9445703125] * 2
     assert axes.get_xscale() == "log" and axes.get_ylabel() == "accuracy on ood"
+
+
+def test_the_papers_value_is_drawn_once_for_each_model_that_it_reports(figure_of):
+    def like_demo(name, **model):
+        [record] = records("logic-demo/0.json")
+        record.name = name
+        record.recipe["model"] |= model
+        return record
+
+    runs = [
+        like_demo("standard"),
+        like_demo("shorter", attention_out_multiplier=0.5),  # the same model of the paper
+        like_demo("wide", hidden_size=256),  # which the paper does not report
+        like_demo("without", score_norm="none"),
+    ]
+    groups = [[run] for run in runs]
+    papers = [paper_result(run.recipe) for run in runs]
+    assert papers[0] == papers[1] and papers[2] is None and papers[3] != papers[0]
+    [axes] = figure_of(over_samples, groups).axes
+    diamonds = [one[0] for one in axes.containers if one[0].get_marker() == "D"]
+    assert [tuple(one.get_xydata()[0]) for one in diamonds] == [(6_400_000, papers[i].mean) for i in (0, 3)]
+    [axes] = figure_of(over_samples, groups[2:3]).axes
+    assert "the paper" not in " ".join(line.get_label() for line in axes.lines)
 
 
 def test_runs_that_differ_in_their_seeds_are_one_line_with_their_mean(figure_of):
