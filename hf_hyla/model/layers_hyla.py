@@ -290,8 +290,12 @@ class HylaMoE(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         _, weights = self.router(hidden_states)
-        hidden = self.act_fn(torch.einsum("bsd,efd->bsef", hidden_states, self.up_proj)) * weights.unsqueeze(-1)
-        return torch.einsum("bsef,edf->bsd", hidden, self.down_proj)
+        # Side by side, the experts are one wide layer.
+        up_proj, down_proj = self.up_proj.flatten(0, 1), self.down_proj.transpose(0, 1).flatten(1)
+        with cpu_functions(hidden_states):
+            hidden = self.act_fn(nn.functional.linear(hidden_states, up_proj))
+            hidden = hidden.unflatten(-1, self.up_proj.shape[:2]) * weights.unsqueeze(-1)
+            return nn.functional.linear(hidden.flatten(-2), down_proj)
 
 
 class HylaLayer(GradientCheckpointingLayer):

@@ -12,6 +12,7 @@ from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import function_kernels_cpu_hyla, vectors_cpu_hyla
 from hf_hyla.model import functions_cpu_hyla as functions
 from hf_hyla.model.functions_cpu_hyla import cpu_functions
+from hf_hyla.model.layers_hyla import HylaMoE
 
 
 linear, gelu = nn.functional.linear, nn.functional.gelu
@@ -190,6 +191,25 @@ def test_linear_layers_use_our_products_and_stay_plain_modules(served, monkeypat
     assert served.count("_Linear") == 6 * 2 and served.count("_Gelu") == 2
     assert {type(module) for name, module in model.named_modules() if name.endswith("_proj")} == {nn.Linear}
     torch.testing.assert_close(logits, without(monkeypatch, lambda: model(ids).logits))
+
+
+def test_a_mixture_of_experts_uses_our_products_in_both_of_its_layers(served, monkeypatch):
+    torch.manual_seed(0)
+    experts, x = HylaMoE(HylaConfig(ffn_type="moe", hidden_size=16, intermediate_size=24)), torch.randn(3, 5, 16)
+
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+    leaves = [x.requires_grad_(), *experts.parameters()]
+
+    def computed():
+        output = experts(x)
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    found = computed()
+    assert served == ["_Linear", "_Gelu", "_Linear"]
+    for ours, torchs in zip(found, without(monkeypatch, computed), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_and_replaced_layers_are_called_as_usual(monkeypatch):
