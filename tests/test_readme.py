@@ -175,7 +175,7 @@ def test_the_table_of_muon_on_sraven_comes_from_its_records():
         assert f"| {title} | {' | '.join(cells)} |" in RECIPES
 
 
-def test_the_plateau_and_the_climb_of_hyla_come_from_its_record():
+def test_the_plateaus_and_the_climb_at_the_papers_budget_come_from_the_records():
     record = record_of("sraven-hyla-muon")
     ood = {point["step"]: point["ood/accuracy"] for point in record["curve"] if "ood/accuracy" in point}
     plateau = [score for step, score in ood.items() if 3e6 <= 128 * step <= 11.3e6]
@@ -184,6 +184,12 @@ def test_the_plateau_and_the_climb_of_hyla_come_from_its_record():
     assert (
         f"climbs to {ood[91_000]:.2f} in 3,000 steps, and ends at {record['metrics']['ood']['accuracy']:.4f}" in text
     )
+    softmax = [
+        point["ood/accuracy"]
+        for point in record_of("sraven-softmax-muon")["curve"]
+        if "ood/accuracy" in point and 128 * point["step"] >= 8e6
+    ]
+    assert f"stays between {min(softmax):.2f} and {max(softmax):.2f} from 8 million samples to the end" in text
 
 
 def test_the_tables_of_muon_on_fuzzy_logic_come_from_their_records():
