@@ -6,62 +6,62 @@ import pytest
 from hub_server import HubServer
 
 
-# What `make test-fast` leaves out: files whose tests train, compile, or start processes of their own. Single tests of other files
-# are marked where they are.
+# What `make test-fast` leaves out: files whose tests train, compile, or start processes of their own, the longest first. Single tests
+# of other files are marked where they are.
 SLOW = [
-    "analysis/test_combinations.py",
-    "analysis/test_report.py",
-    "cli/test_commands.py",
-    "cli/test_start_up.py",
-    "demo/test_browser.py",
-    "demo/test_puzzles.py",
-    "hub/test_checks.py",
-    "hub/test_end_to_end.py",
-    "hub/test_hostile_records.py",
-    "hub/test_hub_cards.py",
-    "hub/test_model_card.py",
-    "hub/test_publish.py",
-    "hub/test_push_to_hub.py",
-    "hub/test_spaces.py",
     "model/test_backends.py",
-    "model/test_extremes.py",
-    "model/test_framework.py",
-    "model/test_functions_cpu.py",
-    "model/test_generation.py",
-    "model/test_mixed_precision.py",
-    "model/test_mutations.py",
-    "model/test_remote.py",
-    "model/test_text.py",
     "model/test_triton.py",
-    "tasks/test_own_task.py",
+    "hub/test_end_to_end.py",
+    "model/test_framework.py",
     "test_bench_against.py",
-    "test_bench_products.py",
+    "cli/test_start_up.py",
+    "model/test_mixed_precision.py",
+    "hub/test_model_card.py",
+    "hub/test_hub_cards.py",
+    "hub/test_publish.py",
     "test_benchmark.py",
-    "test_metrics.py",
-    "test_notebooks.py",
+    "cli/test_commands.py",
+    "hub/test_checks.py",
     "test_package.py",
-    "test_readme.py",
-    "training/test_arguments.py",
-    "training/test_optimizers.py",
-    "training/test_processes.py",
-    "training/test_ranks.py",
     "training/test_resume.py",
+    "analysis/test_report.py",
+    "hub/test_hostile_records.py",
+    "model/test_remote.py",
+    "training/test_ranks.py",
+    "model/test_generation.py",
     "training/test_run.py",
-    "training/test_sharding.py",
+    "model/test_extremes.py",
     "training/test_sweep.py",
+    "training/test_processes.py",
+    "hub/test_spaces.py",
+    "test_metrics.py",
+    "hub/test_push_to_hub.py",
+    "tasks/test_own_task.py",
+    "test_notebooks.py",
+    "training/test_arguments.py",
     "training/test_text_runs.py",
+    "model/test_text.py",
+    "test_readme.py",
+    "model/test_functions_cpu.py",
+    "model/test_mutations.py",
+    "training/test_sharding.py",
+    "analysis/test_combinations.py",
     "training/test_trainer.py",
+    "training/test_optimizers.py",
     "training/test_weights.py",
+    "demo/test_puzzles.py",
+    "test_bench_products.py",
+    "demo/test_browser.py",
 ]
 
 
 def pytest_collection_modifyitems(items):
-    slow = {Path(__file__).parent / name for name in SLOW}
+    order = {Path(__file__).parent / name: place for place, name in enumerate(SLOW)}
     for item in items:
-        if item.path in slow:
+        if item.path in order:
             item.add_marker(pytest.mark.slow)
-    # Files that run side by side then end at about the same time.
-    items.sort(key=lambda item: item.path not in slow)
+    # Files that run side by side then end at about the same time, and few compile the same kernel at once.
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)
