@@ -64,7 +64,10 @@ def find_records(paths: Iterable[str | Path]) -> list[RunRecord]:
             # Committed records are named by their seed; other JSON may lie beside them.
             files = sorted(path.rglob(RECORD_NAME)) or sorted(path.rglob("[0-9]*.json"))
         if not files:
-            raise ValueError(f"{path} holds no run record: expected {RECORD_NAME} in it or in a folder inside it.")
+            raise ValueError(
+                f"{path} holds no run record: expected {RECORD_NAME}, or records that are named by their seed, in it or in a folder "
+                "inside it; name other records by their files."
+            )
         for file in files:
             found[file.resolve()] = RunRecord.load(file)
     return list(found.values())
