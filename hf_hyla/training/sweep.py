@@ -83,12 +83,11 @@ def load_sweep(path: str | Path) -> Sweep:
             points.append(Point(f"{slug}/{seed}".replace(" ", ""), texts, load_recipe(base, texts)))
     if len({point.folder for point in points}) < len(points):
         raise ValueError(f"{path} names a point twice: remove the second.")
-    for point in points:
-        if point.recipe.trainer.get("push_to_hub"):
-            raise ValueError(
-                f"{path}: the runs of a sweep would replace each other in one repository, but push_to_hub is set: leave it out, and "
-                "publish the run that you choose by hyla publish."
-            )
+    if any(point.recipe.trainer.get("push_to_hub") for point in points):
+        raise ValueError(
+            f"{path}: the runs of a sweep would replace each other in one repository, but push_to_hub is set: leave it out, and "
+            "publish the run that you choose by hyla publish."
+        )
     return Sweep(path.stem, Path(base), points)
 
 

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_hyla.runs import RunRecord
+from hf_hyla.runs.record import hardware
 
 
 RECORD = json.loads((Path(__file__).parents[2] / "recipes" / "results" / "logic-demo" / "0.json").read_text())
@@ -59,3 +61,10 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path):
     record = RunRecord(**RECORD)
     record.save(tmp_path)
     assert RunRecord.load(tmp_path) == record
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_names_no_accelerator(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "some GPU")
+    assert hardware(torch.device("cpu"))["accelerator"] is None
+    assert hardware()["accelerator"] == hardware(torch.device("cuda"))["accelerator"] == "some GPU"
