@@ -43,21 +43,13 @@ def test_a_slower_checkout_is_measured_to_be_slower(tmp_path):
     assert result["threads"] == 1 and str(tmp_path) not in json.dumps(result)
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"overrides": TINY},
-        # A language model reads some documents of the test's own, and its attention is causal.
-        {"recipe": "text/hyla", "overrides": TINY | {"model.head_dim": "4", "task.sequence_length": "8"}},
-    ],
-    ids=["puzzles", "text"],
-)
-def test_a_commit_can_be_measured_under_autocast(asked, tmp_path):
-    if "recipe" in asked:
-        for number in range(60):
-            (tmp_path / f"{number}.txt").write_text(f"Document {number} of many, which are all alike. " * 5)
-        asked["overrides"] |= {"task.files": str(tmp_path / "*.txt"), "task.held_out": "0.2"}
-    result = compare_with("HEAD", bf16=True, threads=1, repeats=1, batch_size=4, **asked)
+def test_a_commit_can_be_measured_on_text_under_autocast(tmp_path):
+    # A language model reads some documents of the test's own, and its attention is causal.
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(f"Document {number} of many, which are all alike. " * 5)
+    documents = {"task.files": str(tmp_path / "*.txt"), "task.held_out": "0.2", "task.sequence_length": "8"}
+    overrides = TINY | {"model.head_dim": "4"} | documents
+    result = compare_with("HEAD", bf16=True, threads=1, repeats=1, batch_size=4, recipe="text/hyla", overrides=overrides)
     assert [row["subject"] for row in result["rows"]] == 2 * ["this checkout", "HEAD"]
     assert result["rows"][0]["work"].endswith("bfloat16 autocast")
 

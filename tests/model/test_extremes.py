@@ -24,7 +24,7 @@ if ops_triton_hyla.INTERPRETED:
 KEYS = 9 if ops_triton_hyla.INTERPRETED else 19
 MAGNITUDES = [1e-20, 1e-10, 1.0, 1e9, 1e15, 1e18, 1e19, 1e25, 1e30]
 if ops_triton_hyla.INTERPRETED:
-    MAGNITUDES = [1e-20, 1.0, 1e18, 1e30]
+    MAGNITUDES = [1e-20, 1e18, 1e30]
 
 
 def serves(backend, row):

@@ -464,7 +464,7 @@ def test_offsets_into_a_mask_of_very_many_pairs_are_of_64_bits():
 HOPPER, AMPERE = 90, 80
 # capability, dtype, that of parameters, heads, width, score_norm, network, kernels (all where none is named)
 COMPILED = [
-    (HOPPER, torch.bfloat16, torch.bfloat16, 16, 64, "rms_head", "hyla", ()),
+    (HOPPER, torch.bfloat16, torch.bfloat16, 16, 64, "rms_head", "hyla", ("forward_kernel", "key_gradient_kernel")),
     (HOPPER, torch.float32, torch.float32, 16, 64, "rms_head", "hyla", ("key_gradient_kernel",)),
     (HOPPER, torch.float32, torch.float32, 16, 32, "rms_head", "hyla+", ("key_gradient_kernel",)),
     (HOPPER, torch.float32, torch.float32, 16, 4, "rms_head", "hyla", ("forward_kernel", "query_gradient_kernel")),
@@ -472,7 +472,7 @@ COMPILED = [
     # As under autocast.
     (HOPPER, torch.bfloat16, torch.float32, 16, 64, "rms_head", "hyla+", ()),
     (HOPPER, torch.float16, torch.float32, 8, 16, "softmax", "hyla+", ("softmax_statistics_kernel", "value_gradient_kernel")),
-    (AMPERE, torch.bfloat16, torch.float32, 16, 64, "rms_head", "hyla+", ()),
+    (AMPERE, torch.bfloat16, torch.float32, 16, 16, "rms_head", "hyla+", ()),
     (AMPERE, torch.float16, torch.float32, 16, 4, "none", "mixed", ()),
 ]  # fmt: skip
 
