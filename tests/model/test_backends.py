@@ -432,6 +432,7 @@ FORWARD_MODE = {
 }
 
 
+@pytest.mark.usefixtures("one_size_of_tiles")
 @pytest.mark.parametrize("transform", ["dual", "jvp"])
 @pytest.mark.parametrize("fastest", FORWARD_MODE)
 def test_forward_mode_gradients_are_those_of_the_eager_implementation(monkeypatch, fastest, transform):

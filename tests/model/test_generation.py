@@ -256,10 +256,11 @@ def test_the_kernel_for_one_query_leaves_transforms_to_the_definition(name, tran
     torch.testing.assert_close(along("hyla"), expected)
 
 
+@pytest.mark.usefixtures("one_size_of_tiles")
 @pytest.mark.parametrize("attn_implementation", ["hyla_chunked", "hyla_cpu"])
 def test_a_step_by_any_implementation_equals_the_definition(attn_implementation):
     pytest.importorskip("numba")
-    # Sizes that the kernel is compiled for in test_backends.py.
+    # Sizes that the kernel is compiled for in other tests.
     model, tokens = make(num_attention_heads=3, head_dim=5, value_head_dim=7), ids(2, 19, VOCAB)
     with torch.no_grad():
         expected = model(tokens).logits
