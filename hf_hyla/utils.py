@@ -1,6 +1,7 @@
 """What several parts share: whole files in spite of crashes, the folders that come with the package, names, and errors."""
 
 import difflib
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 
 # The names of attention types on cards and in pictures.
 ATTENTION_NAMES = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
+# What the system says of a full disk and of a full quota.
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 # The models of `hub_cards/` that an installed package has too; pyproject.toml lists their files.
 DEMO_MODELS = ("hyla-sraven", "softmax-sraven", "hyla-logic", "softmax-logic")
 
@@ -32,6 +35,12 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def writing_advice(error: Exception) -> str:
+    """What to do about an error of writing. Those of torch and safetensors have the system's reason in their text, if at all."""
+    full = getattr(error, "errno", None) in DISK_IS_FULL or any(os.strerror(one) in str(error) for one in DISK_IS_FULL)
+    return "free some space" if full else "check that the folder can be written to and has space"
 
 
 def recipes_folder() -> Path:
@@ -59,8 +68,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """One line of text with a sign in place of what a terminal would obey, such as escape sequences in the name of a file."""
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    """
+    The text with U+FFFD in place of characters that cannot be printed. A terminal would obey some of them, such as an escape
+    sequence in the name of a file.
+    """
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def one_line(error: BaseException) -> str:

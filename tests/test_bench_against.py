@@ -49,7 +49,9 @@ def test_a_commit_can_be_measured_on_text_under_autocast(tmp_path):
         (tmp_path / f"{number}.txt").write_text(f"Document {number} of many, which are all alike. " * 5)
     documents = {"task.files": str(tmp_path / "*.txt"), "task.held_out": "0.2", "task.sequence_length": "8"}
     overrides = TINY | {"model.head_dim": "4"} | documents
-    result = compare_with("HEAD", bf16=True, threads=1, repeats=1, batch_size=4, recipe="text/hyla", overrides=overrides)
+    result = compare_with(
+        "HEAD", bf16=True, threads=1, repeats=1, batch_size=4, recipe="text/hyla", overrides=overrides
+    )
     assert [row["subject"] for row in result["rows"]] == 2 * ["this checkout", "HEAD"]
     assert result["rows"][0]["work"].endswith("bfloat16 autocast")
 

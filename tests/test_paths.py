@@ -1,11 +1,12 @@
-"""Tests of the paths that words on the command line name, and of the nearest names in errors."""
+"""Tests of the paths that words on the command line name, of the nearest names in errors, and of advice on writing."""
 
+import errno
 import os
 
 import pytest
 
 from hf_hyla.paths import find_existing, find_file, find_model, find_recipe, find_run
-from hf_hyla.utils import models_folder, recipes_folder
+from hf_hyla.utils import models_folder, recipes_folder, writing_advice
 
 
 @pytest.fixture
@@ -107,3 +108,15 @@ def test_an_unreachable_hub_is_reported_without_retrying(here, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for another try"))
     with pytest.raises(FileNotFoundError, match="the Hub cannot be reached"):
         find_model("org/nosuch")
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "free some space"),
+        (RuntimeError(f"Error while serializing: {os.strerror(errno.ENOSPC)} (os error 28)"), "free some space"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "check that the folder can be written to"),
+    ],
+)
+def test_freeing_space_is_advised_where_the_disk_is_full(error, advice):
+    assert writing_advice(error).startswith(advice)

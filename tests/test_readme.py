@@ -262,7 +262,7 @@ def test_how_little_a_trial_tells_comes_from_the_records_of_one_recipe_and_seed(
     )
     text = " ".join(RECIPES.split())
     assert f"reached {cpu} on a CPU. The same seed ended at {gpu} on an H100" in text
-    assert f"reach {least} to {most}, and the one without it reaches {without}" in text
+    assert f"reach {least} to {most}. The only run without the multiplier has dropout, and reaches {without}." in text
 
 
 def test_the_effect_of_held_out_draws_comes_from_the_committed_scores_by_combination():

@@ -42,7 +42,7 @@ def score_by_combination(
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("logits", *task.label_columns, read, parts_column)}
     for batch in task_batches(task, split, num_samples, batch_size):
         logits = run(model, batch).logits.float().cpu()
-        for name, column in (batch | {"logits": task.predictions(logits, _labels(task, batch))}).items():
+        for name, column in (batch | {"logits": task.predictions(logits, task.labels_of(batch))}).items():
             if name in kept:
                 kept[name].append(column)
     columns = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
@@ -59,16 +59,10 @@ def score_by_combination(
                 "parts": parts,
                 "trained": [trained[part] for part in parts],
                 "num_samples": int(rows.sum()),
-                "scores": task.metrics(of_group["logits"], _labels(task, of_group), of_group[read]),
+                "scores": task.metrics(of_group["logits"], task.labels_of(of_group), of_group[read]),
             }
         )
     return sorted(found, key=lambda one: one["scores"][task.metric_names[0]], reverse=not task.greater_is_better)
-
-
-def _labels(task: Task, columns: dict[str, Any]) -> Any:
-    """The labels as `Task.metrics` takes them: a column, or a tuple if there are several."""
-    labels = tuple(columns[name] for name in task.label_columns)
-    return labels if len(labels) > 1 else labels[0]
 
 
 def table(found: list[dict[str, Any]], metric: str) -> str:

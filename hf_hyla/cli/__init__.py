@@ -14,16 +14,13 @@ import re
 import sys
 
 from .. import __version__
-from ..utils import nearest, printable
+from ..utils import DISK_IS_FULL, nearest, printable
 from . import bench, card, ceiling, compare, convert, data, demo, env, evaluate, probe, publish, recipes, sweep, train
 from .parser import Parser
 from .settings import check_settings, unknown_argument
 
 
 COMMANDS = (train, evaluate, demo, probe, compare, sweep, recipes, data, ceiling, bench, card, publish, convert, env)
-
-# What the system says of a full disk and of a full quota.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -100,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def _said(error: Exception) -> str:
     """The error's message in one line, with advice in place of the number that errors of the system have."""
     said = str(error)
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
         where = f" for {error.filename2 or error.filename}" if error.filename else ""
         said = (
             f"There is no space left{where}: free some, or name a folder on another disk, and give the command again."

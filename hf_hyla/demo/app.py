@@ -44,14 +44,14 @@ LAUNCH: dict[str, Any] = {
 }
 
 
-def page(names: Sequence[str], title: str = "Attention as a hypernetwork") -> gr.Blocks:
+def page(names: Sequence[str]) -> gr.Blocks:
     """
     The page for trying these models, to be launched with `LAUNCH`.
 
     Raises:
         ValueError, OSError: see `load`.
     """
-    found = load(names)
+    found, title = load(names), "Attention as a hypernetwork"
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}")
         with gr.Tabs():

@@ -326,16 +326,10 @@ def _answers(trained: HylaPreTrainedModel, task: Task, dataset: TaskDataset, ind
     """What `Task.metrics` reads of some samples, by name."""
     batch = task.collate(dataset.__getitems__(indices.tolist()))
     labels = {name: batch.pop(name) for name in task.label_columns}
-    predicted = task.predictions(trained(**batch).logits.float(), _labels(task, labels))
+    predicted = task.predictions(trained(**batch).logits.float(), task.labels_of(labels))
     return {"predictions": predicted, **labels, "inputs": batch[trained.main_input_name]}
 
 
 def _scores(task: Task, columns: dict[str, torch.Tensor]) -> dict[str, float]:
     arrays = {name: column.numpy() for name, column in columns.items()}
-    return task.metrics(arrays["predictions"], _labels(task, arrays), arrays["inputs"])
-
-
-def _labels(task: Task, columns: dict[str, Any]) -> Any:
-    """The labels as the Trainer hands them over: one column, or a tuple of several."""
-    labels = tuple(columns[name] for name in task.label_columns)
-    return labels if len(labels) > 1 else labels[0]
+    return task.metrics(arrays["predictions"], task.labels_of(arrays), arrays["inputs"])

@@ -51,7 +51,7 @@ def _metadata(task: Task, manifest: Manifest) -> DatasetCardData:
         annotations_creators=["machine-generated"],
         task_categories=list(words.dataset_categories),
         size_categories=[next((name for name, limit in _SIZES if total < limit), "10M<n<100M")],
-        tags=["compositional-generalization", "abstract-reasoning", "synthetic", "hyla", "arxiv:2406.05816"],
+        tags=list(words.dataset_tags),
     )
     info = DatasetInfo(
         features=features_of(task, manifest.text),

@@ -249,7 +249,7 @@ def _render(
             paper=run.paper,
             base_model=base_model,
             full_budget=task.num_samples["train"],
-            share=run.budget,
+            share=run.budget_share,
             percent=_percent,
             shown=as_text,
             code=as_code,
@@ -301,7 +301,7 @@ def _eval_results(run: Run, dataset: str) -> str:
     elif not run.task.paper:
         budget = f"{run.record.samples_seen:,} training samples"
     else:
-        budget = f"{_percent(run.budget)} of the paper's training samples"
+        budget = f"{_percent(run.budget_share)} of the paper's training samples"
     metric = run.task.metric_names[0]
     entries = [
         EvalResultEntry(

@@ -6,7 +6,6 @@ or complete, whatever breaks, and the same command resumes from there. A new rep
 """
 
 import contextlib
-import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from ..model import HylaConfig
+from ..runs.plots import can_draw
 from ..runs.record import environment
 from ..tasks import Task
 from ..utils import check_repo_id
@@ -142,7 +142,7 @@ def check_publishable(settings: dict[str, Any], repo_id: str) -> None:
         ValueError: if it cannot. The message says what to do.
     """
     check_repo_id(repo_id)
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         raise ValueError("A card needs matplotlib for its plots: pip install hf-hyla[analysis].")
     check_committed(environment()["git_commit"], "This run")
     check_base_model(settings["model"].get("model_name_or_path"), "This run")

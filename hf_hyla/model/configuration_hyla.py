@@ -290,7 +290,7 @@ class HylaConfig(PreTrainedConfig):
         return super().to_diff_dict() | {"id2label": self.id2label, "label2id": self.label2id}
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
-        fill_in_card(working_dir, repo_id, self)  # as for a model
+        fill_in_card(working_dir, repo_id, self)  # private, see HylaPreTrainedModel
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @property

@@ -103,7 +103,7 @@ class HylaPreTrainedModel(PreTrainedModel):
         return name
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
-        # Private, but the one step between transformers' empty card and the Hub, in push_to_hub and in save_pretrained.
+        # Private, for transformers 5.17 and later, but the one step between transformers' empty card and the Hub, in push_to_hub and in save_pretrained.
         fill_in_card(working_dir, repo_id, self.config, self)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 

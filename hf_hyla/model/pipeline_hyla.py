@@ -63,7 +63,7 @@ class SymbolicReasoningPipeline(Pipeline):
     _load_tokenizer = _load_processor = _load_image_processor = _load_feature_extractor = False
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
-        fill_in_card(working_dir, repo_id, self.model.config, self.model)  # as for a model
+        fill_in_card(working_dir, repo_id, self.model.config, self.model)  # private, see HylaPreTrainedModel
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __init__(self, *args, **kwargs):

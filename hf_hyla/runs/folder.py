@@ -99,7 +99,7 @@ class Run:
         return self.record.recipe["model"].get("model_name_or_path")
 
     @property
-    def budget(self) -> float:
+    def budget_share(self) -> float:
         """The number of training samples, as a share of the paper's."""
         return self.record.samples_seen / self.task.num_samples["train"]
 

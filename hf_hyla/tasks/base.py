@@ -131,6 +131,11 @@ class Task(ABC):
         """
         return logits
 
+    def labels_of(self, columns: dict[str, Any]) -> Any:
+        """The labels among these columns, as `metrics` takes them."""
+        labels = tuple(columns[name] for name in self.label_columns)
+        return labels if len(labels) > 1 else labels[0]
+
     @property
     def processing_class(self) -> Any:
         """The tokenizer that is saved beside a trained model; `None` for a task without text."""

@@ -13,7 +13,7 @@ from ..metrics.functions import base_mse, logic_r2
 from .base import PaperRuns, Task
 from .sampling import below, uniform
 from .subject import Subject
-from .words import HubMetric, Words
+from .words import HubMetric, PaperWords, Words
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _SET_ASIDE = 0.25
 _MAX_EXAMPLES, _MAX_COMBINATIONS = 10_000, 2_000_000
 
 
-class LogicWords(Words):
+class LogicWords(PaperWords):
     """Texts of cards about fuzzy logic."""
 
     title = "fuzzy logic"
@@ -64,7 +64,8 @@ negated) and for its value (`target`){point}."""
 
     def limits(self) -> list[str]:
         return [
-            "Variables are numbers from 0 to 1, and the function uses every one of them in every term. Other inputs give numbers without meaning."
+            *super().limits(),
+            "Variables are numbers from 0 to 1, and the function uses every one of them in every term. Other inputs give numbers without meaning.",
         ]
 
     def snippet(self, model_id: str) -> str:

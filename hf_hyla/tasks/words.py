@@ -33,6 +33,7 @@ class Words:
         title: the task's title, as it reads in the middle of a sentence.
         dataset_title: the title of the task's dataset.
         dataset_categories: the categories of the dataset, by the Hub's names of tasks.
+        dataset_tags: tags of the dataset's card.
         metric: the task's metric as a repository, if it can be published.
         tags: tags of a model's card, besides the attention and the task's name.
         pipeline_tag: the Hub's name for what a model of the task does.
@@ -42,8 +43,9 @@ class Words:
     title: str = ""
     dataset_title: str = ""
     dataset_categories: tuple[str, ...] = ("other",)
+    dataset_tags: tuple[str, ...] = ("synthetic", "hyla")
     metric: HubMetric | None = None
-    tags: tuple[str, ...] = ("compositional-generalization",)
+    tags: tuple[str, ...] = ()
     pipeline_tag: str | None = None
     dataset_id: str | None = None
 
@@ -70,23 +72,25 @@ class Words:
 
     def asked(self) -> str:
         """A sentence about what the snippet asks."""
-        return "The question is the first sample of `ood`."
+        return f"The question is the first sample of `{self.task.headline_split}`."
 
     def limits(self) -> list[str]:
         """Sentences on what the model cannot do."""
-        return []
+        limits = ["It was trained for this one task, in exactly this size."]
+        return limits + ["`ood` are new combinations of parts that occur in training."] * ("ood" in self.task.splits)
 
     def snippet(self, model_id: str) -> str:
-        """Python that loads the model, asks it something that was never trained, and prints the answer."""
+        """Python that loads the model, asks it the first sample of the headline split, and prints the answer."""
         read = next(name for name in self.task.model_columns if name != "labels")
-        sample = self.task.dataset("ood")[0]
+        split = self.task.headline_split
+        sample = self.task.dataset(split)[0]
         return f"""\
 import torch
 from transformers import AutoModelForSequenceClassification
 
 model = AutoModelForSequenceClassification.from_pretrained("{model_id}", trust_remote_code=True)
 
-# A combination that was never trained.
+# The first sample of {split}: {self.task.splits[split]}.
 {read} = torch.tensor([{sample[read].tolist()}])
 with torch.no_grad():
     logits = model({read}={read}).logits
@@ -105,7 +109,9 @@ def to_inputs(rows):
 
     def splits(self) -> str:
         """How the splits differ."""
-        return "The gap between `test` and `ood` is what matters."
+        return (
+            "The gap between `test` and `ood` is what matters." if {"test", "ood"} <= self.task.splits.keys() else ""
+        )
 
     def fields(self) -> str:
         """The rows of a table: name, type and meaning of each column of the dataset."""
@@ -129,3 +135,19 @@ def to_inputs(rows):
         model; `None` where there is no page for the task.
         """
         return None
+
+
+class PaperWords(Words):
+    """Texts that the two tasks of the paper share."""
+
+    dataset_tags = ("compositional-generalization", "abstract-reasoning", "synthetic", "hyla", "arxiv:2406.05816")
+    tags = ("compositional-generalization",)
+
+    def limits(self) -> list[str]:
+        new = "`ood` are new combinations of parts that occur in training."
+        if "extrapolation" in self.task.splits:
+            new += " Parts that never occurred are `extrapolation`, which it is not expected to solve."
+        one_task = (
+            "It was trained for this one synthetic task, in exactly this size. It knows neither language nor images."
+        )
+        return [one_task, new]

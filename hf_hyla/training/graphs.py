@@ -126,7 +126,7 @@ class GraphedStep:
             self._inputs = {
                 name: torch.empty_like(value, device=parameters[0].device) for name, value in given.items()
             }
-        if _form(given) != _form(self._inputs):
+        if _shapes_and_dtypes(given) != _shapes_and_dtypes(self._inputs):
             return self._step(model, batch, num_items)
         for name, tensor in self._inputs.items():
             tensor.copy_(given[name], non_blocking=True)
@@ -143,5 +143,5 @@ class GraphedStep:
         return loss, [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
 
 
-def _form(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+def _shapes_and_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

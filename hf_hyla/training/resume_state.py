@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..utils import one_line
+from ..utils import one_line, writing_advice
 from .checkpoint import seal
 from .guard import INTACT
 
@@ -125,8 +125,8 @@ class ResumeState(TrainerCallback):
         )
         if from_torch or isinstance(error, (OSError, SafetensorError)):
             raise OSError(
-                f"The checkpoint of step {state.global_step} could not be written ({one_line(error).rstrip('.')}): free some "
-                f"space or choose another --output; {INTACT}."
+                f"The checkpoint of step {state.global_step} could not be written ({one_line(error).rstrip('.')}): "
+                f"{writing_advice(error)}, or choose another --output; {INTACT}."
             ) from error
 
 

@@ -23,7 +23,7 @@ from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
 from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, digests, environment, first_difference, hardware
 from ..tasks import Task, TaskDataset
-from ..utils import no_score, one_line, write_whole
+from ..utils import no_score, one_line, write_whole, writing_advice
 from .arguments import HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
 from .graphs import refuse_balancing_loss
@@ -246,8 +246,8 @@ def _write_results(trainer: HylaTrainer, record: RunRecord, tokenizer: Any, outp
         record.save(output)  # last: it says that the run is finished
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"Training has ended, but its results could not be written to {output} ({one_line(error).rstrip('.')}): free some "
-            "space and give the same command again; the checkpoints are intact."
+            f"Training has ended, but its results could not be written to {output} ({one_line(error).rstrip('.')}): "
+            f"{writing_advice(error)}, and give the same command again; the checkpoints are intact."
         ) from error
 
 

@@ -116,7 +116,7 @@ class HylaTrainer(Trainer):
             floor=getattr(self.args, "schedule_floor", REFERENCE_FLOOR),
         )
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)  # type: ignore[arg-type]
-        # Private, for transformers 5.17 to 5.23: it tells them that a second call of `train` needs a new schedule.
+        # Private, for transformers 5.17 and later: it tells them that a second call of `train` needs a new schedule.
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -152,6 +152,8 @@ class HylaTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """
+        Private, for transformers 5.17 and later, which have no hook between loading the optimiser and the first step.
+
         Raises:
             ValueError: if the checkpoint's optimiser is another one, or trained other groups of parameters.
         """

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..model import HylaConfig, HylaPreTrainedModel
+from ..runs.paper import effective
 from ..runs.weights import load_model, new_model
 from ..tasks import Task
 from ..utils import one_line
@@ -80,17 +81,13 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{where}: {one_line(error)}") from None
     for field in asked:
-        if field not in _OF_THE_RUN and _effective(wanted, field) != _effective(config, field):
+        if field not in _OF_THE_RUN and effective(wanted, field) != effective(config, field):
             raise ValueError(
                 f"{where}.{field} is {asked[field]!r}, but the weights of {name} were trained with "
-                f"{_effective(config, field)!r}: remove the key, or model_name_or_path to start from fresh weights."
+                f"{effective(config, field)!r}: remove the key, or model_name_or_path to start from fresh weights."
             )
     defaults = task.model_defaults
     of_the_task = {name: defaults[name] for name in ("num_answers", "problem_type") if name in defaults.keys() - asked}
     config = HylaConfig.from_dict(wanted.to_dict() | of_the_task)
     task.check_model(config)
     return config
-
-
-def _effective(config: HylaConfig, field: str) -> Any:
-    return getattr(config, f"effective_{field}", getattr(config, field))

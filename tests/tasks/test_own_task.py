@@ -123,6 +123,33 @@ def run(folder):
     return folder / "run"
 
 
+def test_a_users_task_without_held_out_combinations_trains_and_its_card_speaks_of_none(folder, tmp_path, monkeypatch):
+    (tmp_path / "plain_sums.py").write_text(
+        MODULE.replace(
+            '    name = "sums"\n', '    name = "sums"\n    splits = {"train": "for training", "test": "new samples"}\n'
+        )
+        .replace(
+            '    metric_names = ("accuracy",)\n', '    metric_names = ("accuracy",)\n    headline_split = "test"\n', 1
+        )
+        .replace(', "ood": 300}', "}")
+        .replace(', "ood": held_out}', "}")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    few = [word for key in ("max_steps", "eval_steps", "save_steps") for word in (f"--trainer.{key}", "20")]
+    command = ["train", str(folder / "sums.yaml"), "--task.name", "plain_sums:SumTask", *few]
+    assert main([*command, "--output", str(tmp_path / "run")]) == 0
+    card_of = ["--import", "plain_sums", "card", str(tmp_path / "run"), "--output", str(tmp_path / "card")]
+    assert main(card_of) == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "The question is the first sample of `test`." in card and "# The first sample of test: new samples." in card
+    assert "It was trained for this one task, in exactly this size." in card
+    assert "combination" not in card and "documents" not in card and "ood" not in card
+    data = ["data", "plain_sums:SumTask", "--num-examples", "20", "--output", str(tmp_path / "data")]
+    assert main(data) == 0
+    card = (tmp_path / "data" / "README.md").read_text()
+    assert "ood" not in card and "- arxiv:" not in card and "compositional" not in card
+
+
 @pytest.fixture
 def new_process(monkeypatch):
     """As if nothing had imported the module yet."""

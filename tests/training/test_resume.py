@@ -277,7 +277,7 @@ def test_a_disk_that_is_full_after_training_is_reported_in_a_sentence_and_nothin
     assert code == 2, errors
     said = errors.splitlines()[-1]
     assert said.startswith("hyla: Training has ended, but its results could not be written to run (")
-    assert "free some space and give the same command again" in said
+    assert "has space, and give the same command again" in said
     assert not (tmp_path / "run/run.json").exists()
     train(recipe, tmp_path / "run")
     assert_same_run(tmp_path / "run", uninterrupted)

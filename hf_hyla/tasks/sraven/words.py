@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 from ...utils import recipes_folder
-from ..words import HubMetric, Words
+from ..words import HubMetric, PaperWords
 from .rules import GRID
 
 
-class SravenWords(Words):
+class SravenWords(PaperWords):
     """What cards say of SRAVEN."""
 
     title = "SRAVEN, symbolic Raven's progressive matrices"
@@ -47,7 +47,8 @@ answer (`target`)."""
 
     def limits(self) -> list[str]:
         return [
-            "Some puzzles admit more than one answer that fits a set of rules; only the one it was made with counts as right."
+            *super().limits(),
+            "Some puzzles admit more than one answer that fits a set of rules; only the one it was made with counts as right.",
         ]
 
     def snippet(self, model_id: str) -> str:

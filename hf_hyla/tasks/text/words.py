@@ -55,6 +55,7 @@ better: 8 for a model that knows nothing. `perplexity` is per token, and depends
 
     def limits(self) -> list[str]:
         return [
+            "It knows nothing but the documents that it was trained on.",
             "It is a small language model for comparing attentions. It states what is not true, and repeats itself.",
             f"It was trained on rows of {self.task.sequence_length:,} tokens, and longer texts have not been tried.",
         ]
