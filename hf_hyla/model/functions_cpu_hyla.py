@@ -29,7 +29,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .function_kernels_cpu_hyla import compiled_gelu, compiled_gelu_backward, compiled_transpose
 from .ops_cpu_hyla import as_array, run_jobs, shares
@@ -44,11 +46,15 @@ _SMALLEST_STATES = 2**13
 
 
 def cpu_functions(hidden_states: torch.Tensor) -> AbstractContextManager:
-    """The context for layers that compute with `hidden_states`. Compilers and exporters get torch's own functions."""
+    """
+    The context for layers that compute with `hidden_states`. Compilers, exporters and whatever else watches torch's operators
+    get torch's own functions.
+    """
     if (
         hidden_states.device.type != "cpu"
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
         or hidden_states.numel() < _SMALLEST_STATES
     ):
         return nullcontext()
@@ -67,6 +73,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         and weight.ndim == 2
         and input.numel() * weight.shape[0] >= _SMALLEST_PRODUCT
         and input.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
     )
@@ -75,11 +82,11 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def _gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     fits = (
-        numba is not None
-        and approximate == "tanh"
+        approximate == "tanh"
         and _are_ordinary(input, dtypes=(torch.float32, torch.bfloat16, torch.float16))
         and input.numel() >= _SMALLEST_ACTIVATION
         and input.is_contiguous()
+        and _kernels_of_gelu(input.dtype) is not None
     )
     return _Gelu.apply(input) if fits else nn.functional.gelu(input, approximate=approximate)
 
@@ -133,6 +140,12 @@ def onednn_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None =
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
+def _needs_torch(grad_output: torch.Tensor) -> bool:
+    """Whether torch's own operators must compute a gradient: it may be differentiated again, or belongs to a batch of gradients."""
+    batched = is_functorch_wrapped_tensor(grad_output) or is_legacy_batchedtensor(grad_output)
+    return torch.is_grad_enabled() or batched
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(input, weight, bias):
@@ -149,7 +162,7 @@ class _Linear(torch.autograd.Function):
         gradient = grad_output.reshape(-1, grad_output.shape[-1])
         rows = input.reshape(-1, input.shape[-1])
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # this gradient may be differentiated again, and oneDNN's operator cannot be
+        if _needs_torch(grad_output):
             grad_input = gradient @ weight if needs_input else None
             grad_weight = gradient.mT @ rows if needs_weight else None
         else:
@@ -186,13 +199,14 @@ def _product_over_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:
     """A transposed copy of the matrix. torch's own copy uses one thread."""
-    if numba is None or not matrix.is_contiguous():
+    transpose = _kernel_of_transpose()
+    if transpose is None or not matrix.is_contiguous():
         return matrix.mT.contiguous()
     target = matrix.new_empty(matrix.shape[::-1])
     source, copy = matrix.detach().numpy(), target.numpy()
     side = VECTOR_BYTES // matrix.itemsize
     run_jobs([
-        partial(compiled_transpose(), source, copy, first * side, last * side)
+        partial(transpose, source, copy, first * side, last * side)
         for first, last in shares(-(-matrix.shape[0] // side), torch.get_num_threads())
     ])  # fmt: skip
     return target
@@ -202,7 +216,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(input):
         output = torch.empty_like(input)
-        _elementwise(compiled_gelu, input, output)
+        _elementwise(_kernels_of_gelu(input.dtype)[0], input, output)
         return output
 
     @staticmethod
@@ -213,10 +227,10 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         (input,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _needs_torch(grad_output):
             return torch.ops.aten.gelu_backward(grad_output, input, approximate="tanh")
         gradient = torch.empty_like(input)
-        _elementwise(compiled_gelu_backward, input, grad_output.contiguous(), gradient)
+        _elementwise(_kernels_of_gelu(input.dtype)[1], input, grad_output.contiguous(), gradient)
         return gradient
 
     @staticmethod
@@ -228,9 +242,30 @@ class _Gelu(torch.autograd.Function):
         return nn.functional.gelu(input, approximate="tanh"), in_dims[0]
 
 
-def _elementwise(compiled, *tensors: torch.Tensor) -> None:
-    """Calls the kernel for the tensors' dtype, in each thread with an equal share of the flattened tensors."""
-    kernel = compiled(str(tensors[0].dtype).removeprefix("torch."))
+@cache
+def _kernels_of_gelu(dtype: torch.dtype) -> Any:
+    """GELU and its gradient, compiled for a dtype; `None` where numba is missing or cannot compile them."""
+    name = str(dtype).removeprefix("torch.")
+    return _compiled_or_none(lambda: (compiled_gelu(name), compiled_gelu_backward(name)))
+
+
+@cache
+def _kernel_of_transpose() -> Any:
+    """The same of the transposed copy."""
+    return _compiled_or_none(compiled_transpose)
+
+
+def _compiled_or_none(compile_kernels: Callable[[], Any]) -> Any:
+    if numba is None:
+        return None
+    try:
+        return compile_kernels()
+    except Exception:  # numba, LLVM and the cache's file system raise errors of many types
+        return None
+
+
+def _elementwise(kernel: Callable, *tensors: torch.Tensor) -> None:
+    """Calls the kernel in each thread with an equal share of the flattened tensors."""
     arrays = [as_array(tensor.view(-1)) for tensor in tensors]
     run_jobs([
         partial(kernel, *(array[first:last] for array in arrays))

@@ -20,6 +20,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     create_bidirectional_mask,
@@ -64,8 +65,9 @@ def check_ids(input_ids: torch.Tensor, table: nn.Module, vocab_size: int) -> Non
             f"input_ids must be int64 or int32 of the shape (batch, sequence), got {input_ids.dtype} of the shape "
             f"{tuple(input_ids.shape)}."
         )
-    # On a GPU a look at the values would stall the queue of kernels; there torch itself reports the id.
-    if input_ids.device.type != "cpu" or is_torchdynamo_compiling() or not input_ids.numel():
+    # On a GPU a look at the values would stall the queue of kernels; there torch itself reports the id. Under vmap there is none.
+    unseen = is_torchdynamo_compiling() or is_functorch_wrapped_tensor(input_ids)
+    if input_ids.device.type != "cpu" or unseen or not input_ids.numel():
         return
     least, largest = int(input_ids.min()), int(input_ids.max())
     # An adapter around the table has no size of its own.

@@ -1,5 +1,6 @@
 """HylaTrainingArguments: transformers' TrainingArguments with the reference's settings."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,9 @@ from .schedule import REFERENCE_FLOOR
 MUON = "muon"
 # The name of the schedule of schedule.py, beside transformers' own.
 REFERENCE_SCHEDULE = "reference"
+FP16_ON_A_CPU = (
+    "fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave it out."
+)
 
 
 @dataclass
@@ -129,6 +133,10 @@ class HylaTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"{given[0]} belongs to optim 'muon', but optim is {self.optim!s}: set optim, or remove it."
             )
+        for name in given:
+            rate = rates[name]
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {rate!r}.")
         if takes_muon and self.muon_learning_rate is None:
             raise ValueError("optim 'muon' needs muon_learning_rate, such as 4e-3: learning_rate is AdamW's.")
         for name in ("optim_args", "optim_target_modules"):

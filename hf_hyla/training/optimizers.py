@@ -69,12 +69,12 @@ class StackedMuon(Muon):
 
 
 def _of_one_shape(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The parameters that have a gradient, those of the same shape together."""
-    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    """The parameters that have a gradient, those of the same shape on the same device together."""
+    alike: dict[tuple, list[torch.Tensor]] = {}
     for p in params:
         if p.grad is not None:
-            by_shape.setdefault(p.shape, []).append(p)
-    return list(by_shape.values())
+            alike.setdefault((p.shape, p.device, p.dtype), []).append(p)
+    return list(alike.values())
 
 
 def _gradients(params: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -95,7 +95,8 @@ class MuonAdamW(Optimizer):
         groups = [
             {**group, "algorithm": algorithm} for algorithm, part in self._parts.items() for group in part.param_groups
         ]
-        super().__init__(groups, defaults={})
+        # Schedules of transformers that end at a rate of their own divide it by this one.
+        super().__init__(groups, defaults={"lr": adamw.defaults["lr"]})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_parts": self._parts}
@@ -103,7 +104,7 @@ class MuonAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: if the group does not name its algorithm.
+            ValueError: if the group does not name its algorithm, or has parameters for Muon that are no matrices.
         """
         part = self._parts.get(param_group.get("algorithm", ""))
         if part is None:
@@ -111,7 +112,14 @@ class MuonAdamW(Optimizer):
                 f"A group of parameters needs the key 'algorithm', which is 'muon' or 'adamw', got "
                 f"{param_group.get('algorithm')!r}: add it."
             )
-        super().add_param_group({**part.defaults, **param_group})
+        params = param_group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        shapes = [tuple(p.shape) for p in params if isinstance(p, torch.Tensor) and p.ndim != 2]
+        if param_group["algorithm"] == "muon" and shapes:
+            raise ValueError(
+                f"Muon takes matrices, got a parameter of the shape {shapes[0]}: give it the algorithm 'adamw'."
+            )
+        super().add_param_group({**part.defaults, **param_group, "params": params})
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
@@ -147,7 +155,8 @@ def muon_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, module in layer.named_modules(prefix=path):
             if isinstance(module, nn.Linear) and module not in routers and module.weight.requires_grad:
                 parameters[f"{name}.weight"] = module.weight
-    return parameters
+    first_names = {id(p): name for name, p in reversed(parameters.items())}  # of each, if layers share it
+    return {name: p for name, p in parameters.items() if first_names[id(p)] == name}
 
 
 def muon_adamw(model: nn.Module, args: HylaTrainingArguments, decayed: Collection[str]) -> MuonAdamW:

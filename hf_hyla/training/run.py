@@ -24,7 +24,7 @@ from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, digests, environment, first_difference, hardware
 from ..tasks import Task, TaskDataset
 from ..utils import no_score, one_line, write_whole, writing_advice
-from .arguments import HylaTrainingArguments
+from .arguments import FP16_ON_A_CPU, HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
 from .graphs import refuse_balancing_loss
 from .processes import check_launch, on_main
@@ -122,10 +122,7 @@ def check_before_start(recipe: Recipe) -> None:
     """
     on_cpu = recipe.trainer.get("use_cpu") or PartialState().device.type == "cpu"
     if recipe.trainer.get("fp16") and on_cpu:
-        raise ValueError(
-            "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave "
-            "it out."
-        )
+        raise ValueError(f"trainer.{FP16_ON_A_CPU}")
     if recipe.trainer.get("cuda_graphs"):
         refuse_balancing_loss(recipe.config)
         if on_cpu or PartialState().device.type != "cuda":

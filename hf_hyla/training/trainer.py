@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..utils import one_line
-from .arguments import MUON, REFERENCE_SCHEDULE
+from .arguments import FP16_ON_A_CPU, MUON, REFERENCE_SCHEDULE
 from .checkpoint import newest_whole
 from .graphs import GraphedStep, refuse_balancing_loss
 from .guard import Guard
@@ -40,6 +40,8 @@ class HylaTrainer(Trainer):
         self._guard, self._resume_state = Guard(), ResumeState()
         self._operations: dict[int, int] = {}  # of a batch, by the size of its input
         super().__init__(model, args, *rest, **kwargs)
+        if self.args.fp16 and self.args.device.type == "cpu":
+            raise ValueError(FP16_ON_A_CPU)
         refuse_shards(self._takes_muon() and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
         self._graphed = None
         if getattr(self.args, "cuda_graphs", False):

@@ -1,5 +1,6 @@
 """Tests of the functions that are faster than torch's own on a CPU: products by oneDNN and GELU by numba."""
 
+import contextlib
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import function_kernels_cpu_hyla, vectors_cpu_hyla
@@ -161,14 +163,80 @@ def test_gradients_can_be_differentiated(served):
         lambda f: torch.vmap(f, in_dims=(0, None, None)),
         lambda f: torch.vmap(f, in_dims=(None, 0, 0)),
         lambda f: torch.vmap(torch.func.grad(f, argnums=1), in_dims=(0, None, None)),
+        lambda f: torch.func.jacrev(f, argnums=1),
+        lambda f: lambda *tensors: torch.autograd.functional.jacobian(f, tensors, vectorize=True),
     ],
-    ids=["grad", "hessian", "jvp", "jvp of one", "vmap", "vmap of weights", "gradients of every sample"],
+    ids=[
+        "grad",
+        "hessian",
+        "jvp",
+        "jvp of one",
+        "vmap",
+        "vmap of weights",
+        "gradients of every sample",
+        "jacrev",
+        "jacobian",
+    ],
 )
 def test_function_transforms_give_what_torch_gives(transform, request):
     x, weight, bias = given()
     if request.node.callspec.id == "vmap of weights":
         weight, bias = torch.stack([weight, weight + 1]), torch.stack([bias, bias + 1])
     torch.testing.assert_close(transform(served_block)(x, weight, bias), transform(block)(x, weight, bias))
+
+
+@pytest.mark.parametrize("graph", [torch.no_grad, torch.enable_grad])
+def test_a_batch_of_gradients_is_computed(graph, served):
+    def batch(function):
+        leaves = [x.requires_grad_() for x in given()]
+        hidden = function(*leaves)
+        return torch.autograd.grad(hidden, leaves, torch.eye(3).unbind()[0].expand(3), is_grads_batched=True)
+
+    def rows(context):
+        def function(x, weight, bias):
+            with context(x):
+                return gelu(linear(x, weight, bias), approximate="tanh").square().sum()
+
+        return function
+
+    with graph():
+        jacobian = torch.func.jacrev(rows(cpu_functions), argnums=(0, 1, 2))(*given())
+        expected = torch.func.jacrev(rows(lambda x: contextlib.nullcontext()), argnums=(0, 1, 2))(*given())
+    torch.testing.assert_close(jacobian, expected)
+    torch.testing.assert_close(batch(rows(cpu_functions)), batch(rows(lambda x: contextlib.nullcontext())))
+    assert "_Linear" in served and "_Gelu" in served
+
+
+def test_a_traced_graph_holds_torchs_own_operators():
+    x, weight, bias = given()
+    graph = make_fx(served_block)(x, weight, bias)
+    torch.testing.assert_close(graph(x + 1, weight, bias), block(x + 1, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 12)])
+def test_torch_computes_products_with_a_bias_that_it_broadcasts(shape, served):
+    x, weight, _ = given()
+    bias = torch.randn(shape)
+    with cpu_functions(x):
+        torch.testing.assert_close(linear(x, weight, bias), x @ weight.mT + bias)
+    assert served == []
+
+
+def test_torch_computes_what_numba_cannot_compile(monkeypatch, served):
+    def broken(*args):
+        raise ValueError("LLVM does not know this processor")
+
+    for name in ("compiled_gelu", "compiled_gelu_backward", "compiled_transpose"):
+        monkeypatch.setattr(functions, name, broken)
+    kernels = (functions._kernels_of_gelu, functions._kernel_of_transpose)
+    for cached in kernels:
+        cached.cache_clear()
+    leaves = [x.requires_grad_() for x in given()]
+    gradients = torch.autograd.grad(served_block(*leaves), leaves)
+    torch.testing.assert_close(gradients, torch.autograd.grad(block(*leaves), leaves))
+    assert served == ["_Linear"]
+    for cached in kernels:
+        cached.cache_clear()
 
 
 CONFIG = HylaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

@@ -162,6 +162,14 @@ def test_settings_without_effect_are_refused(tmp_path, settings, message):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="takes a machine without an accelerator")
+@pytest.mark.parametrize("args_class", [TrainingArguments, HylaTrainingArguments])
+def test_float16_on_a_cpu_is_refused_instead_of_trained_in_float32(tmp_path, args_class):
+    args = args_class(str(tmp_path), eval_strategy="no", report_to="none", fp16=True)
+    with pytest.raises(ValueError, match="fp16 needs a GPU: on a CPU accelerate would train in float32 all the same"):
+        HylaTrainer(HylaForSequenceClassification(HylaConfig(num_hidden_layers=1)), args)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="takes a machine without an accelerator")
 @pytest.mark.parametrize("name", ["bf16", "bf16_full_eval"])
 def test_bfloat16_on_a_machine_without_an_accelerator_is_computed_on_its_cpu(tmp_path, name):
     assert HylaTrainingArguments(output_dir=str(tmp_path), **{name: True}).device.type == "cpu"

@@ -150,6 +150,26 @@ def test_one_schedule_moves_all_rates_and_logs_adamws(tmp_path):
     assert logged == pytest.approx([3e-3 * share for share in (0, 0.5, 1, 0.625, 0.25, 0.25)])
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "share"),
+    [("polynomial", {"lr_end": 1e-3, "power": 1.0}, 1 / 3), ("cosine_with_min_lr", {"min_lr": 1e-3}, 1 / 3)],
+)
+def test_a_schedule_that_ends_at_a_rate_takes_it_for_adamws_and_muon_follows(tmp_path, name, settings, share):
+    schedule = {"lr_scheduler_type": name, "lr_scheduler_kwargs": settings, "warmup_steps": 0}
+    trainer = make_trainer(tmp_path, **MUON, learning_rate=3e-3, **schedule)
+    trainer.train()
+    assert trainer.lr_scheduler.get_last_lr() == pytest.approx([share * rate for rate in (3e-3, 3e-3, 2e-2, 2e-2)])
+
+
+def test_a_matrix_that_two_layers_share_is_taken_once(tmp_path):
+    model = model_of("hyla")
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    optimizer = make_trainer(tmp_path, task=task_of("hyla"), model=model, **MUON).create_optimizer()
+    taken = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(taken) == len(set(map(id, taken))) == len(list(model.parameters()))
+
+
 def test_queries_and_keys_have_muons_rate_by_default(tmp_path):
     optimizer = make_trainer(tmp_path, **MUON).create_optimizer()
     assert {group["lr"] for group in optimizer.param_groups if group["algorithm"] == "muon"} == {2e-2}
@@ -272,6 +292,9 @@ def test_muon_takes_the_matrices_of_an_adapter_and_no_frozen_parameter(tmp_path)
         ({"optim": "muon"}, "optim 'muon' needs muon_learning_rate"),
         ({"optim": "muon", "muon_learning_rate_qk": 1e-3}, "optim 'muon' needs muon_learning_rate"),
         ({**MUON, "optim_args": "momentum=0.9"}, "optim_args has no effect with optim 'muon'"),
+        ({**MUON, "muon_learning_rate": -2e-2}, "muon_learning_rate must be a number of at least 0, got -0.02"),
+        ({**MUON, "muon_learning_rate": "2e-2"}, "muon_learning_rate must be a number of at least 0, got '2e-2'"),
+        ({**MUON, "muon_learning_rate_qk": math.nan}, "muon_learning_rate_qk must be a number of at least 0, got nan"),
         ({"schedule_floor": -0.1}, "schedule_floor must lie between 0 and 1, got -0.1"),
         ({"schedule_floor": 1.1}, "schedule_floor must lie between 0 and 1, got 1.1"),
     ],
@@ -294,6 +317,8 @@ def test_a_group_without_an_algorithm_is_refused_and_one_with_it_trained(tmp_pat
     more.grad = torch.ones(3)
     with pytest.raises(ValueError, match="needs the key 'algorithm', which is 'muon' or 'adamw', got None"):
         optimizer.add_param_group({"params": [more]})
+    with pytest.raises(ValueError, match=r"Muon takes matrices, got a parameter of the shape \(3,\)"):
+        optimizer.add_param_group({"params": more, "algorithm": "muon"})
     optimizer.add_param_group({"params": [more], "algorithm": "adamw", "lr": 0.5, "weight_decay": 0.0})
     optimizer.step()
     torch.testing.assert_close(more.detach(), torch.full((3,), 0.5))
