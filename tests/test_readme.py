@@ -349,6 +349,17 @@ def test_the_probes_accuracies_come_from_the_committed_reports():
         assert row_of(DOCUMENTS["hub_cards/README.md"], title) == [f"{score:.2f}" for score in scores]
 
 
+def test_both_measures_of_a_steps_products_come_from_the_record():
+    record = json.loads((PROJECT / "recipes" / "results" / "bench" / "cpu.json").read_text())
+    [step] = [row for row in record["rows"] if (row["part"], row["subject"]) == ("sraven", "hyla")]
+    products, rate = (step["ratios"][name] for name in ("matrix products", "at the rate of 1024"))
+    text = " ".join((PROJECT / "recipes" / "results" / "bench" / "README.md").read_text().split())
+    assert (
+        f"takes {products:.2f} times as long as its matrix products, and {rate:.2f} times as long as at the rate"
+        in text
+    )
+
+
 def ratios_of_speed_and_memory(*names):
     """What the README's table of speed shows, from records of `hyla bench` with attention and with steps on SRAVEN."""
     rows = []

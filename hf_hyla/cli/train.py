@@ -18,8 +18,8 @@ def add(commands) -> None:
         help="train a recipe's model and evaluate it on every split",
         description="Trains a recipe's model, evaluates it on every split, and writes weights and run.json. Any value of the "
         "recipe can be overridden, like --model.attention_type softmax. The same command resumes a run that was "
-        "interrupted. A run that is stopped saves first. Its exit code is 143 after SIGTERM, 129 after the end of the "
-        "terminal, and 0 after --max-minutes.",
+        "interrupted. A run that is stopped saves first. Its exit code is 130 after Ctrl-C, 143 after SIGTERM, 129 after the end "
+        "of the terminal, and 0 after --max-minutes.",
     )
     parser.add_argument("recipe", help="YAML file, or a name that `hyla recipes` lists")
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/ with recipe and overrides)")

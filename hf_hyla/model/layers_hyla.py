@@ -169,8 +169,12 @@ class HylaAttention(nn.Module):
             otherwise `None`.
 
         Raises:
-            ValueError: for a mask of another shape or other values, and for rotary positions without `position_embeddings`.
+            ValueError: for a mask of another shape, other values or another name, and for rotary positions without
+                `position_embeddings`.
         """
+        # A mask by the name that another library gives it would be ignored.
+        if unknown := [name for name in kwargs if "mask" in name]:
+            raise ValueError(f"HylaAttention takes its mask as attention_mask, got {unknown[0]}: rename it.")
         batch, length, _ = hidden_states.shape
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
         with cpu_functions(hidden_states):

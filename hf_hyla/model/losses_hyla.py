@@ -52,9 +52,15 @@ def classification_loss(
     if problem_type == "regression" and labels.shape == logits.shape[:-1] and config.num_labels == 1:
         labels = labels.unsqueeze(-1)
     if labels.shape != expected:
+        one_answer = (
+            config.num_answers > 1 and labels.shape[:1] == logits.shape[:1] and labels.ndim == len(expected) - 1
+        )
+        advice = (
+            f" The model has num_answers={config.num_answers}: set num_answers=1 for one answer." if one_answer else ""
+        )
         raise ValueError(
             f"For problem_type={problem_type!r} the labels must have the shape {tuple(expected)}, got "
-            f"{tuple(labels.shape)}."
+            f"{tuple(labels.shape)}.{advice}"
         )
     reduction = "mean" if num_items_in_batch is None else "sum"
     # Sums overflow in half precision.

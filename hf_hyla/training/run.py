@@ -22,7 +22,7 @@ from ..model import HylaConfig, HylaForSequenceClassification
 from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
 from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, digests, environment, first_difference, hardware
-from ..tasks import Task, TaskDataset
+from ..tasks import TASKS, Task, TaskDataset
 from ..utils import no_score, one_line, write_whole, writing_advice
 from .arguments import FP16_ON_A_CPU, HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
@@ -62,7 +62,7 @@ def train(
         FileExistsError: if `output` holds a finished run, or one of another recipe, and `overwrite` is not set.
         ValueError, OSError: if something cannot be used or written.
         FloatingPointError: if loss, gradient or weights are not finite, or the loss grows a hundredfold.
-        Stopped: if it was stopped by SIGTERM, SIGHUP or `max_minutes`; the same call resumes.
+        Stopped: if it was stopped by SIGTERM, SIGHUP, Ctrl-C or `max_minutes`; the same call resumes.
     """
     check_launch()
     stop = StopRequests(max_minutes)
@@ -90,6 +90,8 @@ def train(
             trainer.add_callback(RunProgress)
         if resume_from:
             _say_how_it_resumes(resume_from, args.world_size)
+        if not resume_from and type(task) is not TASKS.get(task.name):
+            _rehearse(trainer, task, evaluated)
         # Taken now, since the checkout may hold other code when the run ends.
         begun_in, begun_on = environment(), hardware(args.device)
         with stop.listening():
@@ -324,6 +326,18 @@ def _predictions_of(task: Task):
 def _logits(predictions) -> Any:
     """The logits, which are the first of a model's outputs if its config also asks for hidden states."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def _rehearse(trainer: HylaTrainer, task: Task, splits: list[str]) -> None:
+    """Evaluates a user's task on two samples of each split, so that a mistake in it shows before the training."""
+    for split in splits:
+        try:
+            trainer.predict(task.dataset(split, 2))
+        except Exception as error:  # whatever the user's code raises
+            raise ValueError(
+                f"The task {task.name} cannot be evaluated on its split {split} ({type(error).__name__}: {one_line(error)}): mend "
+                "it, and train then."
+            ) from error
 
 
 def _evaluate_split(trainer: HylaTrainer, task: Task, split: str, num_samples: int | None = None) -> dict[str, float]:

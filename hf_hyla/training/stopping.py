@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 _STEPS_PER_QUESTION = 10
 # Reasons to stop, in the words of the message, with their exit codes. A later one takes precedence.
 _OUT_OF_TIME = "at --max-minutes"
-_REASONS = {_OUT_OF_TIME: 0, "by SIGHUP": 129, "by SIGTERM": 143}
+_REASONS = {_OUT_OF_TIME: 0, "by SIGHUP": 129, "by SIGINT": 130, "by SIGTERM": 143}
 
 
 class Stopped(Exception):
@@ -40,8 +40,8 @@ def stop_signals() -> list[signal.Signals]:
 
 class StopRequests(TrainerCallback):
     """
-    Saves and stops at the end of a step when the process was sent one of `stop_signals`, or when `max_minutes` would pass
-    before the next step ends. transformers' own callback for SIGTERM saves in the middle of a step, from where a run does
+    Saves and stops at the end of a step when the process was sent one of `stop_signals` or SIGINT, which is Ctrl-C, or when
+    `max_minutes` would pass before the next step ends. A second Ctrl-C interrupts at once. transformers' own callback for SIGTERM saves in the middle of a step, from where a run does
     not resume exactly.
     """
 
@@ -61,7 +61,10 @@ class StopRequests(TrainerCallback):
             yield
             return
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        before = {number: signal.signal(number, self._requested) for number in stop_signals()}
+        # Whoever handles or ignores Ctrl-C already, such as a shell for what it starts in the background, continues to do so.
+        interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        numbers = stop_signals() + [signal.SIGINT] * interrupts
+        before = {number: signal.signal(number, self._requested) for number in numbers}
         try:
             yield
         finally:
@@ -69,7 +72,12 @@ class StopRequests(TrainerCallback):
                 signal.signal(number, handler)
 
     def _requested(self, number, frame) -> None:
-        self._signalled = f"by {signal.Signals(number).name}"
+        again, self._signalled = self._signalled, f"by {signal.Signals(number).name}"
+        if number == signal.SIGINT:
+            if again:
+                raise KeyboardInterrupt
+            if self._in_training:
+                os.write(2, b"\nSaves after this step and stops; Ctrl-C again stops at once.\n")
         if self._signalled == "by SIGHUP":
             # Messages on the way to the end would fail, since the terminal is gone.
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -130,6 +130,7 @@ def test_settings_of_a_task_that_are_assumed_are_printed(run, tmp_path, capsys):
     said = capsys.readouterr()
     assert "has no run.json of the task logic, so these settings are assumed" in said.err
     task = json.loads(said.out)["task"]
+    assert task.pop("name") == "logic"
     assert all(f"{name} {value}" in said.err for name, value in task.items()) and "seed 0" in said.err
     assert main(["evaluate", str(run), *command[2:]]) == 0
     assert "assumed" not in capsys.readouterr().err

@@ -282,6 +282,7 @@ def test_losses_are_computed_in_float32_at_least(problem_type, dtype):
         ({"input_ids": ids(), "position_ids": torch.zeros(2, 10).long()}, r"position_ids must .* got \(2, 10\)"),
         ({"input_ids": ids(), "labels": torch.zeros(3, 2).long()}, r"must have the shape \(3, 4\)"),
         ({"input_ids": ids(), "labels": torch.zeros(3, 4)}, r"must have the shape \(3, 4, 8\)"),
+        ({"input_ids": ids(), "labels": torch.zeros(3).long()}, "has num_answers=4: set num_answers=1 for one answer"),
     ],
 )
 def test_bad_inputs_are_refused_with_a_sentence(arguments, message):

@@ -164,6 +164,12 @@ def test_a_mask_of_another_shape_is_refused(shape):
         layer()(tokens(), attention_mask=torch.full((2, LENGTH), 2))
 
 
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask", "atention_mask"])
+def test_a_mask_of_another_name_is_refused_instead_of_ignored(name):
+    with pytest.raises(ValueError, match=f"takes its mask as attention_mask, got {name}: rename it"):
+        layer()(tokens(), **{name: torch.ones(2, LENGTH)})
+
+
 def test_the_definition_serves_a_module_with_projections_of_its_own():
     class Own(nn.Module):
         attention_type, score_norm, value_mixing = "hyla", "rms_head", None

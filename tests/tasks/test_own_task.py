@@ -12,6 +12,7 @@ from hf_hyla.cli import main
 from hf_hyla.runs import Run, RunRecord
 from hf_hyla.runs.compare import compare
 from hf_hyla.tasks import Task, get_task
+from hf_hyla.training import HylaTrainer
 
 
 # What somebody writes who uses this package.
@@ -294,10 +295,33 @@ def test_a_name_that_is_not_a_task_is_refused_with_a_sentence(folder, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_score_that_a_task_does_not_name_ends_the_run_at_its_first_evaluation(folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "misnamed.py").write_text(MODULE.replace('{"accuracy": float', '{"acc": float'))
+@pytest.mark.parametrize(
+    ("module", "right", "wrong", "message"),
+    [
+        (
+            "misnamed",
+            '{"accuracy": float',
+            '{"acc": float',
+            "metrics of the task sums include acc, which its metric_names lack",
+        ),
+        (
+            "short",
+            "logits, labels, inputs):\n        return",
+            "logits, labels):\n        return",
+            "split test (TypeError: ",
+        ),
+        ("beyond", "% self.num_values", "% self.num_values + 3", "split test (IndexError: "),
+    ],
+)
+def test_a_task_that_cannot_be_scored_is_refused_before_its_training(
+    folder, tmp_path, monkeypatch, capsys, module, right, wrong, message
+):
+    assert right in MODULE
+    (tmp_path / f"{module}.py").write_text(MODULE.replace(right, wrong))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(HylaTrainer, "training_step", lambda *_, **__: pytest.fail("it trains"))
     few = [word for key in ("max_steps", "eval_steps", "save_steps") for word in (f"--trainer.{key}", "20")]
-    command = ["train", str(folder / "sums.yaml"), "--task.name", "misnamed:SumTask", *few]
+    command = ["train", str(folder / "sums.yaml"), "--task.name", f"{module}:SumTask", *few]
     assert main([*command, "--output", str(tmp_path / "run")]) == 2
-    assert "metrics of the task sums include acc, which its metric_names lack" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

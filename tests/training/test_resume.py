@@ -119,6 +119,22 @@ def test_sigterm_saves_names_the_step_and_exits_with_143(uninterrupted, tmp_path
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_an_interrupt_saves_and_exits_with_130_and_a_second_one_stops_at_once(uninterrupted, tmp_path):
+    def prepare(step, signals):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which the shell of a background job ignores
+        at_call("step", step, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(signals)])
+
+    recipe = recipe_in(tmp_path)
+    code, errors = in_child(tmp_path, functools.partial(prepare, 5, 1))
+    assert code == 130, errors
+    assert "Saves after this step and stops; Ctrl-C again stops at once." in errors
+    assert "Stopped by SIGINT after step 5 of 12 (42%)" in errors
+    code, errors = in_child(tmp_path, functools.partial(prepare, 3, 2))
+    assert code == 130 and "hyla: interrupted" in errors, errors
+    train(recipe, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def test_closing_the_terminal_saves_and_exits_with_129(uninterrupted, tmp_path):
     recipe = recipe_in(tmp_path)
 
