@@ -48,7 +48,7 @@ def load_sweep(path: str | Path) -> Sweep:
     """
     Reads a sweep from a YAML file with these keys:
 
-    - `base`: a recipe, found as `hyla train` finds it.
+    - `base`: a recipe beside the sweep, or found as `hyla train` finds it.
     - `grid`: axes, whose combinations are the points. An axis is named like a setting (`task.held_out`) and lists its values, or
       it has a name without a dot and lists mappings of settings that change together.
     - `seeds`: integers, each of which sets `task.seed` and `trainer.seed`.
@@ -62,6 +62,8 @@ def load_sweep(path: str | Path) -> Sweep:
     base, seeds = content["base"], content["seeds"]
     if not isinstance(base, str):
         raise ValueError(f"{path}: base must be the path of a recipe, got {base!r}.")
+    beside = path.parent / base
+    base = str(beside) if beside.is_file() else base
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
         raise ValueError(f"{path}: seeds must be a list of integers, got {seeds!r}.")
     axes = [_axis(path, name, values) for name, values in _mapping(path, "grid", content["grid"]).items()]

@@ -33,7 +33,7 @@ def short_splits(monkeypatch):
 
 def write(folder, base=BASE, **content):
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({"base": str(folder / "base.yaml"), **content}))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"base": "base.yaml", **content}))
     return folder / "tiny.yaml"
 
 

@@ -109,6 +109,10 @@ def _local(files: str) -> Iterator[tuple[str, str]]:
         parts = Path(files).parts
         top = Path(*parts[: next(place for place, part in enumerate(parts) if glob.has_magic(part))])
         paths = [Path(found) for found in glob.glob(files, recursive=True) if Path(found).is_file()]
+        if not paths:
+            raise FileNotFoundError(
+                f"No file matches {files}, which the task reads its documents from: check task.files."
+            )
     elif top.is_file():
         top, paths = top.parent, [top]
     else:
