@@ -173,7 +173,7 @@ class HylaAttention(nn.Module):
                 `position_embeddings`.
         """
         # A mask by the name that another library gives it would be ignored.
-        if unknown := [name for name in kwargs if "mask" in name]:
+        if unknown := [name for name, given in kwargs.items() if "mask" in name and given is not None]:
             raise ValueError(f"HylaAttention takes its mask as attention_mask, got {unknown[0]}: rename it.")
         batch, length, _ = hidden_states.shape
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
