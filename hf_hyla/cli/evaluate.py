@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
             json.dumps(
                 {
                     "model": arguments.model,
-                    "task": {"name": task.reference, **task.settings},
+                    "task": task.spec,
                     "split": arguments.split,
                     "metrics": scores,
                 },
@@ -67,7 +67,7 @@ def _evaluate_by_combination(arguments: argparse.Namespace, model, task) -> None
     batch_size = arguments.batch_size or task.eval_batch_size
     found = score_by_combination(model, task, arguments.split, arguments.num_samples, batch_size)
     if arguments.json:
-        about = {"model": arguments.model, "task": {"name": task.reference, **task.settings}, "split": arguments.split}
+        about = {"model": arguments.model, "task": task.spec, "split": arguments.split}
         print(json.dumps(about | {"combinations": found, "environment": environment()}, indent=1))
     else:
         print(table(found, task.metric_names[0]))

@@ -22,7 +22,7 @@ from ..model import HylaConfig, HylaForSequenceClassification
 from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
 from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, digests, environment, first_difference, hardware
-from ..tasks import TASKS, Task, TaskDataset
+from ..tasks import Task, TaskDataset
 from ..utils import no_score, one_line, write_whole, writing_advice
 from .arguments import FP16_ON_A_CPU, HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
@@ -90,7 +90,7 @@ def train(
             trainer.add_callback(RunProgress)
         if resume_from:
             _say_how_it_resumes(resume_from, args.world_size)
-        if not resume_from and type(task) is not TASKS.get(task.name):
+        elif task.reference != task.name:  # a user's
             _rehearse(trainer, task, evaluated)
         # Taken now, since the checkout may hold other code when the run ends.
         begun_in, begun_on = environment(), hardware(args.device)
@@ -335,8 +335,8 @@ def _rehearse(trainer: HylaTrainer, task: Task, splits: list[str]) -> None:
             trainer.predict(task.dataset(split, 2))
         except Exception as error:  # whatever the user's code raises
             raise ValueError(
-                f"The task {task.name} cannot be evaluated on its split {split} ({type(error).__name__}: {one_line(error)}): mend "
-                "it, and train then."
+                f"The task {task.name} cannot be evaluated on its split {split} ({type(error).__name__}: {one_line(error)}): "
+                "correct the task, and give the same command again."
             ) from error
 
 

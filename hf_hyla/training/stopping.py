@@ -41,8 +41,8 @@ def stop_signals() -> list[signal.Signals]:
 class StopRequests(TrainerCallback):
     """
     Saves and stops at the end of a step when the process was sent one of `stop_signals` or SIGINT, which is Ctrl-C, or when
-    `max_minutes` would pass before the next step ends. A second Ctrl-C interrupts at once. transformers' own callback for SIGTERM saves in the middle of a step, from where a run does
-    not resume exactly.
+    `max_minutes` would pass before the next step ends. A second Ctrl-C interrupts at once. transformers' own callback for
+    SIGTERM saves in the middle of a step, from where a run does not resume exactly.
     """
 
     def __init__(self, max_minutes: float | None = None):
