@@ -1,15 +1,16 @@
 """
-Paths from words on the command line, which name recipes, runs, models and files.
+Paths from words on the command line, which name recipes, runs, models, files and versions of this package.
 
 A word is a path, or else the name of a file or folder among the recipes that come with the package. A word that names nothing
 is refused with the nearest name, before anything slow is imported.
 """
 
 import difflib
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from .utils import models_folder, recipes_folder
+from .utils import CHECKOUT, models_folder, recipes_folder
 
 
 def find_recipe(word: str | Path) -> Path:
@@ -108,6 +109,26 @@ def find_model(word: str) -> str:
     if reason := _missing_on_hub(word):
         raise FileNotFoundError(f"{missing} here, and {reason}.")
     return word
+
+
+def find_version(word: str) -> Path | str:
+    """
+    The folder of a checkout, or the hash of a commit of the checkout that this package lies in.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    path = Path(word)
+    if path.is_dir():
+        if not (path / "hf_hyla" / "__init__.py").is_file():
+            raise ValueError(f"{word} holds no hf_hyla/__init__.py: name the folder of a checkout, or a commit.")
+        return path.resolve()
+    asked = ["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "--end-of-options", word + "^{commit}"]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    if answer.returncode:
+        why = " ".join(answer.stderr.split())
+        raise ValueError(f"--against must be a folder, or a commit of this checkout, got {word}: {why}.")
+    return answer.stdout.strip()
 
 
 def _not_a_folder(word: str | Path, path: Path) -> str:

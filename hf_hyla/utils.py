@@ -11,6 +11,8 @@ from pathlib import Path
 ATTENTION_NAMES = {"hyla": "HYLA", "softmax": "softmax attention", "linear": "linear attention"}
 # What the system says of a full disk and of a full quota.
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+# The folder of the checkout, if the package lies in one.
+CHECKOUT = Path(__file__).resolve().parents[1]
 # The models of `hub_cards/` that an installed package has too; pyproject.toml lists their files.
 DEMO_MODELS = ("hyla-sraven", "softmax-sraven", "hyla-logic", "softmax-logic")
 

@@ -39,17 +39,19 @@ ALLOWED = {
     "utils": (set(), {"huggingface_hub"}),
     "reading": (set(), {"yaml"}),
     "paths": ({"utils"}, {"huggingface_hub"}),
+    "typed_yaml": ({"reading", "utils"}, set()),
+    "settings": ({"typed_yaml", "reading", "utils"}, set()),
     "metrics": (set(), {"numpy", "evaluate", "datasets"}),
     "tasks": (
         {"metrics", "reading", "utils"},
         {"numpy", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "huggingface_hub"},
     ),
     "runs": (
-        {"tasks", "metrics", "model", "reading", "utils"},
+        {"tasks", "metrics", "model", "settings", "typed_yaml", "reading", "utils"},
         {"torch", "transformers", "huggingface_hub", "safetensors", "matplotlib"},
     ),
     "training": (
-        {"model", "tasks", "metrics", "runs", "reading", "utils", "paths"},
+        {"model", "tasks", "metrics", "runs", "settings", "typed_yaml", "reading", "utils", "paths"},
         {"accelerate", "torch", "transformers", "huggingface_hub", "safetensors", "yaml", "tqdm", "numpy"},
     ),
     "analysis": (
@@ -57,16 +59,16 @@ ALLOWED = {
         {"torch", "numpy", "scipy", "sklearn", "matplotlib", "tqdm"},
     ),
     "hub": (
-        {"runs", "tasks", "metrics", "model", "reading", "utils"},
+        {"runs", "tasks", "metrics", "model", "settings", "typed_yaml", "reading", "utils"},
         {"huggingface_hub", "safetensors", "torch", "yaml", "datasets", "tqdm"},
     ),
     "demo": (
-        {"runs", "analysis", "tasks", "metrics", "model", "reading", "utils"},
+        {"runs", "analysis", "tasks", "metrics", "model", "settings", "typed_yaml", "reading", "utils"},
         {"gradio", "torch", "transformers", "huggingface_hub", "numpy"},
     ),
     "convert": ({"model", "reading"}, {"torch", "safetensors", "huggingface_hub"}),
     "benchmark": (
-        {"training", "model", "tasks", "metrics", "runs", "reading", "utils", "paths"},
+        {"training", "model", "tasks", "metrics", "runs", "settings", "typed_yaml", "reading", "utils", "paths"},
         {"torch", "transformers"},
     ),
 }

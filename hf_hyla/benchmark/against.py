@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ..paths import find_recipe
+from ..paths import find_recipe, find_version
+from ..utils import CHECKOUT
 from .meter import SEED, Meter
 
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
 _DRIVER = Path(__file__).with_name("driver.py")
 # Both sides keep freed memory, as training does, whatever they would set themselves.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -54,8 +54,9 @@ def compare_with(
         ValueError: if there is no such folder or commit, or a side cannot be started; the message says why.
         OSError: if there is no such recipe.
     """
+    version = find_version(other)
     file = find_recipe(recipe).resolve()
-    file = file.relative_to(_CHECKOUT) if file.is_relative_to(_CHECKOUT) else file
+    file = file.relative_to(CHECKOUT) if file.is_relative_to(CHECKOUT) else file
     asked = {
         "threads": threads or torch.get_num_threads(),
         "seed": SEED,
@@ -65,11 +66,11 @@ def compare_with(
     }
     meter = _DriversMeter(torch.device("cpu"), repeats, say)
     with contextlib.ExitStack() as stack:
-        other_folder = stack.enter_context(_folder(other))
-        other_name = Path(other).resolve().name if Path(other).is_dir() else other
+        other_folder = stack.enter_context(_folder(version))
+        other_name = version.name if isinstance(version, Path) else other
         drivers = {}
         # The other version first, since it may not start.
-        for name, folder in {other_name: other_folder, "this checkout": _CHECKOUT}.items():
+        for name, folder in {other_name: other_folder, "this checkout": CHECKOUT}.items():
             say(f"starts {name}")
             drivers[name] = stack.enter_context(_driver(name, folder, asked | {"recipe": str(folder / file)}))
         precision = "bfloat16 autocast" if bf16 else "float32"
@@ -83,18 +84,12 @@ def compare_with(
 
 
 @contextlib.contextmanager
-def _folder(other: str) -> Iterator[Path]:
-    """The folder of this name, or a temporary folder with the files of the commit."""
-    if Path(other).is_dir():
-        if not Path(other, "hf_hyla", "__init__.py").is_file():
-            raise ValueError(f"{other} holds no hf_hyla/__init__.py: name the folder of a checkout, or a commit.")
-        yield Path(other).resolve()
+def _folder(version: Path | str) -> Iterator[Path]:
+    """The folder itself, or a temporary folder with the files of the commit."""
+    if isinstance(version, Path):
+        yield version
         return
-    git = ["git", "-C", str(_CHECKOUT), "archive", "--end-of-options", other]
-    archive = subprocess.run(git, capture_output=True)
-    if archive.returncode:
-        why = " ".join(archive.stderr.decode().split())
-        raise ValueError(f"--against must be a folder, or a commit of this checkout, got {other}: {why}.")
+    archive = subprocess.run(["git", "-C", str(CHECKOUT), "archive", version], capture_output=True, check=True)
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
             files.extractall(folder, filter="data")

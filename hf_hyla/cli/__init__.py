@@ -17,7 +17,7 @@ from .. import __version__
 from ..utils import DISK_IS_FULL, nearest, printable
 from . import bench, card, ceiling, compare, convert, data, demo, env, evaluate, probe, publish, recipes, sweep, train
 from .parser import Parser
-from .settings import check_settings, unknown_argument
+from .settings import check_settings, task_named, unknown_argument
 
 
 COMMANDS = (train, evaluate, demo, probe, compare, sweep, recipes, data, ceiling, bench, card, publish, convert, env)
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         chosen = commands.choices[word] if word else parser
         raise ValueError(unknown_argument(unknown[0], chosen.options, arguments.sections))
-    check_settings(overrides)
+    check_settings(overrides, task_named(arguments, overrides))
     arguments.overrides = overrides
     return arguments
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..paths import find_recipe, find_version
 from .parser import one_of, whole
 
 
@@ -97,11 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """
     Raises:
-        ValueError: for arguments that exclude each other.
+        ValueError: for arguments that exclude each other, or if there is no such version.
         OSError: if there is no such recipe.
     """
-    from ..paths import find_recipe
-
     if arguments.against:
         arguments.recipe = arguments.recipe or "sraven/hyla"
         for name in ("task", "lengths"):
@@ -110,6 +109,7 @@ def _check(arguments: argparse.Namespace) -> None:
                     f"--{name} cannot be used with --against, which has workloads of its own: leave it out."
                 )
         find_recipe(arguments.recipe)
+        find_version(arguments.against)
     else:
         for name in ("recipe", "bf16"):
             if getattr(arguments, name):

@@ -1,47 +1,15 @@
-"""
-The names of the settings that the command line takes as `--section.key value`, and the errors for unknown ones.
+"""The settings that the command line takes as `--section.key value`: errors for wrong names and values, before torch is imported."""
 
-Settings are declared where they are used: in `HylaConfig`, the tasks and `HylaTrainingArguments`. Their names are repeated
-here to report a misspelt one at once, before torch is imported, which takes seconds. A test compares the lists.
-"""
-
+import argparse
 import difflib
 from collections.abc import Collection
 
+from ..paths import find_recipe
+from ..reading import read_yaml
+from ..settings import EXPECT, MODEL, REFUSED, SECTIONS, TASKS, TRAINER
+from ..utils import nearest
 
-_NAMES = {
-    "logic": "num_variables num_terms num_examples held_out reference_split seed",
-    "sraven": "num_features num_values held_out permute unambiguous reference_split seed",
-    "text": """
-        files dataset_name dataset_config_name dataset_split dataset_test_split text_column held_out tokenizer
-        sequence_length reference_split seed
-    """,
-    "model": """
-        attention_type score_norm value_activation value_depth vocab_size input_size answer_token_id embedding_bias
-        pad_token_id hidden_size num_hidden_layers num_attention_heads head_dim value_head_dim qk_norm position_type
-        relative_attention_num_buckets is_causal attention_dropout attention_out_multiplier ffn_type intermediate_size
-        hidden_act num_experts num_experts_per_tok output_router_logits router_aux_loss_coef norm_type norm_eps num_answers num_labels id2label
-        label2id problem_type output_hidden_states chunk_size_feed_forward model_name_or_path revision bos_token_id
-        eos_token_id lm_head_bias max_position_embeddings rope_parameters scale_logits sliding_window
-        tie_word_embeddings use_cache
-    """,
-    "trainer": """
-        max_steps learning_rate warmup_steps weight_decay max_grad_norm seed full_determinism optim optim_args
-        muon_learning_rate muon_learning_rate_qk schedule_floor adam_beta1 adam_beta2 adam_epsilon train_batch_size gradient_accumulation_steps train_sampling_strategy
-        dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor bf16 fp16
-        tf32 use_cpu gradient_checkpointing torch_empty_cache_steps cuda_graphs torch_compile torch_compile_backend
-        torch_compile_mode ddp_backend ddp_timeout eval_strategy eval_steps eval_delay eval_samples
-        per_device_eval_batch_size eval_accumulation_steps save_strategy save_steps save_total_limit logging_strategy
-        logging_steps logging_first_step log_level log_level_replica disable_tqdm report_to run_name project
-        trackio_space_id trackio_bucket_id push_to_hub hub_model_id hub_private_repo
-    """,
-    "expect": "metric value tolerance source budget",
-}
-TASKS = {name: _NAMES[name].split() for name in ("logic", "sraven", "text")}
-SETTINGS = {
-    "task": ["name", "data", *dict.fromkeys(name for names in TASKS.values() for name in names)],
-    **{section: _NAMES[section].split() for section in ("model", "trainer", "expect")},
-}
+
 # A name that is this similar to a known one is taken to be misspelt. Keys that a recipe refuses for other reasons are less
 # similar to any known name.
 _MISSPELT = 0.9
@@ -71,22 +39,53 @@ def _near_option(key: str, options: Collection[str]) -> list[str]:
 
 def _near_settings(key: str, sections: Collection[str]) -> list[str]:
     """The settings with this name, or else those whose names contain it, or else the one with the nearest name."""
-    names = [name for section in sections for name in SETTINGS[section]]
+    names = [name for section in sections for name in SECTIONS[section]]
     chosen = (
         [name for name in names if name == key]
         or [name for name in names if len(key) > 3 and key in name][:2]
         or difflib.get_close_matches(key, names, n=1)
     )
-    return [f"--{section}.{name}" for section in sections for name in SETTINGS[section] if name in chosen]
+    return [f"--{section}.{name}" for section in sections for name in SECTIONS[section] if name in chosen]
 
 
-def check_settings(overrides: dict[str, str]) -> None:
+def check_settings(overrides: dict[str, str], task: str | None) -> None:
     """
+    Args:
+        task: the name of the task, or `None` if it is not known yet.
+
     Raises:
-        ValueError: for a misspelt setting. Other unknown settings are left to the recipe, which knows why it refuses them.
+        ValueError: for a name or a value that no recipe may have. What depends on other settings or on installed packages, and the
+            settings of users' tasks, are left to the recipe.
     """
-    for full in overrides:
+    of_task = TASKS.get(task or "", {})
+    rows = {"task": of_task, "model": MODEL, "trainer": TRAINER, "expect": EXPECT}
+    for full, text in overrides.items():
         section, _, name = full.partition(".")
-        near = difflib.get_close_matches(name.lower(), SETTINGS[section], n=1, cutoff=_MISSPELT)
-        if near and name not in SETTINGS[section]:
-            raise ValueError(f"There is no setting --{full} (did you mean --{section}.{near[0]}?).")
+        if name in rows[section]:
+            rows[section][name].read(f"--{full}", text)
+        elif reason := REFUSED[section].get(name):
+            raise ValueError(f"--{full} {reason}; leave it out.")
+        elif section == "task" and task is not None:
+            if of_task and name not in ("name", "data"):
+                raise ValueError(
+                    f"The task {task} has no setting --{full}{nearest(name, of_task)}: expected {', '.join(of_task)}."
+                )
+        elif near := _misspelt(name, SECTIONS[section]):
+            raise ValueError(f"There is no setting --{full} (did you mean --{section}.{near}?).")
+
+
+def _misspelt(name: str, known: Collection[str]) -> str | None:
+    """The setting that a name which is not one of them is so similar to that it is taken to be misspelt."""
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_MISSPELT)
+    return near[0] if near and name not in known else None
+
+
+def task_named(arguments: argparse.Namespace, overrides: dict[str, str]) -> str | None:
+    """The name of the task that a command is about, or `None` if it takes a model's record or more to know."""
+    if "task" not in arguments.sections or not hasattr(arguments, "recipe"):
+        return getattr(arguments, "task", None)
+    try:
+        name = overrides.get("task.name") or read_yaml(find_recipe(arguments.recipe))["task"]["name"]
+    except (ValueError, TypeError, KeyError):  # which `load_recipe` reports
+        return None
+    return name if isinstance(name, str) else None

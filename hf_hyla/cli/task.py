@@ -3,8 +3,8 @@
 import argparse
 import sys
 
+from ..settings import TASKS
 from .parser import one_of
-from .settings import TASKS
 
 
 def task_name(text: str) -> str:

@@ -20,8 +20,6 @@ from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
 from ..runs.record import (
-    BATCH_SIZE_KEY,
-    DEFAULT_BATCH_SIZE,
     RECORD_NAME,
     RunRecord,
     code_of,
@@ -30,6 +28,7 @@ from ..runs.record import (
     mean_and_error,
 )
 from ..runs.weights import load_model, new_model
+from ..settings import BATCH_SIZE_KEY, DEFAULT_BATCH_SIZE
 from ..tasks import Task, TaskDataset
 from ..utils import check_repo_id, one_line
 

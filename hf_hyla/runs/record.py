@@ -18,14 +18,13 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..reading import read_json
+from ..settings import HUB_KEYS
 from ..tasks import TASKS, get_task
-from ..utils import one_line, write_whole
+from ..utils import CHECKOUT, one_line, write_whole
 
 
 RECORD_NAME = "run.json"
 SCHEMA_VERSION = 1
-# Keys of a recipe's section `trainer` that say where the finished run is published.
-HUB_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 # The settings in which runs of one recipe may differ: seeds, and what does not change the result. That is where samples are read
 # from and how, what is printed, tracked and saved, where a run is published, and whether a GPU replays its steps.
 _OF_ONE_RUN = {
@@ -37,11 +36,7 @@ _OF_ONE_RUN = {
 }
 # The files whose digests a record holds.
 _DIGESTED = ("config.json", "tokenizer.json", "*.safetensors", "*_hyla.py")
-# The folder of the checkout, if the package lies in one.
-_CHECKOUT = Path(__file__).resolve().parents[2]
 _CODE_FOLDER = "hf_hyla/model/"
-# The key of a recipe's section `trainer` for the samples of a batch, which all processes share, and its default.
-BATCH_SIZE_KEY, DEFAULT_BATCH_SIZE = "train_batch_size", 128
 _MAX_NAME_LENGTH = 1000
 _NUMBER_LIMIT = 10**30
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
@@ -252,7 +247,7 @@ def code_of(commit: str | None) -> dict[str, str] | None:
     The digest of each file of the model's code at a commit, by name; `None` if the package does not lie in a checkout that holds
     the commit.
     """
-    if not re.fullmatch("[0-9a-f]{40}", commit or "") or not (_CHECKOUT / ".git").exists():
+    if not re.fullmatch("[0-9a-f]{40}", commit or "") or not (CHECKOUT / ".git").exists():
         return None
     try:
         names = _git("ls-tree", "--name-only", str(commit), _CODE_FOLDER, text=True)
@@ -280,7 +275,7 @@ def hardware(device: torch.device | None = None) -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit of the checkout this package lies in, with `+changes` where files differ from it."""
-    if not (_CHECKOUT / ".git").exists():
+    if not (CHECKOUT / ".git").exists():
         return None
     try:
         commit, changes = (_git(*words, text=True) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
@@ -292,4 +287,4 @@ def _git_commit() -> str | None:
 
 
 def _git(*arguments: str, text: bool = False) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=text, timeout=30)
+    return subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=text, timeout=30)

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..runs.record import DEFAULT_BATCH_SIZE
+from ..settings import DEFAULT_BATCH_SIZE
 from .schedule import REFERENCE_FLOOR
 
 

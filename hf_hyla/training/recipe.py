@@ -10,124 +10,25 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..model import HylaConfig
 from ..paths import find_recipe
-from ..runs.record import BATCH_SIZE_KEY, HUB_KEYS, tells_recipes_apart
+from ..runs.record import tells_recipes_apart
+from ..settings import BATCH_SIZE_KEY, EXPECT, HUB_KEYS, REFUSED, SECTIONS, TRAINER
 from ..tasks import TASKS, Task, find_task, get_task
+from ..typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from ..utils import check_repo_id, nearest, one_line
-from .arguments import MUON, HylaTrainingArguments
+from .arguments import HylaTrainingArguments
 from .processes import check_devices, share_of_batch
 from .schedule import check_schedule
-from .typed_yaml import in_type, in_types, one_of, read_mapping, read_value
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
 
 
-SECTIONS = ("task", "model", "trainer", "expect")
 _REQUIRED_TRAINER = ("max_steps", "learning_rate", "warmup_steps", "weight_decay")
-# Keys that `trainer` may hold: with any of them, a run resumes exactly and is scored on all samples. transformers has a
-# hundred more, some of which would change a score silently.
-_ALLOWED_TRAINER = {
-    *_REQUIRED_TRAINER,
-    *(BATCH_SIZE_KEY, "gradient_accumulation_steps", "max_grad_norm", "seed", "full_determinism"),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("muon_learning_rate", "muon_learning_rate_qk", "schedule_floor"),
-    *("train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory"),
-    *("dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing", "torch_empty_cache_steps", "cuda_graphs"),
-    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "ddp_backend", "ddp_timeout"),
-    *("eval_strategy", "eval_steps", "eval_delay", "eval_samples"),
-    *("per_device_eval_batch_size", "eval_accumulation_steps"),
-    *("save_strategy", "save_steps", "save_total_limit"),
-    *("logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "disable_tqdm"),
-    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
-    *HUB_KEYS,  # read by `hyla train` when the run is finished, never by the Trainer
-}
-# Why each of the other keys is refused, as the end of a sentence.
-_BY_THE_RUN = "is set by the run itself"
-_BY_MAX_STEPS = "has no effect: a run is max_steps long and follows the reference's schedule"
-_PUBLISHED_ONCE = (
-    "has no effect: a run is published once, when it is finished, and never its checkpoints, which hold pickles"
-)
-_BY_THE_LAUNCH = "belongs to the launch: write it into the --config_file of accelerate launch"
-_NOT_EXACT = "is not supported: an interrupted run would not resume exactly"
-_OTHER_SCORES = "is not supported: scores would be of other samples, or mean something else"
 _REFUSED_TRAINER = {
-    **{
-        field.name: "is not supported: no run has been tested with it"
-        for field in dataclasses.fields(HylaTrainingArguments)
-        if field.name not in _ALLOWED_TRAINER
-    },
-    "output_dir": "is set by --output",
-    "per_device_train_batch_size": f"depends on the number of processes: write {BATCH_SIZE_KEY}, the samples of all of them, and",
-    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _BY_THE_LAUNCH),
-    **dict.fromkeys(
-        (
-            "save_only_model",
-            "ignore_data_skip",
-            "eval_on_start",
-            "auto_find_batch_size",
-            "restore_callback_states_from_checkpoint",
-            "enable_jit_checkpoint",
-            "dataloader_in_order",
-        ),
-        _NOT_EXACT,
-    ),
-    **dict.fromkeys(
-        (
-            "dataloader_drop_last",
-            "label_names",
-            "label_smoothing_factor",
-            "accelerator_config",
-            "eval_do_concat_batches",
-            "batch_eval_metrics",
-            "prediction_loss_only",
-            "bf16_full_eval",
-            "fp16_full_eval",
-        ),
-        _OTHER_SCORES,
-    ),
-    "load_best_model_at_end": "is not supported: a run is scored with the weights of its last step",
-    **dict.fromkeys(("resume_from_checkpoint", "include_for_metrics", "remove_unused_columns"), _BY_THE_RUN),
-    **dict.fromkeys(("num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio"), _BY_MAX_STEPS),
-    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), _PUBLISHED_ONCE),
-    "hub_token": "must never be stored in a file: log in by `hf auth login`, or set HF_TOKEN",
-}
-# Fields of a config that describe a saved model.
-_REFUSED_MODEL = dict.fromkeys(
-    ("architectures", "transformers_version", "dtype", "return_dict", "is_encoder_decoder", "format_version"),
-    "says what was saved, not what to build",
-)
-_LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
-_NAMES_TRAINER = {
-    # Grouping by length is left out, since all samples of a task have the same length.
-    "train_sampling_strategy": ("sequential", "random"),
-    **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("no", "steps", "epoch")),
-    # Those that need no further package.
-    "optim": (MUON, "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
-    "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO],
-    "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
-    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    **dict.fromkeys(("log_level", "log_level_replica"), _LEVELS),
-}
-_MINIMUM_TRAINER = {
-    **dict.fromkeys(("max_steps", "eval_steps", "save_steps", "logging_steps"), 1),
-    # A single checkpoint would be removed before the next one is whole.
-    "save_total_limit": 2,
-    **dict.fromkeys((BATCH_SIZE_KEY, "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    "dataloader_prefetch_factor": 1,
-    **dict.fromkeys(("eval_samples", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"), 1),
-    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "seed"), 0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0),
-    **dict.fromkeys(("muon_learning_rate", "muon_learning_rate_qk"), 0),
-}
-_BELOW_TRAINER = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32}
-# Sizes beyond which a run would fill the memory before its first step.
-_MAXIMUM_TRAINER = {
-    **dict.fromkeys((BATCH_SIZE_KEY, "per_device_eval_batch_size", "eval_samples"), 10**7),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "dataloader_prefetch_factor"), 10**6),
-    "dataloader_num_workers": 1024,
-    "max_steps": 10**9,
-}
-# Values below 1 would mean a share of the run to transformers.
-_WHOLE_TRAINER = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
+    field.name: "is not supported: no run has been tested with it"
+    for field in dataclasses.fields(HylaTrainingArguments)
+    if field.name not in TRAINER
+} | REFUSED["trainer"]
+# Which there are depends on the version of accelerate.
+_COMPILERS = [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO]
 
 
 @dataclasses.dataclass
@@ -235,7 +136,7 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
         f"{source}: model",
         sections["model"],
         HylaConfig,
-        refused=_REFUSED_MODEL,
+        refused=REFUSED["model"],
         also={"num_labels": int, **CHECKPOINT_KEYS},
     )
     trainer = _checked_trainer(source, sections["trainer"])
@@ -297,18 +198,9 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{source} lacks trainer.{required}.")
     for key, value in trainer.items():
         where = f"{source}: trainer.{key}"
-        if value is None:
-            continue
-        if key in _NAMES_TRAINER:
-            one_of(where, value, _NAMES_TRAINER[key])
-        if key in _MINIMUM_TRAINER and value < _MINIMUM_TRAINER[key]:
-            raise ValueError(f"{where} must be at least {_MINIMUM_TRAINER[key]}, got {value}.")
-        if key in _MAXIMUM_TRAINER and value > _MAXIMUM_TRAINER[key]:
-            raise ValueError(f"{where} must be at most {_MAXIMUM_TRAINER[key]}, got {value}.")
-        if key in _BELOW_TRAINER and value >= _BELOW_TRAINER[key]:
-            raise ValueError(f"{where} must be less than {_BELOW_TRAINER[key]}, got {value}.")
-        if key in _WHOLE_TRAINER and value != int(value):
-            raise ValueError(f"{where} must be a whole number, got {value}.")
+        TRAINER[key].check(where, value)
+        if key == "torch_compile_backend" and value is not None:
+            one_of(where, value, _COMPILERS)
     if trainer.get("dataloader_persistent_workers") and not trainer.get("dataloader_num_workers"):
         raise ValueError(
             f"{source}: trainer.dataloader_persistent_workers needs trainer.dataloader_num_workers: add it."
@@ -347,9 +239,8 @@ def _checked_expectation(source: str, section: dict[str, Any], task: Task) -> Ex
     for field in ("metric", "value", "tolerance", "source"):
         if field not in expected:
             raise ValueError(f"{source} lacks expect.{field}: expected all of metric, value, tolerance and source.")
-    for field, minimum in (("tolerance", 0), ("budget", 1)):
-        if expected.get(field) is not None and expected[field] < minimum:
-            raise ValueError(f"{source}: expect.{field} must be at least {minimum}, got {expected[field]}.")
+    for field, value in expected.items():
+        EXPECT[field].check(f"{source}: expect.{field}", value)
     scored = [f"{split}/{metric}" for split in task.splits if split != "train" for metric in task.metric_names]
     one_of(f"{source}: expect.metric", expected["metric"], scored)
     return Expectation(**expected)

@@ -17,9 +17,9 @@ import torch
 
 from ..paths import find_recipe
 from ..runs.record import RECORD_NAME, RunRecord, first_difference
+from ..typed_yaml import read_mapping
 from ..utils import one_line
 from .recipe import Recipe, load_recipe
-from .typed_yaml import read_mapping
 
 
 _KEYS = ("base", "grid", "seeds")

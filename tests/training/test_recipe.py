@@ -126,7 +126,7 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
             "trainer: muon_learning_rate belongs to optim 'muon', but optim is",
         ),
         (changed(trainer={"optim": "muon", "muon_learning_rate": -1.0}), "muon_learning_rate must be at least 0"),
-        (changed(trainer={"schedule_floor": 2}), "trainer: schedule_floor must lie between 0 and 1, got 2"),
+        (changed(trainer={"schedule_floor": 2}), "trainer.schedule_floor must be at most 1, got 2"),
         (changed(trainer={"optim": "adamw_torhc"}), "got 'adamw_torhc' .did you mean 'adamw_torch'"),
         (
             changed(trainer={"train_sampling_strategy": "sequentail"}),
@@ -187,8 +187,10 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(trainer={"dataloader_prefetch_factor": 0}), "dataloader_prefetch_factor must be at least 1, got 0"),
         (
             changed(trainer={"per_device_train_batch_size": 8}),
-            "write train_batch_size, the samples of all of them, and",
+            "is replaced by train_batch_size, the samples of all processes: remove it",
         ),
+        (changed(model={"value_depth": 3}), "model.value_depth must be one of 1, 2, got 3"),
+        (changed(model={"value_depth": True}), "model.value_depth must be one of 1, 2, got True"),
         (changed(trainer={"save_total_limit": 1}), "save_total_limit must be at least 2, got 1"),
         ({**GOOD, "task": {"name": ["logic"]}}, "There is no task"),
         (

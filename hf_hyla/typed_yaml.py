@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..reading import parse_yaml, read_yaml
-from ..utils import nearest, one_line
+from .reading import parse_yaml, read_yaml
+from .utils import nearest, one_line
 
 
 # Types that YAML has itself. Values for fields of other types are checked by their receiver.
@@ -113,12 +113,12 @@ def in_type(where: str, value: Any, annotation: Any) -> Any:
     raise ValueError(f"{where} must be {expected}, got {value!r:.200}{hint}.")
 
 
-def one_of(where: str, value: Any, names: Collection[str]) -> str:
+def one_of(where: str, value: Any, names: Collection[Any]) -> Any:
     """
     Raises:
-        ValueError: unless the value is one of these names, with the nearest.
+        ValueError: unless the value is one of these names or numbers, with the nearest.
     """
-    if value not in names:
-        hint = nearest(str(value), names)
-        raise ValueError(f"{where} must be one of {', '.join(names)}, got {value!r:.200}{hint}.")
+    if value not in names or isinstance(value, bool):
+        known = [str(name) for name in names]
+        raise ValueError(f"{where} must be one of {', '.join(known)}, got {value!r:.200}{nearest(str(value), known)}.")
     return value
