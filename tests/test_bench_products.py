@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_hyla.benchmark import products, steps
 from hf_hyla.training import load_recipe
@@ -26,6 +27,20 @@ def test_the_matrix_products_of_the_sraven_step_are_those_that_it_computes(tmp_p
     assert [shape[1:3] for shape in shapes[-7:-3]] == [(128, 64)] * 3 + [(64, 128)]
     assert sum(shape.flop for shape in shapes) < step.flop_of_all_tokens()
     assert step.flop_of_all_tokens() == pytest.approx(10.8e9, rel=0.01)  # the reference's
+
+
+def test_the_products_of_experts_are_counted(tmp_path):
+    experts = TINY | {"model.ffn_type": "moe", "model.num_experts": "3"}
+    step = steps._TrainingStep(
+        load_recipe("recipes/logic/hyla.yaml", experts), "hyla", folder=str(tmp_path), batch_size=4
+    )
+    with FlopCounterMode(display=False) as counted:
+        step()
+    # Products between tokens are those of whole batches.
+    found = counted.get_flop_counts()["Global"]
+    with_weights = sum(flop for name, flop in found.items() if "mm" in str(name) and "bmm" not in str(name))
+    assert sum(shape.flop for shape in step.linear_shapes()) == with_weights
+    assert sum(shape.outputs == 3 * 16 for shape in step.linear_shapes()) == 1
 
 
 def test_inputs_that_are_data_need_no_product_for_a_gradient(tmp_path):

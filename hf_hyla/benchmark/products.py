@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..model.functions_cpu_hyla import onednn_is_available, onednn_product
+from ..model.layers_hyla import HylaMoE
 from .meter import SEED, Workload, seconds_of
 
 
@@ -49,7 +50,8 @@ class LinearShape(NamedTuple):
 def linear_shapes(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[LinearShape]:
     """
     The shape of every call of a linear layer that the model makes for the batch. Calls are counted, not layers: a last layer
-    that computes only some tokens counts only those. Products between tokens, inside attention, are not included.
+    that computes only some tokens counts only those. The experts of a mixture are two wide layers. Products between tokens,
+    inside attention, are not included.
     """
     shapes = []
 
@@ -57,12 +59,27 @@ def linear_shapes(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Line
         rows = inputs[0].numel() // module.in_features
         shapes.append(LinearShape(rows, module.in_features, module.out_features, inputs[0].requires_grad))
 
+    def note_experts(module: HylaMoE, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        experts, width, hidden_size = module.up_proj.shape
+        rows = inputs[0].numel() // hidden_size
+        shapes.append(LinearShape(rows, hidden_size, experts * width, inputs[0].requires_grad))
+        shapes.append(LinearShape(rows, experts * width, hidden_size, True))
+
     with contextlib.ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 hooks.callback(module.register_forward_hook(note).remove)
+            elif isinstance(module, HylaMoE):
+                hooks.callback(module.register_forward_hook(note_experts).remove)
         model(**batch)
     return shapes
+
+
+def size_of_linear_layers(model: nn.Module) -> int:
+    """The number of weights of the model's linear layers, without biases."""
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    experts = (module for module in model.modules() if isinstance(module, HylaMoE))
+    return linear + sum(module.up_proj.numel() + module.down_proj.numel() for module in experts)
 
 
 def fastest_products(shapes: list[LinearShape], device: torch.device) -> tuple[Workload, dict[str, int]]:

@@ -15,7 +15,7 @@ from ..training import HylaTrainer, Recipe, load_recipe
 from ..training.graphs import WARM_UP_CALLS, GraphedStep
 from .data import data_throughput
 from .meter import SEED, Meter, Workload, in_a_line
-from .products import LinearShape, fastest_products, linear_shapes
+from .products import LinearShape, fastest_products, linear_shapes, size_of_linear_layers
 
 
 def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:
@@ -117,12 +117,11 @@ class _TrainingStep:
         Floating-point operations of a step's products with weights, if all layers computed all tokens. Every linear layer has
         one product in the forward and two in the backward. The default computes fewer tokens.
         """
-        weights = {
-            part: sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
-            for part in (self._uncompiled.model, self._uncompiled.classifier)
-        }
-        answers = self._batch_size * self._uncompiled.config.num_answers
-        return 6 * (weights[self._uncompiled.model] * self._tokens + weights[self._uncompiled.classifier] * answers)
+        model = self._uncompiled
+        answers = self._batch_size * model.config.num_answers
+        return 6 * (
+            size_of_linear_layers(model.model) * self._tokens + size_of_linear_layers(model.classifier) * answers
+        )
 
 
 def _forward_and_backward(model: nn.Module, batch: dict[str, torch.Tensor], num_items) -> torch.Tensor:
