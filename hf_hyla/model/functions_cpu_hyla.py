@@ -30,8 +30,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers.activations import ACT2FN
 
 from .function_kernels_cpu_hyla import compiled_gelu, compiled_gelu_backward, compiled_transpose
 from .ops_cpu_hyla import as_array, run_jobs, shares
@@ -43,6 +46,7 @@ _SMALLEST_PRODUCT = 2**21
 _SMALLEST_ACTIVATION = 2**15
 # With fewer elements of the hidden states no call is that large, and the context would cost more than it saves.
 _SMALLEST_STATES = 2**13
+_TANH_GELU = type(ACT2FN["gelu_pytorch_tanh"])
 
 
 def cpu_functions(hidden_states: torch.Tensor) -> AbstractContextManager:
@@ -50,15 +54,46 @@ def cpu_functions(hidden_states: torch.Tensor) -> AbstractContextManager:
     The context for layers that compute with `hidden_states`. Compilers, exporters and whatever else watches torch's operators
     get torch's own functions.
     """
-    if (
-        hidden_states.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or is_in_torch_dispatch_mode()
-        or hidden_states.numel() < _SMALLEST_STATES
-    ):
+    if _is_watched() or hidden_states.device.type != "cpu" or hidden_states.numel() < _SMALLEST_STATES:
         return nullcontext()
     return _CpuFunctions()
+
+
+def _is_watched() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+
+
+def activated_linear(linear: Any, activation: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """
+    `activation(linear(input))`. If there is no gradient to record, oneDNN computes a large float32 product and its GELU in one
+    pass over the output, on processors where that is the fastest. The two modules must then be plain, without hooks or adapters,
+    since they are not called.
+    """
+    fits = (
+        not _is_watched()
+        and not torch.is_grad_enabled()
+        and onednn_fuses_gelu()
+        and _is_plain(linear, nn.Linear)
+        and _is_plain(activation, _TANH_GELU)
+        and _are_ordinary(input, linear.weight, linear.bias)
+        and input.numel() * linear.weight.shape[0] >= _SMALLEST_PRODUCT
+        and input.shape[-1] == linear.weight.shape[1]
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not any(_is_transformed(tensor) for tensor in (input, linear.weight, linear.bias))
+    )
+    return onednn_gelu(input, linear.weight, linear.bias) if fits else activation(linear(input))
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what its class says, and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    return type(module) is kind and not hooks and "forward" not in vars(module)
+
+
+def _is_transformed(tensor: torch.Tensor | None) -> bool:
+    """Whether a transform of functions, such as `vmap`, or a forward derivative goes through the tensor."""
+    return tensor is not None and (is_functorch_wrapped_tensor(tensor) or unpack_dual(tensor).tangent is not None)
 
 
 class _CpuFunctions(TorchFunctionMode):
@@ -127,6 +162,12 @@ def onednn_is_faster() -> bool:
     )
 
 
+@cache
+def onednn_fuses_gelu() -> bool:
+    """Whether a product with its GELU is one operator, and faster than the two by themselves. It is measured with AVX-512 only."""
+    return onednn_is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _vendor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -138,6 +179,11 @@ def _vendor() -> str:
 def onednn_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a · bᵀ + bias, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def onednn_gelu(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The tanh approximation of GELU of a · bᵀ + bias, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "gelu", [], "tanh")
 
 
 def _needs_torch(grad_output: torch.Tensor) -> bool:

@@ -29,7 +29,7 @@ from transformers.utils import TransformersKwargs
 from .attention_hyla import activation_or_none, eager_attention_forward, relative_position_buckets, rotated
 from .backends_hyla import BACKENDS
 from .configuration_hyla import HylaConfig
-from .functions_cpu_hyla import cpu_functions
+from .functions_cpu_hyla import activated_linear, cpu_functions
 from .inputs_hyla import check_is_0_or_1
 
 
@@ -258,10 +258,9 @@ class HylaMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with cpu_functions(hidden_states):
-            up = self.up_proj(hidden_states)
             if self.gate_proj is None:
-                return self.down_proj(self.act_fn(up))
-            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+                return self.down_proj(activated_linear(self.up_proj, self.act_fn, hidden_states))
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class HylaRouter(nn.Module):

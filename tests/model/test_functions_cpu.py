@@ -8,16 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.activations import ACT2FN
 
 from hf_hyla import HylaConfig, HylaForSequenceClassification
 from hf_hyla.model import function_kernels_cpu_hyla, vectors_cpu_hyla
 from hf_hyla.model import functions_cpu_hyla as functions
-from hf_hyla.model.functions_cpu_hyla import cpu_functions
+from hf_hyla.model.functions_cpu_hyla import activated_linear, cpu_functions
 from hf_hyla.model.layers_hyla import HylaMoE
 
 
 linear, gelu = nn.functional.linear, nn.functional.gelu
+TANH_GELU = ACT2FN["gelu_pytorch_tanh"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +30,7 @@ def everything_is_served(monkeypatch):
         pytest.skip("this build of torch lacks oneDNN's operator")
     pytest.importorskip("numba")
     monkeypatch.setattr(functions, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(functions, "onednn_fuses_gelu", lambda: True)
     monkeypatch.setattr(functions, "_SMALLEST_PRODUCT", 1)
     monkeypatch.setattr(functions, "_SMALLEST_ACTIVATION", 1)
     monkeypatch.setattr(functions, "_SMALLEST_STATES", 1)
@@ -42,6 +46,8 @@ def served(monkeypatch):
         monkeypatch.setattr(
             function, "apply", lambda *args, name=name, apply=apply: names.append(name) or apply(*args)
         )
+    fused = functions.onednn_gelu
+    monkeypatch.setattr(functions, "onednn_gelu", lambda *args: names.append("gelu of product") or fused(*args))
     return names
 
 
@@ -242,6 +248,109 @@ def test_torch_computes_what_numba_cannot_compile(monkeypatch, served):
 CONFIG = HylaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
+@pytest.mark.parametrize("shape, outputs", [((3, 5, 7), 4), ((17, 6), 9), ((2, 33, 16), 48), ((1, 1), 1)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_with_its_gelu_equals_the_formula(shape, outputs, biased, served):
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[-1], outputs, bias=biased)
+    x = 30 * torch.randn(shape)
+    with torch.no_grad():
+        layer.weight.normal_()
+        found = activated_linear(layer, TANH_GELU, x)
+    expected, *_ = products_by_loop(x, layer.weight.detach(), layer.bias, torch.zeros(*shape[:-1], outputs))
+    expected = expected.detach()
+    expected *= torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (expected + 0.044715 * expected**3))
+    assert served == ["gelu of product"]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+def patched_linear():
+    layer = nn.Linear(8, 12)
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    return layer
+
+
+def hooked(module, hook=lambda module, args, output: 2 * output):
+    module.register_forward_hook(hook)
+    return module
+
+
+def half_of_the_input(module, args):
+    return args[0] / 2
+
+
+def hooked_before():
+    layer = nn.Linear(8, 12)
+    layer.register_forward_pre_hook(half_of_the_input)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make_layer, activation",
+    [
+        (lambda: hooked(nn.Linear(8, 12)), TANH_GELU),
+        (hooked_before, TANH_GELU),
+        (patched_linear, TANH_GELU),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 12)), TANH_GELU),
+        (lambda: nn.Linear(8, 12).bfloat16(), TANH_GELU),
+        (lambda: nn.Linear(8, 12).double(), TANH_GELU),
+        (lambda: nn.Linear(8, 12), nn.GELU()),
+        (lambda: nn.Linear(8, 12), ACT2FN["relu"]),
+        (lambda: nn.Linear(8, 12), hooked(ACT2FN["gelu_pytorch_tanh"])),
+    ],
+    ids=[
+        "hook",
+        "hook before",
+        "forward",
+        "parametrization",
+        "bfloat16",
+        "float64",
+        "other GELU",
+        "ReLU",
+        "hooked GELU",
+    ],
+)
+def test_other_layers_and_activations_are_called_one_after_the_other(make_layer, activation, served):
+    layer = make_layer()
+    x = given()[0].to(next(layer.parameters()).dtype)
+    with torch.no_grad():
+        assert torch.equal(activated_linear(layer, activation, x), activation(layer(x)))
+    assert "gelu of product" not in served
+
+
+def test_a_hook_on_all_modules_is_called(served):
+    seen, layer = [], nn.Linear(8, 12)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
+    with torch.no_grad():
+        activated_linear(layer, TANH_GELU, given()[0])
+    hook.remove()
+    assert seen[0] is nn.Linear and not served
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda f, x: f(x),
+        lambda f, x: torch.no_grad()(torch.vmap(f))(x),
+        lambda f, x: torch.no_grad()(torch.func.jvp)(f, (x,), (x + 1,)),
+        lambda f, x: torch.no_grad()(dual)(f, x),
+        lambda f, x: torch.autocast("cpu", torch.bfloat16)(torch.no_grad()(f))(x),
+        lambda f, x: make_fx(torch.no_grad()(f))(x)(x),
+    ],
+    ids=["gradients", "vmap", "jvp", "dual", "autocast", "make_fx"],
+)
+def test_under_transforms_layer_and_activation_are_called_one_after_the_other(around, served):
+    layer, x = nn.Linear(8, 12), given()[0]
+    found = around(lambda x: activated_linear(layer, TANH_GELU, x), x)
+    torch.testing.assert_close(found, around(lambda x: TANH_GELU(layer(x)), x))
+    assert not served
+
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x + 1)))
+
+
 def model_and_ids():
     torch.manual_seed(0)
     return HylaForSequenceClassification(CONFIG).eval(), torch.randint(0, 9, (4, 36))
@@ -258,6 +367,16 @@ def test_linear_layers_use_our_products_and_stay_plain_modules(served, monkeypat
     logits = model(ids).logits
     assert served.count("_Linear") == 6 * 2 and served.count("_Gelu") == 2
     assert {type(module) for name, module in model.named_modules() if name.endswith("_proj")} == {nn.Linear}
+    torch.testing.assert_close(logits, without(monkeypatch, lambda: model(ids).logits))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_products_and_gelu_are_one(context, served, monkeypatch):
+    model, ids = model_and_ids()
+    with context():
+        logits = model(ids).logits
+    assert served.count("gelu of product") == 2 and "_Gelu" not in served
+    monkeypatch.setattr(functions, "onednn_fuses_gelu", lambda: False)
     torch.testing.assert_close(logits, without(monkeypatch, lambda: model(ids).logits))
 
 
