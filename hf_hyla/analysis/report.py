@@ -21,6 +21,7 @@ from .subjects import answer_features, check_sizes, combinations_of, subjects, t
 REPORT_NAME = "probe.json"
 SCHEMA_VERSION = 1
 _BATCH_SIZE = 512
+_Pairs = list[tuple[Subject, Subject]]
 
 
 def probe_report(
@@ -92,7 +93,8 @@ def probe_report(
         return collect_codes(model, batches, task.answer_keys, total=-(-count // _BATCH_SIZE), progress=progress)
 
     train, other = collected("train", train_samples), collected(split, num_samples)
-    train_subjects, other_subjects = subjects(task, train.columns), subjects(task, other.columns)
+    # Each subject of the training samples beside the same one of the others.
+    pairs = list(zip(subjects(task, train.columns), subjects(task, other.columns), strict=True))
     _, layers, answers, keys, heads = other.codes.shape
     groups = combinations_of(task, other.columns).repeat(answers)
     report: dict[str, Any] = {
@@ -106,17 +108,21 @@ def probe_report(
         "seed": seed,
         "fixed_query": None if query is None else query.tolist(),
         "codes": {"layers": layers, "answers": answers, "keys": keys, "heads": heads},
-        "probes": _probes(train, train_subjects, other, other_subjects, groups, seed, progress),
-        "answer_alone": _answer_alone(train_subjects, other_subjects, groups, seed),
-        "similarity": {s.name: _similarity(other, s) for s in other_subjects if s.kind != "number"},
-        "ablation": _ablation(model, task, split, train_samples, num_samples, progress) if ablate else None,
+        "probes": _probes(train, other, pairs, groups=groups, seed=seed, progress=progress),
+        "answer_alone": _answer_alone(pairs, groups=groups, seed=seed),
+        "similarity": {s.name: _similarity(other, s) for _, s in pairs if s.kind != "number"},
+        "ablation": _ablation(
+            model, task, split, train_samples=train_samples, num_samples=num_samples, progress=progress
+        )
+        if ablate
+        else None,
         "figures": [],
     }
     if output:
         from .plots import draw
 
         _save(report, output)  # before what may still fail
-        report["figures"] = draw(report, other, other_subjects, output, progress)
+        report["figures"] = draw(report, other, [subject for _, subject in pairs], output, progress)
         _save(report, output)
     return report
 
@@ -151,9 +157,9 @@ def _save(report: dict[str, Any], output: Path) -> None:
     write_whole(output / REPORT_NAME, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
-def _probes(train, train_subjects, other, other_subjects, groups, seed: int, progress: bool) -> list[dict[str, Any]]:
+def _probes(train: Codes, other: Codes, pairs: _Pairs, *, groups, seed: int, progress: bool) -> list[dict[str, Any]]:
     layers = [*range(other.codes.shape[1]), None]
-    cases = [(pair, layer) for pair in zip(train_subjects, other_subjects, strict=True) for layer in layers]
+    cases = [(pair, layer) for pair in pairs for layer in layers]
     results = []
     for (fitted, asked), layer in tqdm(cases, desc="Probing", disable=not progress):
         result = probe(
@@ -170,12 +176,12 @@ def _probes(train, train_subjects, other, other_subjects, groups, seed: int, pro
     return results
 
 
-def _answer_alone(train_subjects, other_subjects, groups, seed: int) -> dict[str, Any]:
-    (*asked, train_target), (*others, target) = train_subjects, other_subjects
-    fitted, scored = answer_features(train_target, target)
+def _answer_alone(pairs: _Pairs, *, groups, seed: int) -> dict[str, Any]:
+    *asked, targets = pairs
+    fitted, scored = answer_features(*targets)
     return {
         subject.name: probe(fitted, train.values, scored, subject.values, groups=groups, seed=seed)["scores"]
-        for train, subject in zip(asked, others, strict=True)
+        for train, subject in asked
     }
 
 
@@ -192,7 +198,9 @@ def _similarity(codes: Codes, subject: Subject) -> dict[str, Any]:
     return {"names": [subject.names[i] for i in occurs], **rounded}
 
 
-def _ablation(model, task: Task, split: str, train_samples: int, num_samples: int, progress: bool) -> dict[str, Any]:
+def _ablation(
+    model, task: Task, split: str, *, train_samples: int, num_samples: int, progress: bool
+) -> dict[str, Any]:
     batches = task_batches(task, "train", train_samples, _BATCH_SIZE)
     total = -(-train_samples // _BATCH_SIZE)
     means = mean_codes(model, tqdm(batches, desc="Averaging codes", total=total, disable=not progress))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..runs.record import environment, hardware
+from ..runs.environment import environment, hardware
 
 
 # Version 2 says "chunked" where version 1 said "lean", counts the matrix products of a step by their own shapes, and includes

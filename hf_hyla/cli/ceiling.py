@@ -23,7 +23,7 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ..runs.record import environment
+    from ..runs.environment import environment
     from ..tasks.sraven.ceiling import observer_record
 
     task = task_of("sraven", arguments.overrides)

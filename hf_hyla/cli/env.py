@@ -12,6 +12,6 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ..runs.record import environment, hardware
+    from ..runs.environment import environment, hardware
 
     print(json.dumps({"environment": environment(), "hardware": hardware()}, indent=2))

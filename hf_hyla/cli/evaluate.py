@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _evaluate_by_combination(arguments: argparse.Namespace, model, task) -> None:
     from ..analysis.combinations import score_by_combination, table
-    from ..runs.record import environment
+    from ..runs.environment import environment
 
     batch_size = arguments.batch_size or task.eval_batch_size
     found = score_by_combination(model, task, arguments.split, arguments.num_samples, batch_size)

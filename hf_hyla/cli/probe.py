@@ -50,8 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     named, arguments.model = arguments.model, find_model(arguments.model)
 
     from ..analysis.report import probe_report, table
+    from ..runs.environment import environment, hardware
     from ..runs.folder import PROBE_NAME, weights_digest
-    from ..runs.record import RECORD_NAME, environment, hardware
+    from ..runs.record import RECORD_NAME
     from ..runs.weights import load_model
 
     task = task_of_model(arguments)

@@ -19,14 +19,8 @@ from ..model import HylaPreTrainedModel
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
-from ..runs.record import (
-    RECORD_NAME,
-    RunRecord,
-    code_of,
-    digests,
-    file_digest,
-    mean_and_error,
-)
+from ..runs.environment import code_of
+from ..runs.record import RECORD_NAME, RunRecord, digests, file_digest, mean_and_error
 from ..runs.weights import load_model, new_model
 from ..settings import BATCH_SIZE_KEY, DEFAULT_BATCH_SIZE
 from ..tasks import Task, TaskDataset

@@ -1,6 +1,7 @@
 """A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
 
 import dataclasses
+import functools
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -46,9 +47,8 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
     check_unaltered(run)
 
     probe = _probe_of(run)
-    text = _render(run, repo_id, seeds, baselines, probe, printed="")
-    printed = run_snippet(text, {f'"{repo_id or run.folder}"': repr(str(run.folder))})
-    text = _render(run, repo_id, seeds, baselines, probe, printed)
+    render = functools.partial(_render, run, repo_id, seeds=seeds, baselines=baselines, probe=probe)
+    text = render(printed=run_snippet(render(), {f'"{repo_id or run.folder}"': repr(str(run.folder))}))
     check_card(text)
     files: dict[str, str | bytes] = {
         "README.md": text,
@@ -101,7 +101,7 @@ def check_card_before_training(name: str, settings: dict[str, Any], task: Task, 
     )
     run = Run(Path(name), record)
     run.task, run.config = task, config  # there is no folder yet to read them from
-    check_card(_render(run, settings["trainer"].get("hub_model_id"), [record], baselines=[], probe=None, printed=""))
+    check_card(_render(run, settings["trainer"].get("hub_model_id"), seeds=[record], baselines=[]))
 
 
 def _sorted_out(run: Run, others: list[RunRecord]) -> tuple[list[RunRecord], list[list[RunRecord]]]:
@@ -214,11 +214,13 @@ def check_card(text: str) -> None:
 def _render(
     run: Run,
     repo_id: str | None,
+    *,
     seeds: list[RunRecord],
     baselines: list[list[RunRecord]],
-    probe: dict[str, Any] | None,
-    printed: str,
+    probe: dict[str, Any] | None = None,
+    printed: str = "",
 ) -> str:
+    """The card. `printed` is what its example prints, which is known only when the example of a first card has been run."""
     record, task, config, base_model = run.record, run.task, run.config, run.base_model
     title = " ".join((repo_id.partition("/")[2] if repo_id else record.name).split())
     words = task.words(task)

@@ -16,8 +16,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from ..model import HylaConfig
+from ..runs.environment import environment
 from ..runs.plots import can_draw
-from ..runs.record import environment
 from ..tasks import Task
 from ..utils import check_repo_id
 from .checks import check_base_model, check_committed

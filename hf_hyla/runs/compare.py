@@ -168,14 +168,16 @@ def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison
         paper_standard_error=paper.standard_error if paper else None,
         samples=samples,
         budget=budget,
-        verdict=_verdict(mean, expect, samples, budget, task.greater_is_better),
+        verdict=_verdict(
+            mean, expect, has_budget=not budget or samples >= budget, greater_is_better=task.greater_is_better
+        ),
     )
 
 
-def _verdict(mean: float, expect: dict[str, Any], samples: int, budget: int | None, greater_is_better: bool) -> str:
+def _verdict(mean: float, expect: dict[str, Any], *, has_budget: bool, greater_is_better: bool) -> str:
     if not expect:
         return NOT_JUDGED
-    if budget and samples < budget:
+    if not has_budget:
         return SHORT
     distance = mean - expect["value"]
     if abs(distance) <= expect["tolerance"]:

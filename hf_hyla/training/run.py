@@ -19,9 +19,10 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 
 from ..model import HylaConfig, HylaForSequenceClassification
+from ..runs.environment import environment, hardware
 from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
 from ..runs.plots import can_draw, learning_curve
-from ..runs.record import RECORD_NAME, RunRecord, digests, environment, first_difference, hardware
+from ..runs.record import RECORD_NAME, RunRecord, digests, first_difference
 from ..tasks import Task, TaskDataset
 from ..utils import no_score, one_line, write_whole, writing_advice
 from .arguments import FP16_ON_A_CPU, HylaTrainingArguments

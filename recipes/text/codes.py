@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import hf_hyla  # noqa: F401  registers the model with transformers
 from hf_hyla.analysis import collect_codes, probe, task_batches
 from hf_hyla.runs import Run
+from hf_hyla.runs.environment import environment, hardware
 from hf_hyla.runs.folder import weights_digest
-from hf_hyla.runs.record import environment, hardware
 
 
 BYTES_PER_ROW = 16

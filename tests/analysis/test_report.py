@@ -94,7 +94,7 @@ def test_the_effect_of_a_head_is_a_mean_over_samples_with_an_error_over_combinat
             for part, (size, score) in enumerate(next(scores))
         ],
     )
-    found = _ablation(model, logic, "ood", 150, 4, progress=False)
+    found = _ablation(model, logic, "ood", train_samples=150, num_samples=4, progress=False)
     assert found["whole"] == 0 and found["without"][0][0] == -4
     assert found["standard_error"][0][0] == pytest.approx((2 * ((0.25 * 3) ** 2 + (0.75 * 1) ** 2)) ** 0.5)
 

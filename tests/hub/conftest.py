@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
         sections = {"task": TASKS[task], "model": SMALL, "trainer": TRAINER | changes}
         (folder / "tiny.yaml").write_text(yaml.safe_dump(sections))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_hyla.runs.record._git_commit", lambda: "0" * 40)
+            patch.setattr("hf_hyla.runs.environment._git_commit", lambda: "0" * 40)
             papers = type(get_task(task)).num_samples.fget
             short = property(lambda self: dict.fromkeys(self.splits, 64) | {"train": papers(self)["train"]})
             patch.setattr(type(get_task(task)), "num_samples", short)

@@ -24,7 +24,8 @@ from hf_hyla.hub.model_card import card_files
 from hf_hyla.hub.repository import plan
 from hf_hyla.hub.secrets import check_secrets
 from hf_hyla.runs import Run, RunRecord
-from hf_hyla.runs.record import code_of, file_digest
+from hf_hyla.runs.environment import code_of
+from hf_hyla.runs.record import file_digest
 from hf_hyla.tasks import get_task
 from hf_hyla.training import evaluate
 
@@ -371,7 +372,7 @@ def test_the_code_of_a_commit_is_what_it_was_then(tmp_path, monkeypatch):
         subprocess.run([*git, "commit", "-qm", text], check=True)
         commits.append(subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip())
         expected.append({code.name: file_digest([code])})
-    monkeypatch.setattr("hf_hyla.runs.record.CHECKOUT", tmp_path)
+    monkeypatch.setattr("hf_hyla.runs.environment.CHECKOUT", tmp_path)
     assert [code_of(commit) for commit in (*commits, "0" * 40, "--help", None)] == [*expected, None, None, None]
 
 

@@ -30,12 +30,12 @@ TABLE = [[0.1, 0.9, 0.3, 0.4, 0.7], [0.2, 0.8, 0.5, 0.4, 0.2], [0.6, 0.1, 0.3, 0
 # As the fixtures train: on short splits, and as if the checkout had no changes.
 PRELUDE = """
     import json, runpy, sys, torch
-    import hf_hyla.runs.record
+    import hf_hyla.runs.environment
     from pathlib import Path
     from transformers import AutoModelForSequenceClassification, pipeline
     from hf_hyla.cli import main
     from hf_hyla.tasks import TASKS
-    hf_hyla.runs.record._git_commit = lambda: "0" * 40
+    hf_hyla.runs.environment._git_commit = lambda: "0" * 40
     for task in TASKS.values():
         task.num_samples = property(lambda self: dict.fromkeys(self.splits, 64))
     """

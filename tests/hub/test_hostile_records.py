@@ -72,7 +72,7 @@ def rendered(folder, record: dict, pictures: bool = True) -> str:
     """The card of a record, without what takes long: the model's answer and the drawing of the pictures."""
     (folder / "run.json").write_text(json.dumps(record))
     run = Run.load(folder)
-    text = model_card._render(run, "org/x", [run.record], [], probe=None, printed="")
+    text = model_card._render(run, "org/x", seeds=[run.record], baselines=[])
     model_card.check_card(text)
     yaml.safe_load(model_card._eval_results(run, "org/x"))
     table(compare([run.record]))
@@ -162,7 +162,7 @@ def evil_everywhere() -> dict:
 def test_text_of_others_stays_text_on_the_card(folder):
     plain, evil = rendered(folder, RECORD), rendered(folder, evil_everywhere())
     run = Run.load(folder)
-    titled = model_card._render(run, None, [run.record], [], probe=None, printed="")  # by the name of the record
+    titled = model_card._render(run, None, seeds=[run.record], baselines=[])  # by the name of the record
     for text in (evil, titled):
         assert "onerror" in text
         for sign in ("<img", "onerror", "Evil\n", "](http://evil", "http://evil", "**bold**", "<!--", "SystemExit"):
@@ -180,7 +180,7 @@ def test_text_of_others_stays_text_on_the_card(folder):
 def test_a_title_with_line_breaks_leaves_the_metadata_whole(folder):
     (folder / "run.json").write_text(json.dumps(RECORD | {"name": "a\n---\nlicense: evil\n---\n# b"}))
     run = Run.load(folder)
-    data = ModelCard(model_card._render(run, None, [run.record], [], probe=None, printed="")).data
+    data = ModelCard(model_card._render(run, None, seeds=[run.record], baselines=[])).data
     assert data.license == "apache-2.0" and data.model_name == "a --- license: evil --- # b"
 
 

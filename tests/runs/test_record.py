@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_hyla.runs import RunRecord
-from hf_hyla.runs.record import hardware
+from hf_hyla.runs.environment import hardware
 
 
 RECORD = json.loads((Path(__file__).parents[2] / "recipes" / "results" / "logic-demo" / "0.json").read_text())

@@ -112,7 +112,7 @@ def folder(tmp_path_factory):
     (folder / "sums.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setattr("hf_hyla.runs.record._git_commit", lambda: "0" * 40)
+        patch.setattr("hf_hyla.runs.environment._git_commit", lambda: "0" * 40)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         yield folder
     sys.modules.pop("my_sums", None)

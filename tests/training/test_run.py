@@ -154,7 +154,7 @@ def test_a_run_that_saves_and_logs_nothing_on_the_way_has_its_last_step_saved_an
 
 def test_the_record_names_the_commit_that_the_run_began_with(tmp_path, monkeypatch):
     commits = iter(["0" * 40, "1" * 40])
-    monkeypatch.setattr("hf_hyla.runs.record._git_commit", lambda: next(commits))
+    monkeypatch.setattr("hf_hyla.runs.environment._git_commit", lambda: next(commits))
     trains = HylaTrainer.train
 
     def while_somebody_commits(self, *args, **kwargs):

@@ -32,7 +32,7 @@ TRAINER = {
 @pytest.fixture(scope="module", autouse=True)
 def committed():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_hyla.runs.record._git_commit", lambda: "0" * 40)
+        patch.setattr("hf_hyla.runs.environment._git_commit", lambda: "0" * 40)
         yield
 
 

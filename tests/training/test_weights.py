@@ -67,7 +67,7 @@ def test_a_run_starts_from_the_checkpoints_weights_and_keeps_its_shape(recipe, c
 def test_the_fine_tuning_script_takes_a_folder_and_compares(checkpoint, tmp_path, monkeypatch, capsys):
     sizes = property(lambda self: dict.fromkeys(self.splits, 16))
     monkeypatch.setattr(type(get_task("sraven")), "num_samples", sizes)
-    monkeypatch.setattr("hf_hyla.runs.record._git_commit", lambda: "0" * 40)
+    monkeypatch.setattr("hf_hyla.runs.environment._git_commit", lambda: "0" * 40)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("somebody was called"))
     changes = [f"trainer.{name}={value}" for name, value in (TRAINER | {"learning_rate": 0.1}).items()]
     script = PROJECT / "recipes" / "sraven" / "finetune.py"

@@ -21,6 +21,7 @@ Documents = dict[str, list[str]]
 
 
 def read_documents(
+    *,
     files: str | None,
     dataset_name: str | None,
     dataset_config_name: str | None,

@@ -133,13 +133,13 @@ class TextTask(Task):
             ValueError, OSError: see `read_documents`.
         """
         documents = read_documents(
-            self.files,
-            self.dataset_name,
-            self.dataset_config_name,
-            self.dataset_split,
-            self.dataset_test_split,
-            self.text_column,
-            self.held_out,
+            files=self.files,
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            dataset_split=self.dataset_split,
+            dataset_test_split=self.dataset_test_split,
+            text_column=self.text_column,
+            held_out=self.held_out,
         )
         return {
             split: Tokens.of(texts, self.processing_class, self.tokenizer, self.sequence_length)
