@@ -13,7 +13,6 @@
 # limitations under the License.
 """The pipeline that takes SRAVEN puzzles or truth tables as lists and gives the model's answers."""
 
-import math
 from collections.abc import Iterable
 from types import GeneratorType
 from typing import Any
@@ -31,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 GRID = 3
+_SCALARS = {int, float, type(None)}
 
 
 class SymbolicReasoningPipeline(Pipeline):
@@ -93,10 +93,10 @@ class SymbolicReasoningPipeline(Pipeline):
         inputs = _as_lists(inputs)
         if isinstance(inputs, list):
             # One puzzle or truth table is a list too.
-            if _depth(inputs) <= (3 if self._is_sraven else 2):
-                return super().__call__(self.preprocess(inputs), **kwargs)
+            if not _are_nested(inputs, 4 if self._is_sraven else 3):
+                return super().__call__(self._encoded(inputs), **kwargs)
             # All are encoded first, so a bad one is refused before any work.
-            inputs = [self._preprocess_nth(number, item) for number, item in enumerate(inputs)]
+            inputs = [self._encoded_nth(number, item) for number, item in enumerate(inputs)]
         elif isinstance(inputs, Iterable) and not isinstance(inputs, (str, dict, Dataset, GeneratorType)):
             # A column of a dataset, or another iterator, which the base class would take for one input.
             inputs = (item for item in inputs)
@@ -119,8 +119,7 @@ class SymbolicReasoningPipeline(Pipeline):
         """The inputs of the model for one puzzle or truth table, as a batch of one."""
         if isinstance(inputs, _Encoded):
             return inputs
-        encode = self._encode_puzzle if self._is_sraven else self._encode_table
-        return _Encoded(encode(_as_lists(inputs)))
+        return self._encoded(_as_lists(inputs))
 
     def _forward(self, inputs: dict[str, torch.Tensor], return_codes: bool = False) -> dict[str, torch.Tensor]:
         outputs = self.model(**inputs, output_attentions=return_codes)
@@ -138,9 +137,12 @@ class SymbolicReasoningPipeline(Pipeline):
         logits = logits.reshape(-1, self._num_values)
         return {"answer": logits.argmax(-1).tolist(), "scores": logits.softmax(-1).tolist(), **codes}
 
-    def _preprocess_nth(self, number: int, inputs) -> dict[str, torch.Tensor]:
+    def _encoded(self, rows) -> dict[str, torch.Tensor]:
+        return _Encoded(self._encode_puzzle(rows) if self._is_sraven else self._encode_table(rows))
+
+    def _encoded_nth(self, number: int, rows) -> dict[str, torch.Tensor]:
         try:
-            return self.preprocess(inputs)
+            return self._encoded(rows)
         except ValueError as error:
             raise ValueError(f"Input {number}: {error}") from None
 
@@ -179,7 +181,7 @@ class SymbolicReasoningPipeline(Pipeline):
         if last is not None:
             raise ValueError("The last row's value is what the model answers, but it has a value: set it to None.")
         for number, value in enumerate(numbers):
-            if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= 1:
+            if type(value) not in (int, float) or not 0 <= value <= 1:  # NaN is refused too
                 raise ValueError(
                     f"Row {number // width + 1} of the truth table must hold numbers in 0 to 1, got {value!r}: only the "
                     "last row's value may be None."
@@ -195,11 +197,16 @@ def _as_lists(inputs):
     """The inputs with lists in place of tuples, arrays and tensors."""
     if hasattr(inputs, "tolist"):
         return inputs.tolist()
-    return [_as_lists(item) for item in inputs] if isinstance(inputs, (list, tuple)) else inputs
+    if not isinstance(inputs, (list, tuple)):
+        return inputs
+    if _SCALARS.issuperset(map(type, inputs)):  # a row or a panel
+        return list(inputs)
+    return [_as_lists(item) for item in inputs]
 
 
-def _depth(inputs) -> int:
-    return 1 + max(map(_depth, inputs), default=0) if isinstance(inputs, list) else 0
+def _are_nested(inputs, depth: int) -> bool:
+    """Whether there are lists in lists of this depth, or deeper."""
+    return isinstance(inputs, list) and (depth == 1 or any(_are_nested(item, depth - 1) for item in inputs))
 
 
 def _is_list(inputs, length: int) -> bool:
