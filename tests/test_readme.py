@@ -349,6 +349,17 @@ def test_the_probes_accuracies_come_from_the_committed_reports():
         assert row_of(DOCUMENTS["hub_cards/README.md"], title) == [f"{score:.2f}" for score in scores]
 
 
+def test_the_pipelines_times_come_from_the_record():
+    record = json.loads((PROJECT / "recipes" / "results" / "bench" / "cpu-inference.json").read_text())
+    seconds = {row["work"]: row["seconds"] for row in record["rows"] if row["subject"] == "pipeline"}
+    one, two, many, many_by_two = (
+        seconds[f"sraven, batch of {batch}, {threads}"] for batch in (1, 1024) for threads in ("1 thread", "2 threads")
+    )
+    text = " ".join((PROJECT / "recipes" / "results" / "bench" / "README.md").read_text().split())
+    assert f"{1e3 * one:.2f} ms through the pipeline with one thread and {1e3 * two:.2f} ms with two" in text
+    assert f"1,024 puzzles take {many:.2f} s and {many_by_two:.2f} s" in text
+
+
 def test_both_measures_of_a_steps_products_come_from_the_record():
     record = json.loads((PROJECT / "recipes" / "results" / "bench" / "cpu.json").read_text())
     [step] = [row for row in record["rows"] if (row["part"], row["subject"]) == ("sraven", "hyla")]
