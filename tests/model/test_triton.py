@@ -241,26 +241,33 @@ def test_output_and_gradients_equal_the_definition_in_lower_precision(dtype, tol
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "norm, network, mask",
-    [("rms_head", "hyla+", "padding"), ("none", "hyla", "pairs"), ("softmax", "mixed", "causal")],
+    "dtype, norm, network, mask, size",
+    [
+        (torch.bfloat16, "rms_head", "hyla+", "padding", (1, 3, 9, 20, 4, 6)),
+        (torch.bfloat16, "none", "hyla", "pairs", (2, 3, 1, 17, 2, 16)),
+        (torch.bfloat16, "softmax", "mixed", "causal", (1, 8, 17, 17, 16, 4)),
+        (torch.float16, "rms_head", "hyla+", "pairs", (2, 4, 18, 1, 20, 5)),
+        (torch.float16, "none", "hyla", "padding", (1, 2, 9, 33, 3, 20)),
+        (torch.float16, "softmax", "hyla+", None, (1, 5, 17, 20, 1, 1)),
+    ],
+    ids=str,
 )
 def test_parameters_and_their_gradients_stay_in_single_precision_beside_half_precision_inputs(
-    dtype, norm, network, mask
+    dtype, norm, network, mask, size
 ):
     """
     As under autocast. The interpreter multiplies in float32, so only results are rounded: by half of eps at most, but bfloat16 by
     eps, since the interpreter cuts it off. Gradients of parameters are as exact as in float32.
     """
     torch.manual_seed(0)
-    inputs, gradient = problem(1, 3, 9, 20, 4, 6, network == "hyla+", bias=True, scale=1.0)
+    inputs, gradient = problem(*size, network == "hyla+", bias=True, scale=1.0)
     rounding = torch.finfo(dtype).eps / (1 if dtype == torch.bfloat16 else 2)
     exact = {"output": 1e-5, **dict.fromkeys(inputs, 1e-4)}
     tolerances = {
         name: off if name in ("position_bias", "value_mixing") else off + rounding for name, off in exact.items()
     }
-    attends = masks(mask, 1, 9, 20)
+    attends = masks(mask, size[0], *size[2:4])
     compare(inputs, gradient, attends, network, norm, dtype, tolerances, dropout=0.1, parameters=torch.float32)
 
 
