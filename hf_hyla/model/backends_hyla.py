@@ -300,7 +300,8 @@ BACKENDS: dict[str, Callable] = {
         if name not in _NOT_BY_NAME
     },
 }
-BACKENDS["hyla_lean"] = BACKENDS["hyla_chunked"]  # its name up to version 0.1
+FORMER_NAME = "hyla_lean"  # of `hyla_chunked`, up to version 0.1
+BACKENDS[FORMER_NAME] = BACKENDS["hyla_chunked"]
 
 
 def _pair_mask(**kwargs) -> torch.Tensor | None:

@@ -41,8 +41,9 @@ UNDECLARED_KEYWORDS = frozenset((
 _OTHER_NAMES = {
     "d_model": "hidden_size", "n_embd": "hidden_size", "dim": "hidden_size", "embed_dim": "hidden_size",
     "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers", "depth": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_heads": "num_attention_heads",
-    "d_ff": "intermediate_size", "n_inner": "intermediate_size", "ffn_dim": "intermediate_size",
+    "n_head": "num_attention_heads", "n_heads": "num_attention_heads", "nhead": "num_attention_heads",
+    "heads": "num_attention_heads", "num_head": "num_attention_heads", "layers": "num_hidden_layers",
+    "dim_feedforward": "intermediate_size", "d_ff": "intermediate_size", "n_inner": "intermediate_size", "ffn_dim": "intermediate_size",
     "dropout": "attention_dropout", "attention_probs_dropout_prob": "attention_dropout",
     "layer_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps", "is_decoder": "is_causal",
     "hidden_activation": "hidden_act", "activation_function": "hidden_act",

@@ -177,7 +177,7 @@ def pair_mask(
     Mask (batch, 1, query, key) of padding, of the user, of causality and of the window; `None` where nothing is masked.
 
     Raises:
-        ValueError: for a mask of another shape than (batch, key) or (batch, 1, query, key), and for one that adds to scores.
+        ValueError: for a mask of another shape than (batch, key) or (batch or 1, 1, query, key), and for one that adds to scores.
     """
     if attention_mask is None or attention_mask.ndim == 2:
         if attention_mask is not None:
@@ -189,10 +189,11 @@ def pair_mask(
         create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
         return cast(_Mask, create(config, hidden_states, attention_mask, cache, position_ids=position_ids))
     place, num_keys = first_query(hidden_states, cache)
-    length = hidden_states.shape[1]
-    if attention_mask.ndim != 4 or attention_mask.shape[-2:] != (length, num_keys):
+    batch, length = hidden_states.shape[:2]
+    by_pair = (1, length, num_keys)
+    if tuple(attention_mask.shape) not in ((batch, *by_pair), (1, *by_pair)):
         raise ValueError(
-            f"attention_mask must have the shape (batch, {num_keys}) or (batch, 1, {length}, {num_keys}), got "
+            f"attention_mask must have the shape ({batch}, {num_keys}) or ({batch}, 1, {length}, {num_keys}), got "
             f"{tuple(attention_mask.shape)}."
         )
     if attention_mask.is_floating_point() and not is_torchdynamo_compiling() and bool((attention_mask > 0).any()):

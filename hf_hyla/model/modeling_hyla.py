@@ -32,12 +32,12 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hyla import relative_position_buckets
-from .backends_hyla import BACKENDS
+from .backends_hyla import BACKENDS, FORMER_NAME
 from .card_hyla import fill_in_card
 from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
@@ -56,6 +56,8 @@ from .layers_hyla import HylaAttention, HylaLayer, HylaRotaryEmbedding, HylaRout
 from .losses_hyla import add_balancing_loss, balancing_loss, classification_loss
 from .pipeline_hyla import SymbolicReasoningPipeline
 
+
+logger = logging.get_logger(__name__)
 
 # Deliberate deviations from transformers-mlinter's rules, here and below. TRF057: docstrings are written by hand, with shapes and
 # the paper's equations. TRF041: each of these fields is a row of the paper's Table A1, one of its two tasks, or an option of
@@ -100,6 +102,8 @@ class HylaPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"HYLA models have no attn_implementation {name!r}: expected one of {', '.join(BACKENDS)}."
             )
+        if name == FORMER_NAME:
+            logger.warning_once(f"The name {name!r} is deprecated: write 'hyla_chunked'.")
         return name
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):

@@ -75,8 +75,11 @@ class Manifest:
                 f"{folder} holds a split {unknown[0]!r:.80}, which the task {task.name} lacks: write it again."
             )
         if self.task != expected.task:
+            ours, theirs = expected.task, self.task
+            key = next(key for key in ["name", *ours, *theirs] if ours.get(key) != theirs.get(key))
             raise ValueError(
-                f"{folder} holds data of the task {self.task}, but {expected.task} was requested: use another folder."
+                f"{folder} holds data of a task whose {key} is {theirs.get(key)!r:.80}, but {ours.get(key)!r:.80} was requested: "
+                "use another folder."
             )
         if self.data_fingerprint != expected.data_fingerprint:
             raise ValueError(

@@ -50,6 +50,8 @@ def test_fields_that_transformers_stores_load_again(tmp_path, caplog):
     ("name", "field"),
     [
         ("num_heads", "num_attention_heads"),
+        ("heads", "num_attention_heads"),
+        ("dim_feedforward", "intermediate_size"),
         ("num_layers", "num_hidden_layers"),
         ("head_width", None),
         ("d_model", "hidden_size"),

@@ -373,10 +373,11 @@ def test_an_implementation_is_checked_once_per_call(backend, taken):
     assert (taken.names, taken.asked[name]) == ([name], 1)
 
 
-def test_the_former_name_of_the_chunked_implementation_still_works(taken):
+def test_the_former_name_of_the_chunked_implementation_still_works(taken, caplog):
     model = HylaForSequenceClassification(HylaConfig(num_hidden_layers=1, attn_implementation="hyla_lean")).eval()
     model(input_ids=torch.randint(0, 8, (1, 36)))
     assert taken.names == ["hyla_chunked"]
+    assert "'hyla_lean' is deprecated: write 'hyla_chunked'" in caplog.text
 
 
 @half

@@ -269,7 +269,9 @@ def test_losses_are_computed_in_float32_at_least(problem_type, dtype):
         ({"input_ids": ids().to(torch.uint8)}, "input_ids must be int64 or int32 .* got torch.uint8"),
         ({"inputs_embeds": torch.zeros(3, 10, 23)}, r"\(batch, sequence, 24\), got \(3, 10, 23\)"),
         ({"input_ids": ids(), "attention_mask": torch.ones(3, 9)}, r"the shape \(3, 10\) of the inputs, got \(3, 9\)"),
-        ({"input_ids": ids(), "attention_mask": torch.ones(3, 10, 10)}, r"or \(batch, 1, 10, 10\), got \(3, 10, 10\)"),
+        ({"input_ids": ids(), "attention_mask": torch.ones(3, 10, 10)}, r"or \(3, 1, 10, 10\), got \(3, 10, 10\)"),
+        ({"input_ids": ids(), "attention_mask": torch.zeros(2, 1, 10, 10)}, r"\(3, 1, 10, 10\), got \(2, 1, 10, 10\)"),
+        ({"input_ids": ids(), "attention_mask": torch.zeros(3, 4, 10, 10)}, r"\(3, 1, 10, 10\), got \(3, 4, 10, 10\)"),
         ({"input_ids": ids(), "attention_mask": torch.ones(3, 1, 10, 10)}, "this one has positive numbers"),
         ({"input_ids": ids(), "attention_mask": torch.eye(10)[:3].long()}, "a row has only 1"),
         (
