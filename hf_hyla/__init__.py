@@ -1,5 +1,6 @@
 """
-HYLA, hypernetwork linear attention, for Hugging Face transformers. Importing it registers the Auto classes and the pipeline.
+HYLA, hypernetwork linear attention, for Hugging Face transformers. Importing this package registers the Auto classes
+and the pipeline.
 
 transformers and torch take seconds to import, and `hyla --help` needs neither. So the classes are loaded when they are first
 used, or when transformers is imported:

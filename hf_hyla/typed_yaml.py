@@ -77,7 +77,7 @@ def in_types(
     checked = {}
     for name, value in section.items():
         if name in refused:
-            raise ValueError(f"{where} has the key {name!r}, which {refused[name]}: remove it.")
+            raise ValueError(f"{where} has the key {name!r}, which {refused[name]}; remove it.")
         if name not in known:
             hint = nearest(str(name), allowed) or (f": expected {', '.join(allowed)}" if len(allowed) < 12 else "")
             raise ValueError(f"{where} has no key {name!r}{hint}.")

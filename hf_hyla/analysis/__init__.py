@@ -1,4 +1,4 @@
-"""Latent codes: collecting, probing, ablating and drawing them. All but collecting needs the extra `analysis`."""
+"""Latent codes: collecting, probing, ablating and drawing them. Probes, reports and figures need the extra `analysis`."""
 
 from .ablation import ablate_heads, ablated, mean_codes
 from .combinations import score_by_combination

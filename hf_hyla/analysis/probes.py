@@ -188,7 +188,7 @@ def _predict(train: np.ndarray, train_values: np.ndarray, features: np.ndarray) 
 
 
 def _targets(values: np.ndarray) -> np.ndarray:
-    """Several names at once are integers to scikit-learn."""
+    """The values as scikit-learn takes them: booleans for several classes become integers."""
     return values.astype(int) if values.dtype.kind == "b" else values
 
 

@@ -61,13 +61,15 @@ def benchmark(
         A row has
         - `part` and `work`, the workload; for attention also `shape`, its sizes;
         - `subject`: the implementation or model that was timed;
-        - `seconds` (the median), `quartiles` and `repeats`;
+        - `seconds` (the median), `quartiles` (`None` for data) and `repeats`;
         - `peak_bytes`: memory beyond what was in use before; `None` where that cannot be known;
-        - `ratios`: the median divided by the medians of other subjects.
+        - `ratios`: the median divided by the medians of other subjects;
+        - `samples_per_second`, for inference and data.
 
         Two subjects of a training step show how fast it could be. "matrix products" are the products of its linear layers
         alone, each with its own shape and by the machine's fastest path. "at the rate of 1024" is the time of the products of all
-        tokens, if they ran at the rate of torch's product of two 1024 × 1024 matrices.
+        tokens, if they ran at the rate of torch's product of two 1024 × 1024 matrices. Their rows have `flop`, and the first has
+        `implementations`, the number of products by the name of their fastest path.
 
     Raises:
         ValueError: if an argument is out of range.

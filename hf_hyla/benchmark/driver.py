@@ -38,7 +38,7 @@ def main() -> None:
     dataset = recipe.task.dataset("train")
     batches = [recipe.task.collate(dataset.__getitems__(range(n * size, (n + 1) * size))) for n in range(8)]
     batches = [{name: column.to(device) for name, column in batch.items()} for batch in batches]
-    # Language models are younger than the other tasks.
+    # Tasks of older commits have no `auto_class`, since there were no language models yet.
     auto_class = getattr(transformers, getattr(recipe.task, "auto_class", "AutoModelForSequenceClassification"))
     model: Any = auto_class.from_config(recipe.config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -112,7 +112,7 @@ def _paths(device: torch.device) -> dict[str, list[_Path]]:
 
 
 def _fastest(a: torch.Tensor, b: torch.Tensor) -> tuple[str, _Path]:
-    """The path with the shortest call, after the name of its implementation. All paths are called in turn."""
+    """The name of the fastest implementation, and its path. All are called in turn, and the shortest call of each counts."""
     candidates = [(name, path) for name, paths in _paths(a.device).items() for path in paths]
     shortest = dict.fromkeys(range(len(candidates)), float("inf"))
     for _ in range(_CALLS):

@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        with contextlib.suppress(OSError):  # where a file's number was given to a terminal or a pipe meanwhile
+        with contextlib.suppress(OSError):  # it was a file, and has been redirected meanwhile
             sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?, and no result is lost for it
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)

@@ -32,7 +32,9 @@ def add(commands) -> None:
     )
     parser.add_argument("--output", type=Path, help="folder to write bench.json and the curves bench.png into")
     parser.add_argument(
-        "--threads", type=whole(at_least=1, at_most=_MAX_THREADS), help="threads of the CPU (default: torch's number)"
+        "--threads",
+        type=whole(at_least=1, at_most=_MAX_THREADS),
+        help="threads of the CPU (default: torch's number; inference on a CPU is measured with one and with two)",
     )
     parser.add_argument(
         "--repeats",

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     for module, package in (("gradio", "gradio"), ("sklearn", "scikit-learn")):
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"The demo needs {package}, which is not installed: pip install hf-hyla[demo].")
-    print("Loading the models, and fitting a probe for each of SRAVEN ...", flush=True)
+    print("Loading the models, and fitting a probe for each SRAVEN model ...", flush=True)
 
     from transformers.utils.logging import disable_progress_bar
 

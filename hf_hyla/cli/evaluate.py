@@ -12,8 +12,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a run or a model on a split",
-        description="Scores a run or a model on a split. The task is that of the run, of which checkpoints and published "
-        "repositories know it too. For any other model, --task names it, and its settings are given like --task.num_examples 32.",
+        description="Scores a run or a model on a split. The task is that of the run. It is also found for a checkpoint of "
+        "a run, and for a repository that a run was published to. For any other model, --task names it, and its settings are given like --task.num_examples 32.",
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
     parser.add_argument("--task", type=task_name, help="name of the task (default: that of the model's run)")

@@ -14,8 +14,8 @@ def add(commands) -> None:
         help="probe the latent codes of a run or a model",
         description="Fits linear probes on the latent codes of training samples and scores them on another split. The probes "
         "read the rule or the terms, and the value of the answer, from the codes of answer tokens. Writes probe.json and "
-        "figures. The task is that of the run, of which checkpoints and published repositories know it too. For any other model, "
-        "--task names it, and its settings are given like --task.num_examples 32.",
+        "figures. The task is that of the run. It is also found for a checkpoint of a run, and for a repository that a run was "
+        "published to. For any other model, --task names it, and its settings are given like --task.num_examples 32.",
     )
     parser.add_argument("model", help="folder of a run or a checkpoint, or a Hub repository")
     parser.add_argument("--task", type=task_name, help="name of the task (default: that of the model's run)")

@@ -22,9 +22,13 @@ def add(commands) -> None:
     parser.add_argument("--metric", action="store_true", help="also publish the task's metric")
     parser.add_argument("--space", action="store_true", help="also publish a page for trying the model")
     parser.add_argument(
-        "--beside", metavar="MODEL", nargs="+", default=(), help="other published models that this page shows too"
+        "--beside",
+        metavar="MODEL",
+        nargs="+",
+        default=(),
+        help="other published models that the page of --space shows too",
     )
-    parser.add_argument("--collection", metavar="TITLE", help="put all of them into this collection")
+    parser.add_argument("--collection", metavar="TITLE", help="put all published repositories into this collection")
     parser.add_argument(
         "--private",
         action=argparse.BooleanOptionalAction,

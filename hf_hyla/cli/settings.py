@@ -75,13 +75,13 @@ def check_settings(overrides: dict[str, str], task: str | None) -> None:
 
 
 def _misspelt(name: str, known: Collection[str]) -> str | None:
-    """The setting that a name which is not one of them is so similar to that it is taken to be misspelt."""
+    """The known setting that this name probably misspells, or `None`."""
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_MISSPELT)
     return near[0] if near and name not in known else None
 
 
 def task_named(arguments: argparse.Namespace, overrides: dict[str, str]) -> str | None:
-    """The name of the task that a command is about, or `None` if it takes a model's record or more to know."""
+    """The name of the task that a command is about, or `None` if only a model's record or the recipe's own checks can tell."""
     if "task" not in arguments.sections or not hasattr(arguments, "recipe"):
         return getattr(arguments, "task", None)
     try:

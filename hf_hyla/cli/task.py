@@ -17,7 +17,7 @@ def task_of(name: str, overrides: dict[str, str]):
     The task with this name and the settings in the overrides.
 
     Raises:
-        ValueError: for settings that are wrong, or that name a task besides.
+        ValueError: for settings that are wrong, and for a `task.name` among them.
     """
     from ..training.recipe import checked_task
 

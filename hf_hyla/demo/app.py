@@ -14,7 +14,7 @@ from .puzzles import PANELS, Puzzle, Solver, edit, sample, verdict, with_rules
 from .shown import Shown, load
 
 
-# gradio reads it when it is imported.
+# gradio reads this variable when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 

@@ -196,7 +196,7 @@ def svg(width: float, height: float, inside: str, label: str, name: str = "") ->
 
 
 def _drawn(values: Sequence[int]) -> tuple[int, int, int, int]:
-    """Shape, size, colour and number. With fewer features, size and colour are from the middle of their range, and there is one item."""
+    """Shape, size, colour and number. Features that a panel lacks have fixed values: size 5, colour 5 and one item."""
     shape, size, colour, number = (*values, *(0, 5, 5, 0)[len(values) :])[:4]
     return shape, size, colour, number
 

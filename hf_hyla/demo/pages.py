@@ -18,7 +18,7 @@ BOARD_HELP = """\
 3. Change a rule, or click a panel and type other digits: answers and codes follow. Features run from 0 to {last}, and after {last} comes 0.
 4. The coloured cells are the model's **latent code**, the attention scores of all heads; a linear probe reads the rule from them."""
 LOGIC_HELP = """\
-1. A **fuzzy logic function** says *or* of terms, each of which is the *and* of all variables, plain or negated; *and* is the minimum, *or* the maximum, *not x* is 1 − x.
+1. A **fuzzy logic function** is the *or* of terms, each of which is the *and* of all variables, plain or negated. *And* is the minimum, *or* is the maximum, and *not x* is 1 − x.
 2. The models are shown {shown} random points with the function's values, and asked for other points. They are never told the terms.
 3. Choose terms, and the variable that moves. Some combinations of terms were held out of training: try an *unseen combination*.
 4. The closer a line is to the broad grey one, the better the model has understood the function."""

@@ -263,8 +263,8 @@ def check_unaltered(run: Run) -> None:
     of_commit = code_of(record.environment.get("git_commit"))
     if of_commit is not None and any(of_commit.get(name) != digest for name, digest in _code_of_run(record).items()):
         raise ValueError(
-            f"{folder} is said to be made by the commit {record.environment['git_commit']}, whose model code is not what the run's "
-            f"digests are of: {RECORD_NAME} was changed; train it again."
+            f"{folder}: the model's code at the commit {record.environment['git_commit']} does not have the digests that "
+            f"{RECORD_NAME} holds, so the record was changed: train it again."
         )
 
 

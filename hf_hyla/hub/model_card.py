@@ -1,4 +1,4 @@
-"""A run's card: run.json → README.md, plots and evaluation results. No network, and nothing is written here."""
+"""A run's card: run.json → README.md, plots and evaluation results. It needs no network, and only `write_card` writes files."""
 
 import dataclasses
 import functools
@@ -67,7 +67,7 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
 def write_card(
     run: str | Path, output: str | Path, repo_id: str | None = None, others: Sequence[str | Path] = ()
 ) -> list[Path]:
-    """Writes what `card_files` returns for the finished run in the folder `run` into `output`; the paths."""
+    """Writes the files of `card_files` for the finished run in the folder `run` into `output`, and returns their paths."""
     written = []
     for name, content in card_files(Run.load(run), repo_id, others).items():
         path = Path(output) / name

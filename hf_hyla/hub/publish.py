@@ -32,7 +32,7 @@ _OURS = {
     "space": ("hf_hyla/*", "hf_hyla/*/*", "hf_hyla/*/*/*"),
 }
 # What is said of a publication that failed: the state of its repository, and by the Hub's status, why it failed and what to do.
-_STATE = "its files are as they were or all published, and if it is new, it may be there and empty"
+_STATE = "its files are either unchanged or all published, and a new repository may exist but be empty"
 _REASONS = {
     400: "the Hub refuses the card's metadata or the files (status 400): look at the top of the card",
     401: "the Hub does not accept your token (status 401): log in by `hf auth login`, or set HF_TOKEN",

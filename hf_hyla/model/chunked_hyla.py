@@ -23,7 +23,8 @@ from .attention_hyla import dropout_seed, eager_attention_forward, largest_inter
 from .gradients_hyla import RefuseGradient
 
 
-# The chunked implementation computes about this many elements at a time. Above it, the default avoids the eager one's memory.
+# The chunked implementation computes about this many elements at a time. Where the eager one would compute more and no faster one
+# serves the call, the default takes the chunked one.
 CHUNK_ELEMENTS = 2**22
 
 

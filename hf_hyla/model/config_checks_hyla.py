@@ -181,7 +181,7 @@ def _check_rotary(config) -> None:
         )
     for name, value in parameters.items():
         each = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
-        is_name = name in ("rope_type", "type", "truncate")  # of a type, and a switch
+        is_name = name in ("rope_type", "type", "truncate")  # not numbers: two names of a type, and a switch
         is_left_out = value is None and name not in ("rope_theta", "partial_rotary_factor", "factor")
         if not (is_name or is_left_out or all(type(one) in (int, float) and 0 < one <= _MAX_FACTOR for one in each)):
             raise ValueError(

@@ -45,8 +45,8 @@ class HylaConfig(PreTrainedConfig):
     Configuration of the HYLA family of "Attention as a Hypernetwork" (arXiv 2406.05816). The defaults give the paper's
     SRAVEN model with HYLA attention: 402,952 parameters, of which 128 are the answer slot's row of zeros.
 
-    The three attentions and all their ablations in the paper's Table A1 are settings of `attention_type`,
-    `score_norm`, `value_activation` and `value_depth`.
+    The three attentions and all other rows of the paper's Table A1 are settings of `attention_type`, `score_norm`,
+    `value_activation`, `value_depth` and `ffn_type`.
 
     Args:
         attention_type (`str`, *optional*, defaults to `"hyla"`):
@@ -100,7 +100,7 @@ class HylaConfig(PreTrainedConfig):
             (`"default"` or a scaling type such as `"linear"`, `"dynamic"`, `"yarn"`, `"longrope"` or `"llama3"`) and what
             that type needs. `partial_rotary_factor` is the share of each head that is rotated.
         max_position_embeddings (`int`, *optional*, defaults to 2048):
-            Number of tokens that rotary positions are meant for, from which the scaling types count. Other positions have
+            Number of tokens that rotary positions are meant for, which the scaling types start from. Other positions have
             no limit.
         is_causal (`bool`, *optional*, defaults to `False`):
             Whether a query sees only its own and earlier keys. Always `True` in a language model.
@@ -111,8 +111,8 @@ class HylaConfig(PreTrainedConfig):
             Probability of dropping a (query, key) pair, for the whole batch and all heads at once.
         attention_out_multiplier (`float`, *optional*, defaults to 1.0):
             Factor by which the output of attention is multiplied before it is added to the hidden states. It is not in the
-            paper. If scores are not normalised over keys, outputs grow with the number of keys and heads. When training
-            starts, they are tens of times as large as softmax attention's in the paper's model.
+            paper. If scores are not normalised over keys, outputs grow with the number of keys and heads. In the
+            paper's model, HYLA's are tens of times as large as softmax attention's when training starts.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
         intermediate_size (`int`, *optional*, defaults to 256):
@@ -262,7 +262,10 @@ class HylaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As transformers', and also takes attributes of other names, since a config that they were set on stores them."""
+        """
+        As transformers'. Entries that are no fields are kept as attributes, with a warning, since a config stores every attribute
+        that was set on it.
+        """
         if not isinstance(config_dict, dict):
             raise ValueError(f"A config must be an object of names and values, got {type(config_dict).__name__}.")
         check_containers(config_dict)

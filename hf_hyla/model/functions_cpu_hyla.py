@@ -164,7 +164,7 @@ def onednn_is_faster() -> bool:
 
 @cache
 def onednn_fuses_gelu() -> bool:
-    """Whether a product with its GELU is one operator, and faster than the two by themselves. It is measured with AVX-512 only."""
+    """Whether a product with its GELU is one operator, and faster than the two by themselves. They were compared with AVX-512 only."""
     return onednn_is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -297,7 +297,7 @@ def _kernels_of_gelu(dtype: torch.dtype) -> Any:
 
 @cache
 def _kernel_of_transpose() -> Any:
-    """The same of the transposed copy."""
+    """The kernel of the transposed copy; `None` where numba is missing or cannot compile it."""
     return _compiled_or_none(compiled_transpose)
 
 

@@ -199,7 +199,7 @@ def pair_mask(
     if attention_mask.is_floating_point() and not is_torchdynamo_compiling() and bool((attention_mask > 0).any()):
         raise ValueError(
             "A float attention_mask is added to scores in transformers: 0.0 attends and a negative number does not, "
-            "but this one has positive numbers; pass booleans or integers to say 1 attends."
+            "but this one has positive numbers; pass booleans, or integers of which 1 attends."
         )
     mask = attended(attention_mask)
     if config.is_causal:

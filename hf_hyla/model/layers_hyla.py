@@ -80,7 +80,7 @@ class HylaAttention(nn.Module):
             `attention_dropout`, 0.1 by default, drops pairs in training. `is_causal` hides later tokens, and
             `sliding_window` all but the nearest earlier ones. With `position_type="relative"`, the default, every head
             learns a bias for each of `relative_attention_num_buckets` distances. `"rotary"` needs `position_embeddings` in
-            every call. `"none"` leaves positions to the model around. `attn_implementation` names the implementation, by
+            every call. `"none"` leaves positions to the surrounding model. `attn_implementation` names the implementation, by
             default the fastest. `output_attentions` asks for the codes in every call. The remaining fields concern whole
             models.
         layer_idx (`int`, *optional*, defaults to 0): the number of the layer.
@@ -169,8 +169,8 @@ class HylaAttention(nn.Module):
             otherwise `None`.
 
         Raises:
-            ValueError: for a mask of another shape, other values or another name, and for rotary positions without
-                `position_embeddings`.
+            ValueError: for a mask of the wrong shape, with values other than 0 and 1, or under another name, and for rotary
+                positions without `position_embeddings`.
         """
         # A mask by the name that another library gives it would be ignored.
         if unknown := [name for name, given in kwargs.items() if "mask" in name and given is not None]:

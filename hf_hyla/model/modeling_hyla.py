@@ -107,7 +107,7 @@ class HylaPreTrainedModel(PreTrainedModel):
         return name
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
-        # Private, for transformers 5.17 and later, but the one step between transformers' empty card and the Hub, in push_to_hub and in save_pretrained.
+        # Private to transformers (5.17 and later). No other step before the upload is shared by push_to_hub and save_pretrained.
         fill_in_card(working_dir, repo_id, self.config, self)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
@@ -357,7 +357,7 @@ class HylaForSequenceClassification(HylaPreTrainedModel):
 class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
     """
     A language model: logits of the next token, for every token. It is causal, and has neither an answer slot nor a bias of
-    embeddings; so is its config, which is a copy.
+    embeddings, whatever the config says: the model changes a copy of it.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -137,7 +137,7 @@ def run_jobs(jobs) -> None:
     """
     Calls every job in a thread of its own. The jobs release Python's lock.
 
-    The threads are torch's own where possible. They spin while they wait for work, and would take the cores from others.
+    The threads are torch's own where possible, since those spin while they wait for work and would take the cores from others.
     """
     openmp = _openmp()
     if openmp is None or len(jobs) < 2:

@@ -59,7 +59,7 @@ def _padded(size: int) -> int:
 
 
 def _widest_chunk(query: Tensor) -> int:
-    """The widest chunk, a power of two. Below 16, the minimum of tensor cores, the device has too little shared memory."""
+    """The widest chunk, a power of two. If it is below 16, the minimum of tensor cores, the device has too little shared memory."""
     heads = _padded(query.shape[1])
     widest = max(16, MAX_TILE[query.dtype] // heads)
     if query.is_cuda:

@@ -76,7 +76,9 @@ def _compiled_step(dtype_name: str):
     others = types.boolean, types.boolean, number, number, types.int64, types.int64, number[:, :, ::1]
     try:
         return compiled(numba.void(*arrays, *others), _step)
-    except Exception:  # whatever numba, LLVM or the file system of its cache come up with; others take over
+    except (
+        Exception
+    ):  # numba, LLVM and the cache's file system raise errors of many types; another implementation takes over
         return None
 
 

@@ -67,7 +67,7 @@ def find_task(name: str, may_import: bool = False) -> type[Task]:
     module, _, class_name = name.partition(":")
     if module not in sys.modules and not may_import:
         raise ValueError(
-            f"The task {name} is code in the module {module}, which is not run only because a file names it: if you trust the "
+            f"The task {name} is code in the module {module}, and a name in a file is not enough to run it: if you trust the "
             f"module, import it first, on the command line by `hyla --import {module}` before the command."
         )
     import_module(module)

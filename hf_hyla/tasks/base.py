@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-# The maximum number of draws of the held-out combinations. Then a split is refused, since every draw left some part untrained.
+# The maximum number of draws of the held-out combinations. After them a split is refused: every draw left some part untrained.
 _MAX_SPLIT_DRAWS = 20_000
 # The maximum number of combinations in all of these draws together. A draw of many combinations takes longer, and hardly ever
 # leaves a part untrained.

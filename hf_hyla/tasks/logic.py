@@ -81,8 +81,8 @@ from transformers import pipeline
 
 solve = pipeline("symbolic-reasoning", model="{model_id}", trust_remote_code=True)
 
-# Rows of a truth table: a point and the function's value there, of which the last is asked for. The terms of this function were
-# never trained in this combination.
+# Each row of the truth table is a point and the function's value there. The last value is asked for. The terms of this function
+# were never trained in this combination.
 table = [{table}
 ]
 print(f"answer {{solve(table)['answer']:.2f}}, true value {sample["labels"]:.2f}")"""
@@ -102,9 +102,9 @@ def to_inputs(rows):
     return {"input_values": np.concatenate([rows["points"], values[..., None]], axis=-1), "labels": rows["target"]}"""
 
     def splits(self) -> str:
+        trained = "" if self.task.reference_split else "; each of\ntheir terms occurs in training"
         return f"""\
-{self.task.held_out * 100:g} % of the combinations of the terms that are not set aside are held out of training and make `ood`; each of
-their terms occurs in training. The gap between `test` and `ood` is what matters.
+{self.task.held_out * 100:g} % of the combinations of the terms that are not set aside are held out of training and make `ood`{trained}. The gap between `test` and `ood` is what matters.
 
 The official loaders draw their splits from one stream of random numbers, so that
 the points are the same in all splits. Here every split has a stream of its own."""

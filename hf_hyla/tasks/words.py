@@ -144,7 +144,8 @@ class PaperWords(Words):
     tags = ("compositional-generalization",)
 
     def limits(self) -> list[str]:
-        new = "`ood` are new combinations of parts that occur in training."
+        occur = "may not all occur" if self.task.reference_split else "occur"
+        new = f"`ood` are new combinations of parts that {occur} in training."
         if "extrapolation" in self.task.splits:
             new += " Parts that never occurred are `extrapolation`, which it is not expected to solve."
         one_task = (

@@ -16,9 +16,7 @@ from .schedule import REFERENCE_FLOOR
 MUON = "muon"
 # The name of the schedule of schedule.py, beside transformers' own.
 REFERENCE_SCHEDULE = "reference"
-FP16_ON_A_CPU = (
-    "fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave it out."
-)
+FP16_ON_A_CPU = "fp16 needs a GPU, since accelerate would silently train in float32 on a CPU: write 'bf16: true', or leave fp16 out."
 
 
 @dataclass

@@ -29,7 +29,7 @@ def dry_run(recipe: Recipe) -> str:
     The resolved recipe, parameters, steps, samples, estimated minutes and peak memory, as text.
 
     Raises:
-        ValueError, OSError: if `train` would refuse the recipe, whatever it wrote into.
+        ValueError, OSError: if `train` would refuse the recipe for every output folder.
     """
     check_before_start(recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +39,7 @@ def dry_run(recipe: Recipe) -> str:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        # A step of many accumulated batches would be waited for.
+        # A step that accumulates many batches would take too long: a few are measured, and the time is scaled up.
         accumulated = recipe.trainer.get("gradient_accumulation_steps", 1)
         measured = min(accumulated, _MEASURED_BATCHES)
         quiet["gradient_accumulation_steps"] = measured

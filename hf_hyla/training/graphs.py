@@ -35,7 +35,7 @@ class Recorded:
     launch, and the launches take most of the time where tensors are small.
 
     A replay reads and writes the memory of the call that was recorded, and returns the same tensors. A call whose tensors lie
-    elsewhere is computed as usual. When they stay there, it is recorded in place of the one before.
+    elsewhere is computed as usual. If the tensors of the next calls stay there, it is recorded anew, in place of the earlier one.
     """
 
     def __init__(self):

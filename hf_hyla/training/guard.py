@@ -15,8 +15,10 @@ INTACT = "checkpoints before this step are intact"
 
 class Guard(TrainerCallback):
     """
-    Stops a run whose loss, gradient, weights or moments are not finite, or whose loss grows a hundredfold. The gradient is
-    checked before the update, so that the weights stay those of the step before.
+    Stops a run whose loss, gradient, weights or moments are not finite, or whose loss grows a hundredfold.
+
+    On a CPU, loss and gradient are checked in every step, the gradient before the update, so that the weights stay those of the
+    step before. On an accelerator they are read at log entries and checkpoints, since reading a value waits for the queue of work.
     """
 
     def __init__(self):

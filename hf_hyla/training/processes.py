@@ -82,7 +82,7 @@ def check_devices(num_devices: int) -> None:
     """
     if num_devices > 1:
         raise ValueError(
-            f"This process sees {num_devices} devices, and a run takes one each: start it by accelerate launch (see "
+            f"This process sees {num_devices} devices, but each process of a run takes one: start it by accelerate launch (see "
             "recipes/accelerate), or set CUDA_VISIBLE_DEVICES=0."
         )
 

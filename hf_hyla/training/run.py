@@ -264,8 +264,8 @@ def _say_how_it_resumes(checkpoint: Path, num_processes: int) -> None:
         _say(f"Resumes from {checkpoint.name}.")
         return
     _say(
-        f"Resumes from {checkpoint.name}, which was written with {then}, with {now}: the result will be equal up to rounding, "
-        "not bit for bit."
+        f"Resumes from {checkpoint.name}, which was written with {then}, while this run has {now}: the result will be equal up "
+        "to rounding, not bit for bit."
     )
 
 

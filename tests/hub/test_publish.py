@@ -233,7 +233,7 @@ def test_a_fault_at_the_first_publication_leaves_a_new_repository_empty_or_whole
     hub_here, planned, request_, fault, message
 ):
     hub_here.fail(request_, with_=fault, times=1 if fault in ("stale", "lost answer") else 20)
-    with pytest.raises(OSError, match="if it is new, it may be there and empty") as error:
+    with pytest.raises(OSError, match="a new repository may exist but be empty") as error:
         publish(planned)
     assert message in str(error.value) and "\n" not in str(error.value)
     new, there = contents(planned[0]), [published(repo) for repo in hub_here.repos.values()]

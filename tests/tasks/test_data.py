@@ -217,8 +217,8 @@ def test_data_of_another_task_are_refused(tmp_path):
     task, folder = get_task("sraven", num_features=2), tmp_path / "data"
     write_data(task, ["train"], 30, folder)
     for changes, message in (
-        ({"seed": 1}, "but {'name': 'sraven', 'seed': 1"),
-        ({"num_features": 3}, "was requested"),
+        ({"seed": 1}, "a task whose seed is 0, but 1 was requested"),
+        ({"num_features": 3}, "a task whose num_features is 2, but 3 was requested"),
     ):
         with pytest.raises(ValueError, match=message):
             train(recipe_in(tmp_path / "r", data=str(folder), **changes), tmp_path / "run")

@@ -246,7 +246,7 @@ def test_a_users_task_is_written_as_text(folder):
 def test_a_record_never_makes_a_users_code_run(run, new_process, capsys, command):
     assert main([command, str(run)]) == 2
     error = capsys.readouterr().err
-    assert "which is not run only because a file names it" in error and "hyla --import my_sums" in error
+    assert "a name in a file is not enough to run it" in error and "hyla --import my_sums" in error
     assert "my_sums" not in sys.modules
 
 

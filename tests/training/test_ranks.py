@@ -116,7 +116,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_error_and_one_process_resumes_it
     ((code, errors),) = in_children(tmp_path, COMMAND)
     assert code == 0, errors
     assert (
-        "Resumes from checkpoint-6, which was written with 2 processes, with 1: the result will be equal up to rounding"
+        "Resumes from checkpoint-6, which was written with 2 processes, while this run has 1: the result will be equal up to rounding"
         in errors
     )
     assert_equal_to_rounding(tmp_path / "run", one)
@@ -130,7 +130,7 @@ def test_two_processes_resume_the_run_of_one(one, tmp_path):
     (code, errors), (other, _) = in_children(tmp_path, COMMAND, processes=2)
     assert (code, other) == (0, 0), errors
     assert (
-        "Resumes from checkpoint-4, which was written with 1 process, with 2: the result will be equal up to rounding"
+        "Resumes from checkpoint-4, which was written with 1 process, while this run has 2: the result will be equal up to rounding"
         in errors
     )
     assert_equal_to_rounding(tmp_path / "run", one)

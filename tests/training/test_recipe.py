@@ -187,7 +187,7 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
         (changed(trainer={"dataloader_prefetch_factor": 0}), "dataloader_prefetch_factor must be at least 1, got 0"),
         (
             changed(trainer={"per_device_train_batch_size": 8}),
-            "is replaced by train_batch_size, the samples of all processes: remove it",
+            "is replaced by train_batch_size, the samples of all processes; remove it",
         ),
         (changed(model={"value_depth": 3}), "model.value_depth must be one of 1, 2, got 3"),
         (changed(model={"value_depth": True}), "model.value_depth must be one of 1, 2, got True"),

@@ -192,7 +192,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     [
         (
             {"trainer.fp16": "true"},
-            "trainer.fp16 needs a GPU: on a CPU accelerate would train in float32 all the same. Write 'bf16: true', or leave",
+            "trainer.fp16 needs a GPU, since accelerate would silently train in float32 on a CPU: write 'bf16: true', or leave",
         ),
         (
             {"trainer.cuda_graphs": "true"},
@@ -280,7 +280,7 @@ def test_a_resume_with_another_number_of_threads_is_reported(finished, tmp_path,
         train(recipe_in(tmp_path), run)
     finally:
         torch.set_num_threads(threads)
-    said = f"Resumes from checkpoint-4, which was written with {threads} thread{'s' * (threads > 1)}, with {threads + 1}: "
+    said = f"Resumes from checkpoint-4, which was written with {threads} thread{'s' * (threads > 1)}, while this run has {threads + 1}: "
     assert said + "the result will be equal up to rounding" in capfd.readouterr().err
 
 

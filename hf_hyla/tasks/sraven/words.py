@@ -96,9 +96,9 @@ def to_inputs(rows):
     return {{"input_ids": np.concatenate([shown, slots], axis=1), "labels": rows["answer"]}}"""
 
     def splits(self) -> str:
+        trained = "" if self.task.reference_split else "; each of\ntheir rules occurs in training"
         return f"""\
-{self.task.held_out * 100:g} % of the combinations are held out of training and make `ood`; each of
-their rules occurs in training. The gap between `test` and `ood` is what matters.
+{self.task.held_out * 100:g} % of the combinations are held out of training and make `ood`{trained}. The gap between `test` and `ood` is what matters.
 
 The official loaders draw their splits from one stream of random numbers, so that
 batch i of the test data is batch i of the training data, bit for bit. Here every split has a stream of its own."""

@@ -15,7 +15,7 @@ from ...utils import nearest, one_line
 
 logger = logging.get_logger(__name__)
 
-# Folders in the standard library's that not every interpreter has, or that do not belong to the library.
+# Folders inside that of the standard library that not every interpreter has, or that do not belong to the library.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 Documents = dict[str, list[str]]
 
