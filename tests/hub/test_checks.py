@@ -356,7 +356,7 @@ def test_a_commit_whose_code_is_another_is_found_where_the_checkout_knows_it(log
         check_unaltered(Run.load(logic_run))
     for of_commit in ({}, {**of_run, "modeling_hyla.py": "sha256:0"}):
         monkeypatch.setattr("hf_hyla.hub.checks.code_of", lambda commit, found=of_commit: found)
-        with pytest.raises(ValueError, match="does not have the digests that run.json holds"):
+        with pytest.raises(ValueError, match=r"does not have the digests that run\.json holds"):
             check_unaltered(Run.load(logic_run))
 
 

@@ -71,3 +71,12 @@ def test_a_seed_that_jax_does_not_take_is_refused(name, seed):
 def test_a_split_that_holds_out_nothing_is_refused(name):
     with pytest.raises(ValueError, match="holds out 0"):
         get_task(name, reference_split=True, held_out=0.001)
+
+
+@pytest.mark.parametrize("name", ["logic", "sraven"])
+def test_texts_promise_trained_parts_only_where_the_split_does(name):
+    for reference_split in (False, True):
+        task = get_task(name, reference_split=reference_split)
+        words = task.words(task)
+        assert ("occurs in training" in words.splits()) == (not reference_split)
+        assert any("parts that may not all occur" in sentence for sentence in words.limits()) == reference_split

@@ -165,7 +165,9 @@ def test_settings_without_effect_are_refused(tmp_path, settings, message):
 @pytest.mark.parametrize("args_class", [TrainingArguments, HylaTrainingArguments])
 def test_float16_on_a_cpu_is_refused_instead_of_trained_in_float32(tmp_path, args_class):
     args = args_class(str(tmp_path), eval_strategy="no", report_to="none", fp16=True)
-    with pytest.raises(ValueError, match="fp16 needs a GPU, since accelerate would silently train in float32 on a CPU"):
+    with pytest.raises(
+        ValueError, match="fp16 needs a GPU, since accelerate would silently train in float32 on a CPU"
+    ):
         HylaTrainer(HylaForSequenceClassification(HylaConfig(num_hidden_layers=1)), args)
 
 
