@@ -368,7 +368,7 @@ def test_the_balancing_loss_of_experts_is_part_of_a_language_models_loss(row):
         (torch.ones(3, 1), r"shape \(3, 6\) of all tokens, of which 5 are in the cache, got \(3, 1\)"),
         (torch.ones(3, 7), r"of which 5 are in the cache, got \(3, 7\)"),
         (torch.ones(2, 6), r"got \(2, 6\)"),
-        (torch.ones(3, 1, 1, 5), r"shape \(batch, 6\) or \(batch, 1, 1, 6\), got \(3, 1, 1, 5\)"),
+        (torch.ones(3, 1, 1, 5), r"shape \(3, 6\) or \(3, 1, 1, 6\), got \(3, 1, 1, 5\)"),
     ],
 )
 def test_a_mask_that_does_not_cover_the_cache_is_refused(given, message):
