@@ -121,7 +121,7 @@ TRAINER = {
         str | None, names=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
     ),
     "ddp_backend": Setting(str | None, names=("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")),
-    "ddp_timeout": Setting(int, minimum=1),
+    "ddp_timeout": Setting(int, minimum=1, maximum=10**9),
     "eval_strategy": _WHEN,
     "eval_steps": Setting(float | None, minimum=1, is_whole=True),
     "eval_delay": _RATE,

@@ -77,7 +77,9 @@ def activated_linear(linear: Any, activation: nn.Module, input: torch.Tensor) ->
         and _is_plain(activation, _TANH_GELU)
         and _are_ordinary(input, linear.weight, linear.bias)
         and input.numel() * linear.weight.shape[0] >= _SMALLEST_PRODUCT
+        and linear.weight.ndim == 2
         and input.shape[-1] == linear.weight.shape[1]
+        and _is_a_bias(linear.bias, linear.weight)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not any(_is_transformed(tensor) for tensor in (input, linear.weight, linear.bias))
@@ -108,11 +110,16 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         and weight.ndim == 2
         and input.numel() * weight.shape[0] >= _SMALLEST_PRODUCT
         and input.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
+        and _is_a_bias(bias, weight)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
     )
     return _Linear.apply(input, weight, bias) if fits else nn.functional.linear(input, weight, bias)
+
+
+def _is_a_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> bool:
+    """oneDNN reads a bias as contiguous memory of one number for each output, whatever its shape and strides are."""
+    return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
 
 
 def _gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:

@@ -196,7 +196,7 @@ class _Encoded(dict):
 def _as_lists(inputs):
     """The inputs with lists in place of tuples, arrays and tensors."""
     if hasattr(inputs, "tolist"):
-        return inputs.tolist()
+        inputs = inputs.tolist()  # of an array of objects these may be arrays again
     if not isinstance(inputs, (list, tuple)):
         return inputs
     if _SCALARS.issuperset(map(type, inputs)):  # a row or a panel

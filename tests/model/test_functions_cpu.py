@@ -228,6 +228,18 @@ def test_torch_computes_products_with_a_bias_that_it_broadcasts(shape, served):
     assert served == []
 
 
+@pytest.mark.parametrize("bias", [torch.arange(24.0)[::2], torch.ones(1).expand(12)], ids=["strided", "expanded"])
+def test_torch_computes_products_with_a_bias_that_is_not_contiguous(bias, served):
+    x, weight, _ = given()
+    layer = nn.Linear(8, 12)
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    with torch.no_grad(), cpu_functions(x):
+        torch.testing.assert_close(linear(x, weight, layer.bias), x @ weight.mT + bias)
+        found = activated_linear(layer, TANH_GELU, x)
+    torch.testing.assert_close(found, TANH_GELU(x @ weight.mT + bias))
+    assert not {"_Linear", "gelu of product"} & set(served)
+
+
 def test_torch_computes_what_numba_cannot_compile(monkeypatch, served):
     def broken(*args):
         raise ValueError("LLVM does not know this processor")
