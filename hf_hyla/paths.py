@@ -6,11 +6,10 @@ is refused with the nearest name, before anything slow is imported.
 """
 
 import difflib
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from .utils import CHECKOUT, models_folder, recipes_folder
+from .utils import CHECKOUT, git, models_folder, recipes_folder
 
 
 def find_recipe(word: str | Path) -> Path:
@@ -123,8 +122,9 @@ def find_version(word: str) -> Path | str:
         if not (path / "hf_hyla" / "__init__.py").is_file():
             raise ValueError(f"{word} holds no hf_hyla/__init__.py: name the folder of a checkout, or a commit.")
         return path.resolve()
-    asked = ["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "--end-of-options", word + "^{commit}"]
-    answer = subprocess.run(asked, capture_output=True, text=True)
+    if not (CHECKOUT / ".git").exists():
+        raise ValueError(f"--against must be the folder of a checkout, since this package lies in none, got {word}.")
+    answer = git("rev-parse", "--verify", "--end-of-options", word + "^{commit}", text=True)
     if answer.returncode:
         why = " ".join(answer.stderr.split())
         raise ValueError(f"--against must be a folder, or a commit of this checkout, got {word}: {why}.")

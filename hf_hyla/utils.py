@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,6 +44,24 @@ def writing_advice(error: Exception) -> str:
     """What to do about an error of writing. Those of torch and safetensors have the system's reason in their text, if at all."""
     full = getattr(error, "errno", None) in DISK_IS_FULL or any(os.strerror(one) in str(error) for one in DISK_IS_FULL)
     return "free some space" if full else "check that the folder can be written to and has space"
+
+
+# By these, which git sets for its hooks, it would look at another repository than the checkout.
+_OF_A_REPOSITORY = {
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_COMMON_DIR",
+    "GIT_PREFIX",
+}
+
+
+def git(*arguments: str, text: bool = False) -> subprocess.CompletedProcess:
+    """Runs git in the checkout that the package lies in."""
+    variables = {name: value for name, value in os.environ.items() if name not in _OF_A_REPOSITORY}
+    words = ["git", "-C", str(CHECKOUT), *arguments]
+    return subprocess.run(words, capture_output=True, text=text, env=variables, timeout=30)
 
 
 def recipes_folder() -> Path:

@@ -56,9 +56,13 @@ def test_a_commit_can_be_measured_on_text_under_autocast(tmp_path):
     assert result["rows"][0]["work"].endswith("bfloat16 autocast")
 
 
-def test_a_version_that_cannot_be_compared_is_refused_by_name(tmp_path):
+def test_a_version_that_cannot_be_compared_is_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be a folder, or a commit of this checkout, got nosuch: fatal"):
         compare_with("nosuch")
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_hyla.paths.CHECKOUT", tmp_path)  # an installed package, perhaps inside another repository
+        with pytest.raises(ValueError, match="folder of a checkout, since this package lies in none, got HEAD"):
+            compare_with("HEAD")
     with pytest.raises(ValueError, match=r"holds no hf_hyla/__init__\.py"):
         compare_with(str(tmp_path))
     broken = other_checkout(tmp_path / "broken")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..paths import find_recipe, find_version
-from ..utils import CHECKOUT
+from ..utils import CHECKOUT, git
 from .meter import SEED, Meter
 
 
@@ -89,7 +89,7 @@ def _folder(version: Path | str) -> Iterator[Path]:
     if isinstance(version, Path):
         yield version
         return
-    archive = subprocess.run(["git", "-C", str(CHECKOUT), "archive", version], capture_output=True, check=True)
+    archive = git("archive", version)
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
             files.extractall(folder, filter="data")

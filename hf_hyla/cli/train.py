@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         if recipe.trainer.get("push_to_hub") and PartialState().is_main_process:
             print(publish_run(output, recipe.trainer["hub_model_id"], recipe.trainer.get("hub_private_repo")))
     except Stopped as stopped:
-        PartialState().print(stopped, file=sys.stderr)
+        again = " Leave out --overwrite then, which would begin again." if arguments.overwrite else ""
+        PartialState().print(f"{stopped}{again}", file=sys.stderr)
         code = stopped.exit_code
     # Without this, the threads of the process group may abort the process at exit.
     PartialState().destroy_process_group()

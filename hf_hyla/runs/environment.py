@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..utils import CHECKOUT
+from ..utils import CHECKOUT, git
 
 
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
@@ -37,12 +37,10 @@ def code_of(commit: str | None) -> dict[str, str] | None:
     if not re.fullmatch("[0-9a-f]{40}", commit or "") or not (CHECKOUT / ".git").exists():
         return None
     try:
-        names = _git("ls-tree", "--name-only", str(commit), _CODE_FOLDER, text=True)
+        names = git("ls-tree", "--name-only", str(commit), _CODE_FOLDER, text=True)
         if names.returncode:
             return None
-        files = {
-            path: _git("show", f"{commit}:{path}").stdout for path in names.stdout.split() if path.endswith(".py")
-        }
+        files = {path: git("show", f"{commit}:{path}").stdout for path in names.stdout.split() if path.endswith(".py")}
     except (OSError, subprocess.SubprocessError):
         return None
     return {path.rpartition("/")[2]: f"sha256:{hashlib.sha256(code).hexdigest()}" for path, code in files.items()}
@@ -65,13 +63,9 @@ def _git_commit() -> str | None:
     if not (CHECKOUT / ".git").exists():
         return None
     try:
-        commit, changes = (_git(*words, text=True) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+        commit, changes = (git(*words, text=True) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     except (OSError, subprocess.SubprocessError):
         return None
     if commit.returncode or changes.returncode:
         return None
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
-def _git(*arguments: str, text: bool = False) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=text, timeout=30)

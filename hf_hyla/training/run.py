@@ -189,6 +189,7 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end
         output.mkdir(parents=True, exist_ok=True)
         until_the_end.enter_context(claimed(output))
         if overwrite:
+            _check_start(recipe, output)
             _remove_run(output)
         elif written.exists() and (key := first_difference(recipe.settings, _written_recipe(written))):
             raise FileExistsError(
@@ -207,6 +208,15 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end
     for line in said:
         _say(line)
     return checkpoint
+
+
+def _check_start(recipe: Recipe, output: Path) -> None:
+    """A run is not removed if the new one starts from its weights."""
+    start = Path(recipe.settings["model"].get("model_name_or_path") or "")
+    if start.name and start.exists() and start.resolve().is_relative_to(output.resolve()):
+        raise ValueError(
+            f"The run starts from the weights in {start}, which --overwrite would remove: choose another --output."
+        )
 
 
 def _check_record(output: Path) -> None:

@@ -1,13 +1,14 @@
 """Run records are read back as they were written, and anything else is refused with a sentence."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_hyla.runs import RunRecord
-from hf_hyla.runs.environment import hardware
+from hf_hyla.runs.environment import environment, hardware
 
 
 RECORD = json.loads((Path(__file__).parents[2] / "recipes" / "results" / "logic-demo" / "0.json").read_text())
@@ -68,3 +69,11 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_names_no_accelerator(monkeypat
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "some GPU")
     assert hardware(torch.device("cpu"))["accelerator"] is None
     assert hardware()["accelerator"] == hardware(torch.device("cuda"))["accelerator"] == "some GPU"
+
+
+def test_a_record_names_this_checkout_whatever_repository_git_is_told_of(monkeypatch, tmp_path):
+    commit = environment()["git_commit"]
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    assert environment()["git_commit"] == commit

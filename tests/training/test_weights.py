@@ -64,6 +64,17 @@ def test_a_run_starts_from_the_checkpoints_weights_and_keeps_its_shape(recipe, c
     assert (config.num_answers, config.attention_dropout, config.relative_attention_num_buckets) == (3, 0.3, 18)
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints/checkpoint-3"])
+def test_overwrite_keeps_the_weights_that_the_run_starts_from(inside, recipe, checkpoint, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / inside)
+    (run / "resolved_recipe.yaml").touch()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"starts from the weights in .*, which --overwrite would remove"):
+        train(recipe(model_name_or_path=str(run / inside)), run, overwrite=True)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_the_fine_tuning_script_takes_a_folder_and_compares(checkpoint, tmp_path, monkeypatch, capsys):
     sizes = property(lambda self: dict.fromkeys(self.splits, 16))
     monkeypatch.setattr(type(get_task("sraven")), "num_samples", sizes)
