@@ -372,7 +372,8 @@ def test_the_code_of_a_commit_is_what_it_was_then(tmp_path, monkeypatch):
         subprocess.run([*git, "commit", "-qm", text], check=True)
         commits.append(subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip())
         expected.append({code.name: file_digest([code])})
-    monkeypatch.setattr("hf_hyla.runs.environment.CHECKOUT", tmp_path)
+    for module in ("hf_hyla.runs.environment", "hf_hyla.utils"):
+        monkeypatch.setattr(f"{module}.CHECKOUT", tmp_path)
     assert [code_of(commit) for commit in (*commits, "0" * 40, "--help", None)] == [*expected, None, None, None]
 
 
