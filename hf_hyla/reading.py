@@ -1,6 +1,7 @@
 """Reads files that somebody else may have written: only regular files of limited size and depth, and no code is run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ _MAX_LEVELS = 50
 class _Loader(yaml.SafeLoader):
     """
     Refuses keys that occur twice, of which PyYAML silently takes the second, and aliases, by which a few lines can stand for
-    gigabytes.
+    gigabytes. Words without quotes that PyYAML takes for something else (no for false, 010 for 8, 1:30 for 90) are text.
     """
+
+    yaml_implicit_resolvers: dict = {}
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -34,6 +37,18 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# Every word that is something else than text here is so to PyYAML too, which therefore writes that text in quotes.
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"(\.[0-9]+|[-+]?(0|[1-9][0-9_]*)\.[0-9]*)([eE][-+][0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^({_pattern})$"), list(_first))
 
 
 def read_text(path: Path, max_bytes: int = _MAX_JSON_BYTES) -> str:

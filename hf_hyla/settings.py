@@ -9,7 +9,7 @@ A test compares the rows with the classes.
 import dataclasses
 from typing import Any, Literal
 
-from .typed_yaml import in_type, one_of, read_value
+from .typed_yaml import Argument, in_type, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Setting:
         Raises:
             ValueError: if it is of another type or beyond the limits.
         """
-        value = in_type(where, read_value(where, text), self.type)
+        value = in_type(where, Argument(text), self.type)
         self.check(where, value)
         return value
 

@@ -15,6 +15,7 @@ from .utils import nearest, one_line
 
 # Types that YAML has itself. Values for fields of other types are checked by their receiver.
 _PLAIN = {int: "int", float: "float", bool: "bool", str: "str", types.NoneType: "null", list[str]: "list of str"}
+_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 # Keys by which a file shows that it belongs to another command.
 _KINDS = {"task": "a recipe: give it to `hyla train`", "base": "a sweep: give it to `hyla sweep`"}
@@ -48,12 +49,26 @@ def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collect
     return content
 
 
-def read_value(key: str, text: str) -> Any:
-    """The value of an override, read as YAML."""
-    try:
-        return parse_yaml(text)
-    except ValueError:
-        raise ValueError(f"The value of {key} is not valid YAML: {text!r:.200}.") from None
+class Argument(str):
+    """The text of a command's argument. `in_type` reads it, since its meaning depends on the type that its setting has."""
+
+    def read(self, where: str, options: Collection[Any]) -> Any:
+        """
+        The value: text as it stands for a setting that takes text, unless it is null, in quotes or a list that the setting takes
+        too; YAML for any other setting.
+
+        Raises:
+            ValueError: if it is neither text that the setting takes nor YAML. The message calls the value `where`.
+        """
+        try:
+            value = parse_yaml(self)
+        except ValueError:
+            if str in options:
+                return str(self)
+            raise ValueError(f"{where} is not valid YAML: {str(self)!r:.200}.") from None
+        is_quoted = isinstance(value, str) and self.lstrip().startswith(("'", '"'))
+        is_list = isinstance(value, list) and list[str] in options
+        return value if str not in options or value is None or is_quoted or is_list else str(self)
 
 
 def in_types(
@@ -87,13 +102,15 @@ def in_types(
 
 def in_type(where: str, value: Any, annotation: Any) -> Any:
     """
-    `value` in a type of the annotation: YAML reads 3e-3 as text and 1 as an integer.
+    `value` in a type of the annotation: 1 becomes a float for a float, and yes becomes true for a bool. An `Argument` is read.
 
     Raises:
         ValueError: if it is of none of them, or not finite. The message calls the value `where`.
     """
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     options = typing.get_args(annotation) if union else (annotation,)
+    if isinstance(value, Argument):
+        value = value.read(where, options)
     literals = [option for option in options if typing.get_origin(option) is typing.Literal]
     if names := [name for literal in literals for name in typing.get_args(literal)]:
         return value if value is None and types.NoneType in options else one_of(where, value, names)
@@ -102,15 +119,15 @@ def in_type(where: str, value: Any, annotation: Any) -> Any:
     if float in options and type(value) in {int, str} - set(options):
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
+    if bool in options and str not in options and isinstance(value, str):
+        value = _WORDS.get(value.lower(), value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value}.")
     is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
     if (list[str] if is_texts else type(value)) in options:
         return value
     expected = " or ".join(sorted(_PLAIN[option] for option in options))
-    # YAML reads an unquoted no as false.
-    hint = '; write "no", with the quotes, for the word' if value is False and str in options else ""
-    raise ValueError(f"{where} must be {expected}, got {value!r:.200}{hint}.")
+    raise ValueError(f"{where} must be {expected}, got {value!r:.200}.")
 
 
 def one_of(where: str, value: Any, names: Collection[Any]) -> Any:

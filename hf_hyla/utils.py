@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import json
 import os
 import subprocess
 from collections.abc import Iterable
@@ -94,6 +95,11 @@ def printable(text: str) -> str:
     sequence in the name of a file.
     """
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def as_literal(text: str) -> str:
+    """The text as a literal of Python, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def one_line(error: BaseException) -> str:

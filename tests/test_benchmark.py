@@ -187,6 +187,30 @@ def test_without_the_fused_kernel_the_others_are_measured(monkeypatch):
     assert meter.skipped == ["attention, 3 x 37 x 5 heads x 2, float32, fused: numba is not installed."]
 
 
+def test_what_needs_more_than_half_of_the_memory_is_left_out(monkeypatch):
+    shape = Shape(3, 37, 5, 2)
+    # Eager attention takes more than a bias by pair, so the first of these limits leaves it out alone.
+    free = {"eager": 2 * shape.bias_bytes, "both": 2 * shape.bias_bytes - 2}
+    left = {"eager": ["chunked", "fused", "sdpa", "sdpa, fixed bias"], "both": ["chunked", "fused"]}
+    for what, available in free.items():
+        monkeypatch.setattr(attention, "available_bytes", lambda available=available: available)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda available=available: (available, available))
+        meter = measured(shape)
+        assert [row["subject"] for row in meter.rows] == 2 * left[what]
+        assert len(meter.skipped) == (1 if what == "eager" else 2)
+        assert all("more than half of the" in sentence for sentence in meter.skipped)
+
+
+def test_the_recipes_of_the_package_are_measured_whatever_lies_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes/logic").mkdir(parents=True)
+    (tmp_path / "recipes/logic/hyla.yaml").write_text("not a recipe")
+    meter = bench.Meter(DEVICE, repeats=1, say=lambda line: None)
+    steps.measure_data(meter, "logic", 4, TINY)
+    inference.measure_inference(meter, "logic", 1, TINY)
+    assert {row["part"] for row in meter.rows} == {"data", "inference"}
+
+
 def test_without_a_compiler_the_other_steps_are_measured(monkeypatch):
     def without_compiler(model, **kwargs):
         def broken(**batch):

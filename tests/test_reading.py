@@ -97,12 +97,33 @@ def test_aliases_which_make_gigabytes_of_a_few_lines_are_not_read(tmp_path, caps
 
 @pytest.mark.parametrize(
     "text",
-    ["a: 1\na: 2", "a: !!python/object:os.system x", "a: 2024-99-99", "a: !!int x", "a: " + "9" * 5000, "{[1]: 2}"],
+    ["a: 1\na: 2", "a: !!python/object:os.system x", "a: !!int x", "a: " + "9" * 5000, "{[1]: 2}"],
 )
 def test_what_yaml_cannot_make_is_one_sentence(text):
     with pytest.raises(ValueError) as refused:
         parse_yaml(text)
     assert "\n" not in str(refused.value)
+
+
+def test_plain_words_of_yaml_are_what_they_look_like():
+    words = {
+        "no": "no", "Yes": "Yes", "off": "off", "true": True, "False": False, "null": None, "~": None, "''": "",
+        "010": "010", "1:30": "1:30", "1:30.5": "1:30.5", "2024-01-02": "2024-01-02", "=": "=", "1.0e+3": 1000.0, "1e3": "1e3", "3e-3": "3e-3",
+        "-.5": "-.5", ".5": 0.5, "1.": 1.0, "20_000": 20000, "+7": 7, "0": 0, "0x1F": 31, "0.5": 0.5, "-0": 0, "-": [None],
+    }  # fmt: skip
+    for text, value in words.items():
+        found = parse_yaml(text)
+        assert (found, type(found)) == (value, type(value)), text
+    assert parse_yaml("[.inf, -.INF]") == [float("inf"), float("-inf")] and parse_yaml(".nan") != parse_yaml(".nan")
+
+
+def test_whatever_is_written_as_yaml_is_read_as_it_was():
+    values: list = [
+        "no", "yes", "on", "010", "1:30", "2024-01-02", "3e-3", "1e3", ".inf",
+        "null", "", "<<", "=", "0x1f", "~", "1_0", " a", "-.5",
+    ]  # fmt: skip
+    values += [True, None, 0, -8, 1e-9, 1e300, 0.1, 12345678901234567890, {"a": [1, "b"]}, float("inf")]
+    assert parse_yaml(yaml.safe_dump(values)) == values
 
 
 def test_a_key_that_stands_twice_in_json_is_refused_at_any_depth(tmp_path):

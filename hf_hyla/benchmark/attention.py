@@ -51,6 +51,11 @@ class Shape:
         """About the memory that the eager implementation takes for forward and backward, found in float32."""
         return self.batch * self.length**2 * (10 * self.heads + 3 * self.width) * self.dtype.itemsize
 
+    @property
+    def bias_bytes(self) -> int:
+        """About the memory of a position bias by pair of tokens, which SDPA takes, and of its gradient."""
+        return (self.batch + 2) * self.heads * self.length**2 * self.dtype.itemsize
+
 
 # Where flash attention is measured.
 FLASH_SHAPE = Shape(8, 2048, 16, 64, torch.bfloat16)
@@ -64,28 +69,27 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
     if shape.dtype == torch.float32:
         inputs = _without_kinks(hyla, inputs)
     plain = {name: tensor for name, tensor in inputs.items() if name != "position_bias"}
-    with torch.no_grad():
-        fixed = inputs | {
-            "position_bias": by_pair(inputs["position_bias"], shape.length, shape.length)[None].contiguous()
-        }
     fused = {"cpu": "hyla_cpu", "cuda": "hyla_triton"}[device.type]
     backends: Any = BACKENDS  # mypy takes partial functions for objects
     available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
     hyla_subjects = {"eager": (backends["eager"], inputs), "chunked": (backends["hyla_chunked"], inputs)}
-    if available is not None and shape.eager_bytes > available / 2:
+    if problem := _memory_problem(shape.eager_bytes, available):
         del hyla_subjects["eager"]
-        needed, free = shape.eager_bytes / 2**30, available / 2**30
-        meter.skip(
-            f"{what}, eager", f"it needs about {needed:.1f} GiB, more than half of the {free:.1f} GiB that are free."
-        )
+        meter.skip(f"{what}, eager", problem)
         if shape.dtype != torch.float32:
             return meter.skip(what, "in half precision the others are held to the errors of the eager implementation.")
     if problem := kernel_problem(fused, hyla, inputs):
         meter.skip(f"{what}, fused", f"{problem}.")
     else:
         hyla_subjects["fused"] = (backends[fused], inputs)
-    softmax_subjects = {"sdpa": (backends["hyla_sdpa"], inputs), "sdpa, fixed bias": (backends["hyla_sdpa"], fixed)}
-    groups = [(hyla, inputs, hyla_subjects), (softmax, inputs, softmax_subjects)]
+    groups = [(hyla, inputs, hyla_subjects)]
+    if problem := _memory_problem(shape.bias_bytes, available):
+        meter.skip(f"{what}, sdpa", problem)
+    else:
+        with torch.no_grad():
+            pairs = by_pair(inputs["position_bias"], shape.length, shape.length)[None].contiguous()
+        sdpa, fixed = backends["hyla_sdpa"], inputs | {"position_bias": pairs}
+        groups.append((softmax, inputs, {"sdpa": (sdpa, inputs), "sdpa, fixed bias": (sdpa, fixed)}))
     if shape.dtype == torch.bfloat16:
         groups.append((softmax, plain, {"flash, no bias": (_flash_attention, plain)}))
 
@@ -108,6 +112,13 @@ def measure_attention(meter: Meter, shape: Shape) -> None:
             facts={"part": "attention", "work": workload, "shape": str(shape)}
             | ({"length": shape.length} if shape.batch == 1 else {}),
         )
+
+
+def _memory_problem(needed: int, available: int | None) -> str | None:
+    """Why something that needs so many bytes is not measured, or `None` if they are there. `available` may be unknown."""
+    if available is None or needed <= available / 2:
+        return None
+    return f"it needs about {needed / 2**30:.1f} GiB, more than half of the {available / 2**30:.1f} GiB that are free."
 
 
 def _layer(shape: Shape, attention_type: Literal["hyla", "softmax"]) -> HylaAttention:

@@ -10,6 +10,7 @@ from transformers import set_seed
 from ..model.modeling_hyla import HylaForSequenceClassification
 from ..model.pipeline_hyla import GRID, SymbolicReasoningPipeline
 from ..training import Recipe, load_recipe
+from ..utils import recipes_folder
 from .meter import SEED, Meter, Workload
 
 
@@ -19,7 +20,7 @@ BATCHES = (1, 1024)
 
 def measure_inference(meter: Meter, name: str, threads: int, overrides: dict[str, str] | None) -> None:
     """Times a recipe's untrained model, and the pipeline around it, with `threads` threads of the CPU."""
-    recipe = load_recipe(f"recipes/{name}/hyla.yaml", overrides)
+    recipe = load_recipe(recipes_folder() / name / "hyla.yaml", overrides)
     set_seed(SEED)
     model: Any = HylaForSequenceClassification(recipe.config)
     model.to(meter.device).eval()

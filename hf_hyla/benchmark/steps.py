@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from ..tasks import Task
 from ..training import HylaTrainer, Recipe, load_recipe
 from ..training.graphs import WARM_UP_CALLS, GraphedStep
+from ..utils import recipes_folder
 from .data import data_throughput
 from .meter import SEED, Meter, Workload, in_a_line
 from .products import LinearShape, fastest_products, linear_shapes, size_of_linear_layers
@@ -20,7 +21,9 @@ from .products import LinearShape, fastest_products, linear_shapes, size_of_line
 
 def measure_steps(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:
     """Times the training steps of a task's HYLA and softmax recipes, and the matrix products of the HYLA step."""
-    recipe, softmax = (load_recipe(f"recipes/{name}/{kind}.yaml", overrides) for kind in ("hyla", "softmax"))
+    recipe, softmax = (
+        load_recipe(recipes_folder() / name / f"{kind}.yaml", overrides) for kind in ("hyla", "softmax")
+    )
     with tempfile.TemporaryDirectory() as folder:
         step = partial(_TrainingStep, folder=folder, batch_size=batch_size)
         first = step(recipe, "hyla")
@@ -137,7 +140,7 @@ def _batches(task: Task, batch_size: int) -> list[dict[str, torch.Tensor]]:
 
 def measure_data(meter: Meter, name: str, batch_size: int, overrides: dict[str, str] | None) -> None:
     """Measures how fast a task's data are drawn, beside the training step that they are for."""
-    recipe = load_recipe(f"recipes/{name}/hyla.yaml", overrides)
+    recipe = load_recipe(recipes_folder() / name / "hyla.yaml", overrides)
     facts = {"part": "data", "work": f"{name}, batch of {batch_size}"}
     with tempfile.TemporaryDirectory() as folder:
         step = _TrainingStep(recipe, "hyla", folder=folder, batch_size=batch_size)

@@ -59,21 +59,27 @@ _ROUNDING, _LOW_PRECISION_ROUNDING = 1e-3, 1e-2
 _LOW_PRECISION = ("bf16", "fp16", "tf32")
 
 
-def check_base_model(base_model: str | None, run: str) -> None:
+def check_base_model(model: dict[str, Any], run: str) -> None:
     """
+    Args:
+        model: the model section of the run's recipe.
+
     Raises:
-        ValueError: if the weights that a run started from are in a folder, or if their name is not that of a repository.
+        ValueError: if the weights that the run started from are in a folder, or if their name is not that of a repository.
     """
-    if base_model and Path(base_model).exists():
+    base_model = model.get("model_name_or_path")
+    if base_model is None:
+        return
+    # A run that starts from a repository has the commit in its recipe, see `config_of_checkpoint`.
+    if "revision" not in model:
         raise ValueError(
             f"{run} is trained from the folder {base_model}, which nobody else has: publish that model first, and train from "
             "its repository."
         )
-    if base_model is not None:
-        try:
-            check_repo_id(base_model)
-        except ValueError as error:
-            raise ValueError(f"{run} does not say which weights it is trained from: {error}") from None
+    try:
+        check_repo_id(base_model)
+    except ValueError as error:
+        raise ValueError(f"{run} does not say which weights it is trained from: {error}") from None
 
 
 def check_committed(commit: str | None, run: str) -> None:

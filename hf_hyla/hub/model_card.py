@@ -16,11 +16,11 @@ from ..model import HylaConfig
 from ..reading import read_json
 from ..runs import Run, RunRecord, plots
 from ..runs.compare import check_seeds, grouped
-from ..runs.folder import CURVE_NAME, PROBE_NAME
+from ..runs.folder import CARD_NAME, COMPARISON_NAME, CURVE_NAME, EVAL_RESULTS, PROBE_NAME
 from ..runs.paper import config_of, effective, paper_result
 from ..runs.record import mean_and_error, without_seeds
 from ..tasks import Task
-from ..utils import ATTENTION_NAMES, check_repo_id
+from ..utils import ATTENTION_NAMES, as_literal, check_repo_id
 from .cards import CITATION, LICENSE, as_code, as_text, dataset_repo, run_snippet, template
 from .checks import check_base_model, check_unaltered
 
@@ -42,21 +42,21 @@ def card_files(run: Run, repo_id: str | None = None, others: Sequence[str | Path
     seeds, baselines = _sorted_out(run, [RunRecord.load(path) for path in others])
     if repo_id is not None:
         check_repo_id(repo_id)
-    if run.base_model and not Path(run.base_model).exists():
-        check_base_model(run.base_model, str(run.folder))
+    if run.base_repository:
+        check_base_model(run.record.recipe["model"], str(run.folder))
     check_unaltered(run)
 
     probe = _probe_of(run)
     render = functools.partial(_render, run, repo_id, seeds=seeds, baselines=baselines, probe=probe)
-    text = render(printed=run_snippet(render(), {f'"{repo_id or run.folder}"': repr(str(run.folder))}))
+    text = render(printed=run_snippet(render(), {as_literal(repo_id or str(run.folder)): repr(str(run.folder))}))
     check_card(text)
     files: dict[str, str | bytes] = {
-        "README.md": text,
-        "comparison.png": plots.over_samples([seeds, *baselines]),
+        CARD_NAME: text,
+        COMPARISON_NAME: plots.over_samples([seeds, *baselines]),
         CURVE_NAME: plots.learning_curve(run.record, run.config.attention_dropout > 0),
     }
     if dataset := dataset_repo(run.task, repo_id):
-        files[f".eval_results/{run.task.name}.yaml"] = _eval_results(run, dataset)
+        files[f"{EVAL_RESULTS}/{run.task.name}.yaml"] = _eval_results(run, dataset)
     if probe:
         folder = Path(PROBE_NAME).parent
         found = [PROBE_NAME, *(str(folder / name) for name in probe["figures"])]
@@ -233,7 +233,7 @@ def _render(
         datasets=[dataset] if dataset else None,
         metrics=list(task.metric_names),
         # The Hub would take a folder for a repository.
-        base_model=None if base_model and Path(base_model).exists() else base_model,
+        base_model=run.base_repository,
         model_name=title,
         eval_results=_model_index(run, repo_id),
     )

@@ -145,7 +145,7 @@ def check_publishable(settings: dict[str, Any], repo_id: str) -> None:
     if not can_draw():
         raise ValueError("A card needs matplotlib for its plots: pip install hf-hyla[analysis].")
     check_committed(environment()["git_commit"], "This run")
-    check_base_model(settings["model"].get("model_name_or_path"), "This run")
+    check_base_model(settings["model"], "This run")
 
 
 def _commit(api: HfApi, repository: Repository, private: bool | None) -> str:

@@ -193,7 +193,7 @@ def plan(
 def _check_repeatable(run: Run) -> None:
     """A run is published only if its code and its recipe can be found again."""
     check_committed(run.record.environment.get("git_commit"), str(run.folder))
-    check_base_model(run.base_model, str(run.folder))
+    check_base_model(run.record.recipe["model"], str(run.folder))
     written = run.folder / RECIPE_NAME
     if not written.exists():
         raise FileNotFoundError(f"{run.folder} lacks {RECIPE_NAME}, the recipe that made it: train it again.")

@@ -22,6 +22,10 @@ CURVE_NAME = "learning_curve.png"
 CHECKPOINTS = "checkpoints"
 # The report of `hyla probe`, which the card shows.
 PROBE_NAME = "probe/probe.json"
+# What `hyla card` writes.
+CARD_NAME = "README.md"
+COMPARISON_NAME = "comparison.png"
+EVAL_RESULTS = ".eval_results"
 
 
 @dataclasses.dataclass
@@ -97,6 +101,11 @@ class Run:
     def base_model(self) -> str | None:
         """The folder or repository that training started from; `None` where it started from random weights."""
         return self.record.recipe["model"].get("model_name_or_path")
+
+    @property
+    def base_repository(self) -> str | None:
+        """The repository that training started from: the recipe then has its commit, see `config_of_checkpoint`."""
+        return self.base_model if "revision" in self.record.recipe["model"] else None
 
     @property
     def budget_share(self) -> float:

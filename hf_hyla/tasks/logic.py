@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_hub.dataclasses import strict
 
 from ..metrics.functions import base_mse, logic_r2
+from ..utils import as_literal
 from .base import PaperRuns, Task
 from .sampling import below, uniform
 from .subject import Subject
@@ -79,7 +80,7 @@ negated) and for its value (`target`){point}."""
         return f"""\
 from transformers import pipeline
 
-solve = pipeline("symbolic-reasoning", model="{model_id}", trust_remote_code=True)
+solve = pipeline("symbolic-reasoning", model={as_literal(model_id)}, trust_remote_code=True)
 
 # Each row of the truth table is a point and the function's value there. The last value is asked for. The terms of this function
 # were never trained in this combination.

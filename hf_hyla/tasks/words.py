@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from ..utils import as_literal
+
 
 @dataclasses.dataclass(frozen=True)
 class HubMetric:
@@ -88,7 +90,7 @@ class Words:
 import torch
 from transformers import AutoModelForSequenceClassification
 
-model = AutoModelForSequenceClassification.from_pretrained("{model_id}", trust_remote_code=True)
+model = AutoModelForSequenceClassification.from_pretrained({as_literal(model_id)}, trust_remote_code=True)
 
 # The first sample of {split}: {self.task.splits[split]}.
 {read} = torch.tensor([{sample[read].tolist()}])

@@ -9,6 +9,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..settings import DEFAULT_BATCH_SIZE
+from ..utils import nearest
 from .schedule import REFERENCE_FLOOR
 
 
@@ -16,6 +17,15 @@ from .schedule import REFERENCE_FLOOR
 MUON = "muon"
 # The name of the schedule of schedule.py, beside transformers' own.
 REFERENCE_SCHEDULE = "reference"
+# The optim_args that transformers reads for torch's optimisers. It drops others in silence, and weight_decay has an argument of its own.
+_OPTIM_ARGS: dict[str, dict[str, str]] = {
+    "sgd": {"momentum": "a number", "dampening": "a number", "nesterov": "true or false"},
+    "adagrad": {"lr_decay": "a number", "eps": "a number"},
+    "rmsprop": {"momentum": "a number", "alpha": "a number", "eps": "a number", "centered": "true or false"},
+    "adamw_torch": {},
+    "adamw_torch_fused": {},
+    "adafactor": {},
+}
 FP16_ON_A_CPU = "fp16 needs a GPU, since accelerate would silently train in float32 on a CPU: write 'bf16: true', or leave fp16 out."
 
 
@@ -140,6 +150,9 @@ class HylaTrainingArguments(TrainingArguments):
         for name in ("optim_args", "optim_target_modules"):
             if takes_muon and getattr(self, name):
                 raise ValueError(f"{name} has no effect with optim 'muon', got {getattr(self, name)!r}: remove it.")
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.optim_args and optimizer in _OPTIM_ARGS:
+            _check_optim_args(optimizer, self.optim_args)
 
     def _check_schedule(self, takes_reference: bool) -> None:
         if takes_reference and self.lr_scheduler_kwargs:
@@ -154,3 +167,27 @@ class HylaTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.schedule_floor <= 1:
             raise ValueError(f"schedule_floor must lie between 0 and 1, got {self.schedule_floor}.")
+
+
+def _check_optim_args(optimizer: str, text: str) -> None:
+    known = _OPTIM_ARGS[optimizer]
+    if not known:
+        raise ValueError(f"optim_args has no effect with optim {optimizer!r}, got {text!r}: remove it.")
+    for part in text.replace(" ", "").split(","):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise ValueError(
+                f"optim_args has no {key!r}{nearest(key, known)}: expected {' or '.join(known)} for optim {optimizer!r}, as in "
+                "'key=value,key=value'."
+            )
+        if not _is(known[key], value):
+            raise ValueError(f"optim_args: {key} must be {known[key]}, got {value!r}.")
+
+
+def _is(kind: str, value: str) -> bool:
+    if kind == "true or false":
+        return value.lower() in ("true", "false")
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import Trainer
 
 from ..model.layers_hyla import HylaLayer, HylaRouter
-from .arguments import HylaTrainingArguments
+from .arguments import MUON, HylaTrainingArguments
 from .graphs import Recorded
 
 
@@ -200,6 +201,16 @@ def muon_adamw(model: nn.Module, args: HylaTrainingArguments, decayed: Collectio
         fused=True,
     )
     return MuonAdamW(muon, adamw)
+
+
+def check_optimizer(args: HylaTrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: if torch refuses the settings of the optimiser.
+    """
+    if args.optim != MUON:
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer([nn.Parameter(torch.zeros(1))], **settings)
 
 
 def refuse_shards(sharded: bool) -> None:

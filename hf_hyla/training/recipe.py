@@ -1,6 +1,7 @@
 """A recipe: one YAML file, one run, one model. Everything in it is checked before anything starts."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from ..paths import find_recipe
 from ..runs.record import tells_recipes_apart
 from ..settings import BATCH_SIZE_KEY, EXPECT, HUB_KEYS, REFUSED, SECTIONS, TRAINER
 from ..tasks import TASKS, Task, find_task, get_task
-from ..typed_yaml import in_type, in_types, one_of, read_mapping, read_value
+from ..typed_yaml import Argument, in_type, in_types, one_of, read_mapping
 from ..utils import check_repo_id, nearest, one_line
 from .arguments import HylaTrainingArguments
+from .optimizers import check_optimizer
 from .processes import check_devices, share_of_batch
 from .schedule import check_schedule
 from .weights import CHECKPOINT_KEYS, config_of_checkpoint
@@ -109,7 +111,7 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
             raise ValueError(
                 f"Cannot override {key!r}{nearest(section, SECTIONS)}: expected one of {', '.join(SECTIONS)}, a dot and a key."
             )
-        sections.setdefault(section, {})[name] = read_value(key, text)
+        sections.setdefault(section, {})[name] = Argument(text)
     return check_recipe(
         sections, name=f"{path.parent.name}-{path.stem}".lstrip("-"), source=str(path), overridden=overrides or ()
     )
@@ -162,6 +164,10 @@ def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: C
         "trainer": dict(trainer),
         **({"expect": dataclasses.asdict(expect)} if expect else {}),
     }
+    try:  # YAML has keys and values that the record's JSON lacks
+        settings = json.loads(json.dumps(settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} holds a value that no JSON file could hold: {one_line(error)}") from None
     return Recipe(
         name=name,
         task=task,
@@ -182,10 +188,10 @@ def checked_task(
     Raises:
         ValueError: for a missing, unknown or wrong setting. The message calls the settings `where`.
     """
-    settings = settings | {key: read_value(key, text) for key, text in (overrides or {}).items()}
+    settings = settings | {key: Argument(text) for key, text in (overrides or {}).items()}
     if "name" not in settings:
         raise ValueError(f"{where} lacks the key 'name': expected one of {', '.join(TASKS)}.")
-    name = settings.pop("name")
+    name = in_type(f"{where}.name", settings.pop("name"), Any)
     return get_task(name, **in_types(where, settings, find_task(name, may_import)))
 
 
@@ -211,8 +217,9 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
             check_repo_id(trainer.get("hub_model_id"))
         except ValueError as error:
             raise ValueError(f"{source}: trainer.push_to_hub needs trainer.hub_model_id: {error}") from None
-    # transformers refuses the rest, such as settings that contradict each other.
-    _built(f"{source}: trainer", _arguments, {"trainer": trainer, "output": "unused"})
+    # transformers and torch refuse the rest, such as settings that contradict each other.
+    args = _built(f"{source}: trainer", _arguments, {"trainer": trainer, "output": "unused"})
+    _built(f"{source}: trainer", check_optimizer, {"args": args})
     return trainer
 
 

@@ -20,7 +20,15 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..model import HylaConfig, HylaForSequenceClassification
 from ..runs.environment import environment, hardware
-from ..runs.folder import CHECKPOINTS, CURVE_NAME, PROBE_NAME, RECIPE_NAME
+from ..runs.folder import (
+    CARD_NAME,
+    CHECKPOINTS,
+    COMPARISON_NAME,
+    CURVE_NAME,
+    EVAL_RESULTS,
+    PROBE_NAME,
+    RECIPE_NAME,
+)
 from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, digests, first_difference
 from ..tasks import Task, TaskDataset
@@ -93,6 +101,8 @@ def train(
             _say_how_it_resumes(resume_from, args.world_size)
         elif task.reference != task.name:  # a user's
             _rehearse(trainer, task, evaluated)
+        if overwrite:  # not before everything that can be refused has been
+            on_main(lambda: _replace_run(recipe, output))
         # Taken now, since the checkout may hold other code when the run ends.
         begun_in, begun_on = environment(), hardware(args.device)
         with stop.listening():
@@ -177,8 +187,8 @@ def evaluate(
 
 def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end: contextlib.ExitStack) -> Path | None:
     """
-    Makes the folder, claims it until the `ExitStack` closes, and writes the recipe into it. Returns the checkpoint to
-    resume from, or `None`.
+    Makes the folder, claims it until the `ExitStack` closes, and writes the recipe into it, unless it holds a run that is
+    to be overwritten later. Returns the checkpoint to resume from, or `None`.
     """
     written = output / RECIPE_NAME
     ours = {LOCK, f"{RECIPE_NAME}.tmp"}
@@ -190,7 +200,6 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end
         until_the_end.enter_context(claimed(output))
         if overwrite:
             _check_start(recipe, output)
-            _remove_run(output)
         elif written.exists() and (key := first_difference(recipe.settings, _written_recipe(written))):
             raise FileExistsError(
                 f"{output} holds a run of another recipe, which differs in {key}: choose another --output, or pass "
@@ -199,7 +208,9 @@ def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end
         elif (output / RECORD_NAME).exists():
             _check_record(output)
             raise FileExistsError(f"{output} holds a finished run: choose another --output, or pass --overwrite.")
-        write_whole(written, yaml.safe_dump(recipe.settings, sort_keys=False))
+        if overwrite and written.exists():
+            return None
+        _write_recipe(recipe, output)
         checkpoint, said = last_whole(output / CHECKPOINTS)
     except OSError as error:
         if error.errno is None:  # raised above
@@ -283,14 +294,19 @@ def _say(line: str) -> None:
     PartialState().print(line, file=sys.stderr, flush=True)
 
 
-def _remove_run(output: Path) -> None:
-    """Removes the files that a run writes, and no others."""
-    for folder in (CHECKPOINTS, Path(PROBE_NAME).parent):
-        shutil.rmtree(output / folder, ignore_errors=True)
+def _write_recipe(recipe: Recipe, output: Path) -> None:
+    write_whole(output / RECIPE_NAME, yaml.safe_dump(recipe.settings, sort_keys=False))
+
+
+def _replace_run(recipe: Recipe, output: Path) -> None:
+    """Removes the files that a run and its card write, and no others. The record goes first: the run is then unfinished."""
     code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
     saved = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    for name in (RECORD_NAME, CURVE_NAME, *saved, "README.md", *code, RECIPE_NAME):
+    for name in (RECORD_NAME, CURVE_NAME, *saved, CARD_NAME, COMPARISON_NAME, *code):
         (output / name).unlink(missing_ok=True)
+    for folder in (CHECKPOINTS, EVAL_RESULTS, Path(PROBE_NAME).parent):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    _write_recipe(recipe, output)
 
 
 def training_data(recipe: Recipe) -> TaskDataset:

@@ -418,9 +418,10 @@ def test_a_run_of_uncommitted_code_is_refused(logic_run, copied, commit):
         plan(run, REPO)
 
 
-def test_a_run_that_was_trained_from_a_folder_is_refused(logic_run, copied):
+@pytest.mark.parametrize("name", ["{run}", "runs/base"])
+def test_a_run_that_was_trained_from_a_folder_is_refused_wherever_that_folder_is(name, logic_run, copied):
     recipe = json.loads((logic_run / "run.json").read_text())["recipe"]
-    recipe["model"]["model_name_or_path"] = str(logic_run)
+    recipe["model"]["model_name_or_path"] = name.format(run=logic_run)  # the second reads as ORG/NAME, and is not here
     with pytest.raises(ValueError, match="which nobody else has: publish that model first"):
         plan(copied(logic_run, recipe=recipe), REPO)
 

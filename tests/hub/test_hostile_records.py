@@ -186,7 +186,7 @@ def test_a_title_with_line_breaks_leaves_the_metadata_whole(folder):
 
 def test_weights_that_a_run_started_from_are_a_repository_or_a_folder(folder, logic_run, copied):
     recipe = RunRecord.load(logic_run).recipe
-    recipe["model"]["model_name_or_path"] = "org/x\n# Evil"
+    recipe["model"] |= {"model_name_or_path": "org/x\n# Evil", "revision": "a" * 40}
     with pytest.raises(
         ValueError, match="does not say which weights it is trained from: A repository is named ORG/NAME"
     ):

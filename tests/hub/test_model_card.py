@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -127,12 +128,16 @@ def test_only_settings_that_differ_from_the_default_are_listed_as_such(sraven_ru
 
 
 @pytest.mark.parametrize("task", ["logic", "sraven"])
-def test_snippets_print_what_the_cards_show(request, task):
+def test_snippets_print_what_the_cards_show(request, task, tmp_path):
     run = request.getfixturevalue(f"{task}_run")
     text = card_files(run)["README.md"]
     [(code, shown)] = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
     assert f'model="{run}", trust_remote_code=True' in code and "answer" in shown
     assert cards.run_snippet(text, {}) == shown.strip()
+    # A folder's name may hold what ends a text in Python.
+    odd = tmp_path / 'a"b\\n'
+    shutil.copytree(run, odd)
+    assert card_files(odd)["README.md"].count(r'model="' + str(tmp_path) + r'/a\"b\\n"') == 1
     # The puzzle and its answer are a sample of the split that it is said to be of.
     if task == "sraven":
         sample = get_task("sraven", num_features=2).dataset("ood")[0]

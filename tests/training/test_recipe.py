@@ -1,8 +1,11 @@
+import json
 import statistics
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import Trainer
 
 from hf_hyla.runs import RunRecord
 from hf_hyla.runs.paper import paper_result
@@ -132,7 +135,7 @@ def test_overrides_drop_what_the_recipe_expects_of_another_run(tmp_path):
             changed(trainer={"train_sampling_strategy": "sequentail"}),
             "must be one of sequential, random, got 'sequentail' .did you mean 'sequential'",
         ),
-        (changed(trainer={"eval_strategy": False}), 'must be str, got False; write "no", with the quotes'),
+        (changed(trainer={"eval_strategy": False}), "must be str, got False"),
         (changed(trainer={"save_strategy": "best"}), "save_strategy must be one of no, steps, epoch, got 'best'"),
         (changed(trainer={"torch_compile_mode": "max"}), "torch_compile_mode must be one of default, reduce-overhead"),
         (changed(trainer={"report_to": ["none", 1]}), "report_to must be list of str or null or str"),
@@ -251,8 +254,84 @@ def test_a_key_that_overrides_a_merged_one_is_not_a_duplicate(tmp_path):
     assert load_recipe(write(tmp_path, text)).trainer["max_steps"] == 10
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("trainer.eval_strategy", "no", "no"),
+        ("trainer.run_name", "007", "007"),
+        ("trainer.run_name", "a: [b #c", "a: [b #c"),
+        ("trainer.run_name", "'quoted'", "quoted"),
+        ("trainer.run_name", "null", None),
+        ("trainer.report_to", "[none]", ["none"]),
+        ("trainer.report_to", "none", "none"),
+        ("trainer.disable_tqdm", "yes", True),
+        ("trainer.bf16", "off", False),
+        ("trainer.max_steps", "20_000", 20_000),
+        ("trainer.learning_rate", "3e-3", 0.003),
+    ],
+)
+def test_the_text_of_an_override_is_read_by_the_type_of_its_setting(tmp_path, key, text, value):
+    recipe = load_recipe(write(tmp_path, GOOD), {key: text})
+    section, name = key.split(".")
+    found = recipe.settings[section][name]
+    assert (found, type(found)) == (value, type(value))
+    assert yaml.safe_load(yaml.safe_dump(recipe.settings)) == recipe.settings
+
+
+def test_files_of_a_text_are_named_without_inner_quotes(tmp_path):
+    recipe = load_recipe("text/hyla.yaml", {"task.files": "*.md"})
+    assert recipe.settings["task"]["files"] == "*.md"
+
+
+@pytest.mark.parametrize("text", ["eval_strategy: no", "disable_tqdm: yes", "seed: 3"])
+def test_a_word_in_a_recipe_needs_no_quotes(tmp_path, text):
+    path = write(tmp_path, yaml.safe_dump(GOOD).replace("trainer:\n", f"trainer:\n  {text}\n"))
+    name, _, word = text.partition(": ")
+    assert load_recipe(path).trainer[name] == {"no": "no", "yes": True, "3": 3}[word]
+
+
+@pytest.mark.parametrize("text", ["010", "1:30"])
+def test_a_number_that_yaml_used_to_read_as_another_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=rf"trainer\.max_steps must be int, got '{text}'"):
+        load_recipe(write(tmp_path, GOOD), {"trainer.max_steps": text})
+
+
+def test_settings_are_those_that_the_records_json_gives_back(tmp_path):
+    recipe = load_recipe(write(tmp_path, changed(model={"id2label": {0: "value"}})))
+    assert json.loads(json.dumps(recipe.settings)) == recipe.settings
+    assert recipe.config.id2label == {0: "value"}
+    with pytest.raises(ValueError, match="holds a value that no JSON file could hold"):
+        load_recipe(write(tmp_path, changed(model={"id2label": {0: {1, 2}}})))
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "message"),
+    [
+        ("sgd", "momentum", "optim_args: momentum must be a number, got ''"),
+        ("sgd", "momentum=inf", "optim_args: momentum must be a number, got 'inf'"),
+        ("sgd", "momentun=0.9", "optim_args has no 'momentun' .did you mean 'momentum'"),
+        ("sgd", "momentum=0.9,nesterov=maybe", "nesterov must be true or false, got 'maybe'"),
+        ("sgd", "nesterov=true", "Nesterov momentum requires a momentum"),
+        ("sgd", "momentum=-1", "Invalid momentum value"),
+        ("rmsprop", "dampening=1", "optim_args has no 'dampening'.*expected momentum or alpha or eps or centered"),
+        ("adamw_torch", "beta1=0.5", "optim_args has no effect with optim 'adamw_torch', got 'beta1=0.5': remove it"),
+    ],
+)
+def test_arguments_that_the_optimiser_would_drop_or_fail_at_are_refused(tmp_path, optim, optim_args, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, changed(trainer={"optim": optim, "optim_args": optim_args})))
+
+
+def test_arguments_of_the_optimiser_reach_it(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, changed(trainer={"optim": "sgd", "optim_args": "momentum=0.9, nesterov=True"}))
+    )
+    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(recipe.training_arguments(tmp_path))
+    assert optimizer is torch.optim.SGD and settings["momentum"] == 0.9 and settings["nesterov"]
+
+
 def test_an_override_that_is_not_yaml_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"value of model\.qk_norm is not valid YAML"):
+    with pytest.raises(ValueError, match=r"model\.qk_norm is not valid YAML"):
         load_recipe(write(tmp_path, GOOD), {"model.qk_norm": "["})
 
 

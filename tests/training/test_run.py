@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -143,6 +143,25 @@ def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, mess
     record = train(recipe_in(tmp_path, trainer={"max_steps": 6, "learning_rate": 5e-3}), run, overwrite=True)
     assert record.steps == 6
     assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_keeps_the_run_until_the_new_one_can_start(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("README.md", "comparison.png", ".eval_results/logic.yaml", "probe/probe.json", "notes.txt"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("of the run before")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    again = recipe_in(tmp_path, trainer={"max_steps": 6})
+    for refuses in ("hf_hyla.training.run.initial_model", "hf_hyla.training.run.HylaTrainer"):
+        with monkeypatch.context() as patched:
+            patched.setattr(refuses, Mock(side_effect=ValueError("cannot be built")))
+            with pytest.raises(ValueError, match="cannot be built"):
+                train(again, run, overwrite=True)
+        assert {path: path.read_bytes() for path in before} == before
+    assert train(again, run, overwrite=True).steps == 6
+    left = [path for path in run.rglob("*") if path.is_file() and path.read_bytes() == b"of the run before"]
+    assert left == [run / "notes.txt"]
 
 
 def test_a_run_that_saves_and_logs_nothing_on_the_way_has_its_last_step_saved_and_its_time_recorded(tmp_path):

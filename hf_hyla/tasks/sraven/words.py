@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ...utils import recipes_folder
+from ...utils import as_literal, recipes_folder
 from ..words import HubMetric, PaperWords
 from .rules import GRID
 
@@ -59,7 +59,7 @@ answer (`target`)."""
         return f"""\
 from transformers import pipeline
 
-solve = pipeline("symbolic-reasoning", model="{model_id}", trust_remote_code=True)
+solve = pipeline("symbolic-reasoning", model={as_literal(model_id)}, trust_remote_code=True)
 
 # Three rows of three panels, the last of which is asked for. The rules of this puzzle were never trained in this combination.
 puzzle = [{lines}

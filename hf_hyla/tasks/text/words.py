@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ...utils import as_literal
 from ..words import Words
 
 
@@ -71,7 +72,7 @@ better: 8 for a model that knows nothing. `perplexity` is per token, and depends
         return f"""\
 from transformers import pipeline
 
-write = pipeline("text-generation", model="{model_id}", trust_remote_code=True)
+write = pipeline("text-generation", model={as_literal(model_id)}, trust_remote_code=True)
 
 prompt = {prompt!r}
 print(write(prompt, max_new_tokens={_WRITTEN}, do_sample=False)[0]["generated_text"])"""
