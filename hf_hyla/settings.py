@@ -231,7 +231,7 @@ MODEL = {
     "norm_type": Setting(Literal["layer_norm", "rms_norm"]),
     "norm_eps": Setting(float | int, minimum=0, maximum=1e30),
     "num_answers": _SIZE,
-    "num_labels": _SIZE,
+    "num_labels": Setting(int, minimum=1, maximum=10**6),
     "id2label": _ANYTHING,
     "label2id": _ANYTHING,
     "problem_type": _ANYTHING,

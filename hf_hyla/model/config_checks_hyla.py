@@ -59,7 +59,7 @@ _CONTAINERS = {
 }
 
 _MAX_SIZE = 10**7
-_MAX_LAYERS = 1000  # each of which takes time to build
+_LARGEST = {"num_hidden_layers": 1000, "num_labels": 10**6}  # a layer takes time to build, and a label has a name
 _MAX_WEIGHTS = 10**11
 
 _MINIMUM = {
@@ -231,7 +231,7 @@ def check_dtype(dtype) -> None:
 
 def refuse_too_large(name: str, value) -> None:
     """Refuses a size that no model of this family has, before memory is allocated for it."""
-    largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+    largest = _LARGEST.get(name, _MAX_SIZE)
     if isinstance(value, int) and value > largest:
         raise ValueError(f"{name} must be at most {largest}, got {value}.")
 
