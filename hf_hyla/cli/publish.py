@@ -48,10 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..hub.publish import publish
     from ..hub.repository import plan, write_all
-    from ..runs import RunRecord
+    from ..runs import Run
 
+    finished = Run.load(folder)
     repositories = plan(
-        folder,
+        finished,
         arguments.repo_id,
         dataset=arguments.dataset,
         metric=arguments.metric,
@@ -65,5 +66,5 @@ def run(arguments: argparse.Namespace) -> None:
     elif not arguments.dry_run:
         private = arguments.private
         if private is None:
-            private = RunRecord.load(folder).recipe["trainer"].get("hub_private_repo")
+            private = finished.record.recipe["trainer"].get("hub_private_repo")
         print("\n".join(publish(repositories, private=private, collection=arguments.collection)))

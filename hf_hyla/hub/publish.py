@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from ..model import HylaConfig
+from ..runs import Run
 from ..runs.environment import environment
 from ..runs.plots import can_draw
 from ..tasks import Task
@@ -95,7 +96,7 @@ def publish_run(folder: str | Path, repo_id: str, private: bool | None = None) -
         ValueError, OSError: as they do. The message also says how to publish the run later.
     """
     try:
-        [line] = publish(plan(folder, repo_id), private)
+        [line] = publish(plan(Run.load(folder), repo_id), private)
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(

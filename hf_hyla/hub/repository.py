@@ -128,7 +128,7 @@ def write_all(repositories: Sequence[Repository], output: Path) -> None:
 
 
 def plan(
-    folder: str | Path,
+    run: Run,
     repo_id: str,
     dataset: str | Path | None = None,
     metric: bool = False,
@@ -140,7 +140,7 @@ def plan(
     The repositories of a run, checked; nothing is sent.
 
     Args:
-        folder: the folder of a finished run.
+        run: the run.
         repo_id: `ORG/NAME` of the model; the other repositories are in the same organisation.
         dataset: a folder that `hyla data` wrote and that is published too.
         metric, space: whether to publish the task's metric and a page for trying the model.
@@ -153,7 +153,6 @@ def plan(
     """
     for model_id in (repo_id, *beside):
         check_repo_id(model_id)
-    run = Run.load(folder)
     task = run.task
     found, left_out = _files_in(run.folder, _RUN_FILES, skipped=(CHECKPOINTS,))
     check_text(found)

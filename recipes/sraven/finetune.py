@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hf_hyla.hub.publish import check_publishable
 from hf_hyla.hub.repository import plan
+from hf_hyla.runs import Run
 from hf_hyla.training import evaluate, load_recipe, train
 from hf_hyla.training.weights import initial_model
 
@@ -42,7 +43,7 @@ def finetune(model: str, output: Path, repo_id: str | None, changes: dict[str, s
 
     if repo_id:
         print(f"\n`hyla publish {output} --repo-id {repo_id}` would send:")
-        for repository in plan(output, repo_id):
+        for repository in plan(Run.load(output), repo_id):
             print(repository.listing())
 
 

@@ -228,7 +228,7 @@ def test_a_pickle_is_refused_whatever_it_is_called_and_however_it_is_packed(logi
     run = copied(logic_run)
     write(name, PICKLES[name])(run)
     with pytest.raises(ValueError, match=f"{name} is a pickle or an archive"):
-        plan(run, REPO)
+        plan(Run.load(run), REPO)
 
 
 def test_text_that_begins_like_a_pickle_is_accepted_and_other_code_is_left_out(logic_run, copied):
@@ -245,7 +245,7 @@ def test_text_that_begins_like_a_pickle_is_accepted_and_other_code_is_left_out(l
     }
     for name, content in notes.items():
         write(name, content)(run)
-    [repository] = plan(run, REPO)
+    [repository] = plan(Run.load(run), REPO)
     assert set(notes) <= set(repository.left_out) and not set(notes) & set(repository.files)
 
 
@@ -265,7 +265,7 @@ def test_a_secret_is_found_even_in_files_that_are_not_published(logic_run, copie
     run = copied(logic_run)
     write(name, b"TOKEN=" + TOKEN)(run)
     with pytest.raises(ValueError, match=f"{name} holds what looks like a Hugging Face token"):
-        plan(run, REPO)
+        plan(Run.load(run), REPO)
 
 
 def test_a_secret_is_found_where_two_parts_of_a_large_file_meet(tmp_path, monkeypatch):
@@ -295,10 +295,10 @@ def test_digests_commits_and_code_are_no_secrets(text):
 @pytest.mark.parametrize("name", ["layers_hyla.py", "gone_hyla.py"])
 def test_a_run_of_another_version_of_the_code_is_scored_again_and_published_with_a_note(logic_run, copied, name):
     run = copied(logic_run)
-    assert plan(run, REPO)[0].note is None
+    assert plan(Run.load(run), REPO)[0].note is None
     (run / "layers_hyla.py").unlink()
     spoil_record(lambda record: record["digests"].update({name: f"sha256:{'0' * 64}"}))(run)
-    assert plan(run, REPO)[0].note.startswith(f"{name} has changed since the model was trained")
+    assert plan(Run.load(run), REPO)[0].note.startswith(f"{name} has changed since the model was trained")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_run_of_another_version_of_the_code_is_scored_again_and_published_with
 )
 def test_counts_and_seeds_that_are_not_those_of_the_recipe_are_refused(logic_run, copied, name, value):
     with pytest.raises(ValueError, match=rf"says that {name}[.\w]* is \d+, but its recipe and config make it \d+"):
-        plan(copied(logic_run, **{name: value}), REPO)
+        plan(Run.load(copied(logic_run, **{name: value})), REPO)
 
 
 def test_a_score_that_is_off_by_more_than_rounding_is_refused(logic_run, copied, monkeypatch):
@@ -396,17 +396,17 @@ def test_the_token_in_use_is_found_in_any_format_and_names_in_code_are_not_secre
     monkeypatch.setenv("HF_TOKEN", "short-one")
     run = copied(logic_run)
     write("notes.txt", b"see hf_hyla.runs.record.finished and hf_transfer_a_long_name_of_a_thing")(run)
-    plan(run, REPO)
+    plan(Run.load(run), REPO)
     write("notes.txt", b"x=short-one;")(run)
     with pytest.raises(ValueError, match="holds what looks like your own Hugging Face token"):
-        plan(run, REPO)
+        plan(Run.load(run), REPO)
 
 
 def test_a_token_in_the_record_is_refused_and_not_repeated(hub_here, logic_run, copied):
     record = json.loads((logic_run / "run.json").read_text())
     run = copied(logic_run, hardware=record["hardware"] | {"system": TOKEN.decode()})
     with pytest.raises(ValueError, match="holds what looks like a Hugging Face token") as refused:
-        plan(run, REPO)
+        plan(Run.load(run), REPO)
     assert TOKEN.decode() not in str(refused.value)
 
 
@@ -415,7 +415,7 @@ def test_a_run_of_uncommitted_code_is_refused(logic_run, copied, commit):
     record = json.loads((logic_run / "run.json").read_text())
     run = copied(logic_run, environment=record["environment"] | {"git_commit": commit})
     with pytest.raises(ValueError, match="commit the changes, and train again"):
-        plan(run, REPO)
+        plan(Run.load(run), REPO)
 
 
 @pytest.mark.parametrize("name", ["{run}", "runs/base"])
@@ -423,24 +423,24 @@ def test_a_run_that_was_trained_from_a_folder_is_refused_wherever_that_folder_is
     recipe = json.loads((logic_run / "run.json").read_text())["recipe"]
     recipe["model"]["model_name_or_path"] = name.format(run=logic_run)  # the second reads as ORG/NAME, and is not here
     with pytest.raises(ValueError, match="which nobody else has: publish that model first"):
-        plan(copied(logic_run, recipe=recipe), REPO)
+        plan(Run.load(copied(logic_run, recipe=recipe)), REPO)
 
 
 @pytest.mark.parametrize("repo_id", ["hyla", "a/b/c", "org/-x", "org/x y"])
 def test_an_invalid_name_of_a_repository_is_refused(logic_run, repo_id):
     with pytest.raises(ValueError, match=r"ORG/NAME|[Rr]epo id|alphanumeric"):
-        plan(logic_run, repo_id)
+        plan(Run.load(logic_run), repo_id)
 
 
 def test_a_folder_without_a_dataset_is_refused(logic_run, dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        plan(logic_run, REPO, dataset=tmp_path / "nowhere")
+        plan(Run.load(logic_run), REPO, dataset=tmp_path / "nowhere")
     (dataset / "cache.pkl").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"cache\.pkl is a pickle"):
-        plan(logic_run, REPO, dataset=dataset)
+        plan(Run.load(logic_run), REPO, dataset=dataset)
     (dataset / "cache.pkl").unlink()
     with pytest.raises(ValueError, match=r"data of a task whose name is 'sraven', but 'logic' was requested"):
-        plan(logic_run, REPO, dataset=dataset)
+        plan(Run.load(logic_run), REPO, dataset=dataset)
 
 
 def halve(path):
@@ -465,7 +465,7 @@ SHARD = "data/ood-00000-of-00001.parquet"
 def test_a_dataset_that_differs_from_its_task_json_is_refused(sraven_run, dataset, spoil, message):
     spoil(dataset)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        plan(sraven_run, "org/x", dataset=dataset)
+        plan(Run.load(sraven_run), "org/x", dataset=dataset)
 
 
 def test_data_of_other_settings_have_a_repository_of_their_own(tmp_path, sraven_run, dataset):
@@ -474,6 +474,6 @@ def test_data_of_other_settings_have_a_repository_of_their_own(tmp_path, sraven_
     ]
     assert names == ["org/sraven", "org/sraven-seed-1", "org/sraven-permute-false"]
     assert dataset_repo(get_task("logic", num_examples=32, held_out=0.7), "org/x") == "org/logic"
-    first, _ = plan(sraven_run, "org/x", dataset=dataset)
+    first, _ = plan(Run.load(sraven_run), "org/x", dataset=dataset)
     assert first.repo_id == SRAVEN_DATA
     assert f"- {SRAVEN_DATA}\n" in card_files(Run.load(sraven_run), "org/x")["README.md"]

@@ -18,6 +18,7 @@ from hub_server import HubServer
 from hf_hyla import HylaForSequenceClassification
 from hf_hyla.hub.publish import publish
 from hf_hyla.hub.repository import plan
+from hf_hyla.runs import Run
 from hf_hyla.tasks import get_task
 from hf_hyla.training import load_recipe
 from hf_hyla.training.weights import initial_model
@@ -205,7 +206,7 @@ def test_the_fine_tuning_script_reports_errors_in_a_sentence_before_it_trains(
 
 @pytest.fixture(scope="module")
 def planned(logic_run):
-    [repository] = plan(logic_run, LOGIC)
+    [repository] = plan(Run.load(logic_run), LOGIC)
     return repository
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_hyla.hub.repository import CODE, Repository, plan
-from hf_hyla.runs import RunRecord
+from hf_hyla.runs import Run, RunRecord
 from hf_hyla.runs.folder import weights_digest
 from hf_hyla.tasks import get_task
 from hf_hyla.training import evaluate
@@ -47,7 +47,7 @@ def planned(folder: Path) -> Repository:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_hyla.hub.checks._SCORED_AGAIN", 1024)  # all of them take minutes
         patch.setattr("hf_hyla.hub.checks._AT_A_TIME", 32)
-        [repository] = plan(folder, f"{ORGANISATION}/{folder.name}", others=results_of(folder))
+        [repository] = plan(Run.load(folder), f"{ORGANISATION}/{folder.name}", others=results_of(folder))
     return repository
 
 

@@ -28,7 +28,7 @@ SRAVEN_DATA = "org/sraven-num_features-2"
 @pytest.fixture(scope="module")
 def planned(logic_run):
     """The model's repository, for tests of what happens to it."""
-    return plan(logic_run, REPO)
+    return plan(Run.load(logic_run), REPO)
 
 
 def contents(repository):
@@ -48,7 +48,7 @@ def test_a_run_is_published_completely_in_one_commit_and_not_twice(hub_here, log
             "learning_curve.png", "resolved_recipe.yaml", ".eval_results/logic.yaml"} <= set(published(repo))  # fmt: skip
     assert not [name for name in published(repo) if Path(name).suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert "published" in line
-    [line] = publish(plan(logic_run, REPO))
+    [line] = publish(plan(Run.load(logic_run), REPO))
     assert len(repo.commits) == 2 and f"unchanged, {hub_here.endpoint}/{REPO}/commit/{repo.head}" in line
 
 
@@ -89,7 +89,7 @@ def test_the_code_that_is_published_is_the_packages_where_none_lies_beside_the_w
     run = copied(logic_run)
     for path in run.glob("*_hyla.py"):
         path.unlink()
-    [repository] = plan(run, REPO)
+    [repository] = plan(Run.load(run), REPO)
     package = {path.name: path.read_bytes() for path in Path(model.__file__).parent.glob("*_hyla.py")}
     assert package.items() <= contents(repository).items() and len(package) > 5
     assert contents(repository) == contents(planned[0])
@@ -104,8 +104,8 @@ def test_a_dry_run_lists_files_and_sizes_without_a_request(hub_here, logic_run, 
 
 
 def test_a_run_that_is_older_than_digests_is_published_with_a_note(logic_run, copied):
-    assert "note:" not in plan(logic_run, REPO)[0].listing()
-    assert "note: run.json is older than digests" in plan(copied(logic_run, digests=None), REPO)[0].listing()
+    assert "note:" not in plan(Run.load(logic_run), REPO)[0].listing()
+    assert "note: run.json is older than digests" in plan(Run.load(copied(logic_run, digests=None)), REPO)[0].listing()
 
 
 def test_a_publication_can_be_written_into_a_folder_and_published_from_there(
@@ -115,7 +115,7 @@ def test_a_publication_can_be_written_into_a_folder_and_published_from_there(
     assert main(command) == 0 and hub_here.requests == []
     folder = tmp_path / "hyla-logic"
     written = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert written == contents(planned[0]) == contents(plan(folder, REPO)[0])
+    assert written == contents(planned[0]) == contents(plan(Run.load(folder), REPO)[0])
     assert (tmp_path / "hyla_logic_r2" / "app.py").exists()
     assert main(command) == 0  # again
     (folder / "notes.txt").write_text("mine")
@@ -139,7 +139,7 @@ def test_a_model_and_a_dataset_of_one_name_are_written_into_two_folders(sraven_r
 
 
 def test_snippets_of_published_cards_print_what_they_show_in_an_empty_folder(hub, logic_run, hub_here, tmp_path):
-    publish(plan(logic_run, REPO, metric=True))
+    publish(plan(Run.load(logic_run), REPO, metric=True))
     sraven = plan_metric("sraven", hub_here)
     cards = [hub.repo(REPO), hub.repo("org/hyla_logic_r2", "space"), sraven]
     snippets = [
@@ -171,7 +171,7 @@ def test_private_repositories_are_private_and_nothing_is_sent_if_one_is_public(h
     HfApi().create_repo(REPO)
     # The metric's repository comes before the model's, and is not made either.
     with pytest.raises(ValueError, match=f"model {REPO} is public already, so nothing was sent"):
-        publish(plan(logic_run, REPO, metric=True), private=True)
+        publish(plan(Run.load(logic_run), REPO, metric=True), private=True)
     assert published(hub_here.repo(REPO)) == {} and len(hub_here.repos) == 1
 
 
@@ -187,7 +187,7 @@ def test_files_of_an_earlier_model_are_removed_and_those_of_others_stay(hub_here
 
 @pytest.fixture(scope="module")
 def other_seed_planned(other_seed):
-    return plan(other_seed, REPO)
+    return plan(Run.load(other_seed), REPO)
 
 
 FAULTS = [
@@ -248,7 +248,7 @@ def test_a_fault_at_the_first_publication_leaves_a_new_repository_empty_or_whole
 def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_command(
     hub_here, logic_run, request_, fault, message
 ):
-    repositories = plan(logic_run, REPO, metric=True)
+    repositories = plan(Run.load(logic_run), REPO, metric=True)
     hub_here.fail(request_, with_=fault, times=20, after=1 if "items" in request_ else 0)
     with pytest.raises(OSError, match=r"^Publishing the collection 'HYLA' failed") as error:
         publish(repositories, collection="HYLA")
@@ -329,7 +329,7 @@ def test_push_to_hub_in_a_recipe_publishes_the_same_files_as_the_command(hub_her
     assert f"model {REPO}: published, " in capsys.readouterr().out
     repo = hub_here.repo(REPO)
     assert len(repo.commits) == 2 and repo.private
-    assert published(repo) == contents(plan(run, REPO)[0])
+    assert published(repo) == contents(plan(Run.load(run), REPO)[0])
     assert published(repo)["README.md"].decode() == card_files(Run.load(run), REPO)["README.md"]
     assert "--trainer.push_to_hub false" in published(repo)["README.md"].decode()
 
@@ -444,7 +444,7 @@ def test_a_trainer_sends_nothing_and_writes_no_card_of_its_own(hub_here, logic_r
 
 def test_an_error_that_is_not_the_hubs_is_raised_unchanged(hub_here, logic_run, copied):
     run = copied(logic_run)
-    repositories = plan(run, REPO)
+    repositories = plan(Run.load(run), REPO)
     (run / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="not a file on the local file system"):
         publish(repositories)

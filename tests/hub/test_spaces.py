@@ -11,6 +11,7 @@ from hf_hyla.cli import main
 from hf_hyla.hub import spaces
 from hf_hyla.hub.cards import dataset_repo
 from hf_hyla.hub.repository import plan
+from hf_hyla.runs import Run
 from hf_hyla.tasks import LogicTask, Words, get_task
 
 
@@ -63,10 +64,10 @@ def test_the_space_holds_all_the_code_that_its_page_needs(sraven_run, tmp_path):
 
 
 def test_a_space_shows_the_models_that_are_named_beside_it(sraven_run, capsys):
-    [_, space] = plan(sraven_run, "org/x", space=True, beside=["other/y"])
+    [_, space] = plan(Run.load(sraven_run), "org/x", space=True, beside=["other/y"])
     assert b'MODELS = "org/x, other/y"' in space.files["app.py"]
     with pytest.raises(ValueError, match="not an id"):
-        plan(sraven_run, "org/x", space=True, beside=["not an id"])
+        plan(Run.load(sraven_run), "org/x", space=True, beside=["not an id"])
     assert main(["publish", str(sraven_run), "--repo-id", "org/x", "--beside", "other/y", "--dry-run"]) == 2
     assert "add --space" in capsys.readouterr().err
 
