@@ -44,7 +44,8 @@ def find_recipe(word: str | Path) -> Path:
 
 def find_existing(word: str | Path, what: str) -> Path:
     """
-    The file or folder with this name, here or among the recipes that come with the package. Errors call it a `what`.
+    The file or folder with this name, here or among the recipes that come with the package. `what` is the word for it in error
+    messages.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
@@ -71,14 +72,30 @@ def find_file(word: str | Path, what: str) -> Path:
     return path
 
 
+def find_record(word: str | Path) -> Path:
+    """
+    The folder of a run or the file of its record, here or among the recipes and models that come with the package.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    path = Path(word)
+    for candidate in (path, _among_recipes(path), _among_models(path)):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(
+        f"There is no run {word}{_did_you_mean(_near_paths(path))}: expected the folder of a finished run, or the file of its record."
+    )
+
+
 def find_run(word: str | Path) -> Path:
     """
-    The folder of a run, here or among the recipes that come with the package.
+    The folder of a run; see `find_record`.
 
     Raises:
         FileNotFoundError: if there is no such folder.
     """
-    path = find_existing(word, "run")
+    path = find_record(word)
     if path.is_file():
         raise FileNotFoundError(_not_a_folder(word, path))
     return path
@@ -97,9 +114,8 @@ def find_model(word: str) -> str:
         raise FileNotFoundError(_not_a_folder(word, path))
     if path.exists():
         return word
-    of_package = models_folder() / path.name
-    if path.parent.name in ("", "hub_cards") and (of_package / "config.json").is_file():
-        return str(of_package)
+    if (_among_models(path) / "config.json").is_file():
+        return str(_among_models(path))
     missing = f"There is no run or model {word}{_did_you_mean(_near_paths(path))}"
     if word.count("/") != 1:
         raise FileNotFoundError(
@@ -153,6 +169,10 @@ def _missing_on_hub(repo_id: str) -> str | None:
         return f"{repo_id} is not a valid name of a repository"
     except (HTTPError, OSError) as error:
         return f"the Hub cannot be reached ({' '.join(str(error).split())})"
+
+
+def _among_models(path: Path) -> Path:
+    return models_folder() / path.name if path.parent.name in ("", "hub_cards") else path
 
 
 def _among_recipes(path: Path) -> Path:

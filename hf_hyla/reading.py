@@ -15,8 +15,8 @@ _MAX_LEVELS = 50
 
 class _Loader(yaml.SafeLoader):
     """
-    Refuses keys that occur twice, of which PyYAML silently takes the second, and aliases, by which a few lines can stand for
-    gigabytes. Words without quotes that PyYAML takes for something else (no for false, 010 for 8, 1:30 for 90) are text.
+    Refuses keys that occur twice, of which PyYAML silently takes the second, aliases, by which a few lines can stand for gigabytes,
+    and tags such as !!set, which name types that no setting has. Words without quotes that PyYAML takes for something else (no for false, 010 for 8, 1:30 for 90) are text.
     """
 
     yaml_implicit_resolvers: dict = {}
@@ -26,6 +26,11 @@ class _Loader(yaml.SafeLoader):
             alias = self.peek_event()
             raise yaml.composer.ComposerError(
                 None, None, f"the alias *{alias.anchor} is not read, write its value out", alias.start_mark
+            )
+        node = self.peek_event()
+        if node.tag is not None:
+            raise yaml.composer.ComposerError(
+                None, None, f"the tag {node.tag} is not read, leave it out", node.start_mark
             )
         return super().compose_node(parent, index)
 
@@ -39,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Every word that is something else than text here is so to PyYAML too, which therefore writes that text in quotes.
+# Whatever is not text here is not text to PyYAML either, so PyYAML quotes text that looks like it.
 for _name, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),

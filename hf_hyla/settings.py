@@ -35,7 +35,7 @@ class Setting:
     def check(self, where: str, value: Any) -> None:
         """
         Raises:
-            ValueError: if a value of the right type is beyond the limits. The message calls the value `where`.
+            ValueError: if a value of the right type is beyond the limits. The message names the value by `where`.
         """
         if self.names and value is not None:
             one_of(where, value, self.names)
@@ -234,9 +234,9 @@ MODEL = {
     "num_labels": Setting(int, minimum=1, maximum=10**6),
     "id2label": _ANYTHING,
     "label2id": _ANYTHING,
-    "problem_type": _ANYTHING,
-    "output_hidden_states": _ANYTHING,
-    "chunk_size_feed_forward": _ANYTHING,
+    "problem_type": Setting(Literal["regression", "single_label_classification", "multi_label_classification"] | None),
+    "output_hidden_states": _OPTIONAL_YES_OR_NO,
+    "chunk_size_feed_forward": Setting(int),
     "model_name_or_path": _TEXT,
     "revision": _TEXT,
     "lm_head_bias": _YES_OR_NO,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Collection
@@ -23,7 +24,7 @@ _KINDS = {"task": "a recipe: give it to `hyla train`", "base": "a sweep: give it
 
 def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
     """
-    The content of a YAML file with these keys, of which the `optional` ones may be missing. Errors call a key a `what`.
+    The content of a YAML file with these keys, of which the `optional` ones may be missing. `what` is the word for a key in error messages.
 
     Raises:
         ValueError: if it is not YAML, or has other keys, or one of them twice.
@@ -58,7 +59,7 @@ class Argument(str):
         too; YAML for any other setting.
 
         Raises:
-            ValueError: if it is neither text that the setting takes nor YAML. The message calls the value `where`.
+            ValueError: if it is neither text that the setting takes nor YAML. The message names the value by `where`.
         """
         try:
             value = parse_yaml(self)
@@ -84,10 +85,10 @@ def in_types(
     `refused` maps keys that are not allowed to the reason; `also` adds keys that the schema does not declare.
 
     Raises:
-        ValueError: for an unknown or refused key or a value of another type. The message calls the section `where`.
+        ValueError: for an unknown or refused key or a value of another type. The message names the section by `where`.
     """
     refused = refused or {}
-    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema) if f.init} | (also or {})
+    known = field_types(schema) | (also or {})
     allowed = [name for name in known if name not in refused]
     checked = {}
     for name, value in section.items():
@@ -100,12 +101,27 @@ def in_types(
     return checked
 
 
+def field_types(schema: type) -> dict[str, Any]:
+    """
+    The annotations of a dataclass's fields, also where its module writes them as text (`from __future__ import annotations`). A text
+    that names something unknown there, such as a class imported for type checkers only, stays text.
+    """
+    annotations = {field.name: field.type for field in dataclasses.fields(schema) if field.init}
+    for name, annotation in annotations.items():
+        if isinstance(annotation, str):
+            owner = next(cls for cls in schema.__mro__ if name in vars(cls).get("__annotations__", {}))
+            one = types.SimpleNamespace(__annotations__={name: annotation})
+            with contextlib.suppress(NameError):
+                annotations[name] = typing.get_type_hints(one, vars(sys.modules[owner.__module__]))[name]
+    return annotations
+
+
 def in_type(where: str, value: Any, annotation: Any) -> Any:
     """
     `value` in a type of the annotation: 1 becomes a float for a float, and yes becomes true for a bool. An `Argument` is read.
 
     Raises:
-        ValueError: if it is of none of them, or not finite. The message calls the value `where`.
+        ValueError: if it is of none of them, or not finite. The message names the value by `where`.
     """
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     options = typing.get_args(annotation) if union else (annotation,)

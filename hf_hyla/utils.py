@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -95,6 +96,13 @@ def printable(text: str) -> str:
     sequence in the name of a file.
     """
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def folder_name(text: str) -> str:
+    """The text as the name of a folder: without slashes, and a digest of it if it is long."""
+    text = text.replace("/", "_")
+    # File systems limit names to 255 bytes, and other words may be added to this one.
+    return text if len(text.encode()) <= 150 else hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def as_literal(text: str) -> str:

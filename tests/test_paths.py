@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from hf_hyla.paths import find_existing, find_file, find_model, find_recipe, find_run
+from hf_hyla.cli import main
+from hf_hyla.paths import find_file, find_model, find_recipe, find_record, find_run
 from hf_hyla.utils import models_folder, recipes_folder, writing_advice
 
 
@@ -31,7 +32,7 @@ def test_a_local_file_takes_precedence_over_one_of_the_package(here):
     (here / "recipes" / "logic").mkdir(parents=True)
     (here / "recipes" / "logic" / "hyla.yaml").touch()
     assert find_recipe("recipes/logic/hyla").resolve() == here / "recipes" / "logic" / "hyla.yaml"
-    assert find_existing("recipes/results", "run") == recipes_folder() / "results"
+    assert find_record("recipes/results") == recipes_folder() / "results"
 
 
 @pytest.mark.parametrize(
@@ -68,9 +69,19 @@ def test_a_wrong_path_is_refused_with_the_nearest_name_beside_it_or_among_the_ru
     (here / "runs" / "logic-demo").mkdir(parents=True)
     for word in ("runs/logic-deno", "logic-deno"):
         with pytest.raises(FileNotFoundError, match=rf"There is no run {word} \(did you mean runs/logic-demo\?\)"):
-            find_existing(word, "run")
+            find_run(word)
     with pytest.raises(FileNotFoundError, match="runs is a folder, expected a file of parameters"):
         find_file("runs", "file of parameters")
+
+
+def test_models_of_the_package_are_runs_too(here, capsys):
+    assert find_run("hyla-logic") == find_record("hub_cards/hyla-logic") == models_folder() / "hyla-logic"
+    with pytest.raises(
+        FileNotFoundError, match="no run nosuch: expected the folder of a finished run, or the file of its"
+    ):
+        find_record("nosuch")
+    assert main(["card", "hyla-logic"]) == 2
+    assert "hyla-logic comes with the package: name a folder for its card by --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("find", [find_run, find_model])

@@ -97,7 +97,18 @@ def test_aliases_which_make_gigabytes_of_a_few_lines_are_not_read(tmp_path, caps
 
 @pytest.mark.parametrize(
     "text",
-    ["a: 1\na: 2", "a: !!python/object:os.system x", "a: !!int x", "a: " + "9" * 5000, "{[1]: 2}"],
+    [
+        "a: 1\na: 2",
+        "a: !!python/object:os.system x",
+        "a: !!int x",
+        "a: !!bool maybe",
+        "a: !!int ''",
+        "a: !!set [1]",
+        "a: !!binary aGk=",
+        "! a",
+        "a: " + "9" * 5000,
+        "{[1]: 2}",
+    ],
 )
 def test_what_yaml_cannot_make_is_one_sentence(text):
     with pytest.raises(ValueError) as refused:

@@ -111,7 +111,7 @@ def _said(error: Exception) -> str:
 def _at_home(word: str) -> str:
     """The word with its leading `~` replaced, which shells do not replace behind a `=`, as in `--output=~/run`."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return option + equals + os.path.expanduser(value)
+    return option + equals + (os.path.expanduser(value) if "/" in value else value)  # a ~ alone is YAML's null
 
 
 def _split_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:

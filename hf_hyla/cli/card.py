@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..paths import find_existing, find_run
+from ..paths import find_record, find_run
 
 
 def add(commands) -> None:
@@ -33,11 +33,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find_runs(arguments: argparse.Namespace) -> tuple[Path, list[Path]]:
     """The folder of the run, and the other runs that `--with` names."""
-    return find_run(arguments.folder), [find_existing(word, "run") for word in arguments.others]
+    return find_run(arguments.folder), [find_record(word) for word in arguments.others]
 
 
 def run(arguments: argparse.Namespace) -> None:
     folder, others = find_runs(arguments)
+    if arguments.output is None and not Path(arguments.folder).exists():
+        raise ValueError(f"{arguments.folder} comes with the package: name a folder for its card by --output.")
 
     from ..hub.model_card import write_card
 

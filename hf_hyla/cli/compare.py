@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..paths import find_existing
+from ..paths import find_record
 
 
 def add(commands) -> None:
@@ -26,7 +26,7 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    paths = [find_existing(word, "run") for word in arguments.runs]
+    paths = [find_record(word) for word in arguments.runs]
     output = arguments.output
     if output and output.suffix != ".png":
         raise ValueError(f"--output must name a picture that ends with .png, got {output}.")

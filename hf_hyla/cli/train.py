@@ -1,11 +1,12 @@
 """`hyla train`: trains and evaluates the model of a recipe."""
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
 from ..paths import find_recipe
+from ..settings import TRAINER
+from ..utils import folder_name
 from .parser import positive
 
 
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         if recipe.trainer.get("push_to_hub") and PartialState().is_main_process:
             print(publish_run(output, recipe.trainer["hub_model_id"], recipe.trainer.get("hub_private_repo")))
     except Stopped as stopped:
-        again = " Leave out --overwrite then, which would begin again." if arguments.overwrite else ""
+        again = " Give it without --overwrite, which would start over." if arguments.overwrite else ""
         PartialState().print(f"{stopped}{again}", file=sys.stderr)
         code = stopped.exit_code
     # Without this, the threads of the process group may abort the process at exit.
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _quick(overrides: dict[str, str]) -> dict[str, str]:
     """The settings that make a quick run of any recipe. The number of steps may be overridden."""
     text = overrides.get("trainer.max_steps", str(_QUICK_STEPS))
-    steps = int(text) if text.isdecimal() else _QUICK_STEPS  # anything else is refused with the recipe
+    steps = TRAINER["max_steps"].read("--trainer.max_steps", text)
     tenth = str(max(1, steps // 10))
     return {
         "trainer.max_steps": str(steps),
@@ -100,10 +101,8 @@ def _quick(overrides: dict[str, str]) -> dict[str, str]:
 
 def _run_name(recipe: str, quick: bool, overrides: dict[str, str]) -> str:
     """The name of a run's folder, made of the recipe and the overrides, or a digest of them if they are long."""
-    changed = "".join(f"-{key}={value}" for key, value in overrides.items()).replace("/", "_")
-    if len(changed.encode()) > 150:  # file systems limit names to 255 bytes
-        changed = f"-{hashlib.sha256(changed.encode()).hexdigest()[:8]}"
-    return recipe + "-quick" * quick + changed
+    changed = "-".join(f"{key}={value}" for key, value in overrides.items())
+    return recipe + "-quick" * quick + (changed and f"-{folder_name(changed)}")
 
 
 def _report(recipe, record) -> str:

@@ -19,7 +19,7 @@ from ..model import HylaPreTrainedModel
 from ..model.configuration_hyla import FORMAT_VERSION
 from ..reading import read_json, read_text, read_yaml
 from ..runs import Run
-from ..runs.environment import code_of
+from ..runs.environment import UNKNOWN_COMMIT, code_of
 from ..runs.record import RECORD_NAME, RunRecord, digests, file_digest, mean_and_error
 from ..runs.weights import load_model, new_model
 from ..settings import BATCH_SIZE_KEY, DEFAULT_BATCH_SIZE
@@ -88,6 +88,11 @@ def check_committed(commit: str | None, run: str) -> None:
         ValueError: if the code of a checkout differs from its commit. `None` stands for an installed package, which its version
             identifies.
     """
+    if commit == UNKNOWN_COMMIT:
+        raise ValueError(
+            f"{run} is made by a checkout whose commit git did not tell, so nobody can repeat it: install git, or call git status in "
+            "the checkout and do what it says; then train again before it is published."
+        )
     if commit is not None and not re.fullmatch("[0-9a-f]{40}", commit):
         raise ValueError(
             f"{run} is made by code that differs from its commit (git_commit is {commit}), so nobody can repeat it: "

@@ -38,8 +38,8 @@ _REASONS = {
     400: "the Hub refuses the card's metadata or the files (status 400): look at the top of the card",
     401: "the Hub does not accept your token (status 401): log in by `hf auth login`, or set HF_TOKEN",
     403: "your token may not write there (status 403): take one with write access, or another organisation",
-    409: "somebody else is changing it (status 409): see what they did",
-    412: "somebody else has changed it in the meantime (status 412): see what they did",
+    409: "somebody else is changing it (status 409): look at their commit",
+    412: "somebody else has changed it in the meantime (status 412): look at their commit",
     429: "the Hub has had too many requests (status 429): wait some minutes",
 }
 _REASONS_OF_COLLECTION = _REASONS | {400: "the Hub refuses it (status 400): choose another title"}
@@ -205,9 +205,9 @@ def _in_one_sentence(what: str, state: str, done: list[str], reasons: dict[int, 
         if isinstance(cause, json.JSONDecodeError):
             reason = "the Hub answers with something other than JSON: wait"
         elif status is None:
-            reason = f"the Hub cannot be reached ({type(cause).__name__}): look at the network"
+            reason = f"the Hub cannot be reached ({type(cause).__name__}): check the connection"
         elif status >= 500:
-            reason = f"the Hub is in trouble (status {status}): wait"
+            reason = f"the Hub has an error of its own (status {status}): wait"
         else:
             reason = reasons.get(status, f"the Hub refuses it (status {status}): look at the name and at your rights")
         published = f" Published before it: {', '.join(line.partition(': ')[0] for line in done)}." if done else ""

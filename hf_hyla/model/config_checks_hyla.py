@@ -56,6 +56,8 @@ _CONTAINERS = {
     "auto_map": (dict, "an object of Auto classes and the classes they stand for"),
     "quantization_config": (dict, "an object of settings"),
     "architectures": (list, "a list of names of classes"),
+    "output_hidden_states": (bool, "true or false"),
+    "chunk_size_feed_forward": (int, "a whole number"),
 }
 
 _MAX_SIZE = 10**7

@@ -210,7 +210,8 @@ class HylaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         report_unknown_keywords(kwargs, known=self.__dataclass_fields__)
-        check_containers({"id2label": self.id2label, "label2id": self.label2id})
+        names = ("id2label", "label2id", "output_hidden_states", "chunk_size_feed_forward")
+        check_containers({name: getattr(self, name) for name in names})
         ids = list(self.id2label or ())
         if not all(str(key).isdecimal() for key in ids):
             raise ValueError(f"id2label must have ids as its keys, got {ids!s:.60}: does it hold label2id?")

@@ -1,6 +1,7 @@
 """Run records → a table: what each recipe reached over its seeds, what was expected of it, and a verdict."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,7 +136,16 @@ def table(comparisons: list[Comparison]) -> str:
 
 
 def as_json(comparisons: list[Comparison]) -> str:
-    return json.dumps([asdict(one) for one in comparisons], indent=2)
+    # JSON cannot hold NaN and infinity.
+    return json.dumps([_finite(asdict(one)) for one in comparisons], indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _compared(runs: list[RunRecord], all_recipes: list[RunRecord]) -> Comparison:

@@ -14,6 +14,7 @@ from ..utils import CHECKOUT, git
 
 
 _PACKAGES = ("hf-hyla", "torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy")
+UNKNOWN_COMMIT = "unknown"
 _CODE_FOLDER = "hf_hyla/model/"
 
 
@@ -59,13 +60,16 @@ def hardware(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this package lies in, with `+changes` where files differ from it."""
+    """
+    The commit of the checkout this package lies in, with `+changes` where files differ from it; `"unknown"` if git does not tell
+    it, and `None` for an installed package.
+    """
     if not (CHECKOUT / ".git").exists():
         return None
     try:
         commit, changes = (git(*words, text=True) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     except (OSError, subprocess.SubprocessError):
-        return None
+        return UNKNOWN_COMMIT
     if commit.returncode or changes.returncode:
-        return None
+        return UNKNOWN_COMMIT
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError, StrictDataclassError
 
 from ..model import HylaConfig
 from ..reading import read_json, read_yaml
@@ -140,7 +140,8 @@ def record_of(name: str | Path) -> RunRecord:
     The record of the run in a folder, or of the run that was published to a repository on the Hub.
 
     Raises:
-        FileNotFoundError: if there is no record, or the Hub cannot be asked for it.
+        FileNotFoundError: if there is no record.
+        OSError: if it cannot be fetched.
         ValueError: if it is not a record.
     """
     path = Path(name) / RECORD_NAME
@@ -148,8 +149,11 @@ def record_of(name: str | Path) -> RunRecord:
         try:
             path = Path(hf_hub_download(str(name), RECORD_NAME))
         except (HTTPError, OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{name} has no {RECORD_NAME} that can be fetched ({type(error).__name__}): expected a published run."
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                raise FileNotFoundError(f"{name} has no {RECORD_NAME}: expected a published run.") from None
+            raise OSError(
+                f"The {RECORD_NAME} of {name}, which says what the model was trained on, cannot be fetched "
+                f"({type(error).__name__}): check the name and the connection, or give the folder of a copy of the run."
             ) from None
     if not path.exists():
         raise FileNotFoundError(f"{name} has no {RECORD_NAME}, which names its task: expected the folder of a run.")
@@ -163,6 +167,7 @@ def trained_task(name: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if the record is not a record, or the recipe is not a recipe.
+        OSError: if the record cannot be fetched, so that it is unknown whether there is one.
     """
     checkpoints = Path(name).resolve().parent
     recipe = checkpoints.parent / RECIPE_NAME

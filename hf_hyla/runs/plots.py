@@ -258,6 +258,8 @@ def _figure(width: float, height: float):
 
 def _png(figure) -> bytes:
     file = io.BytesIO()
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)  # a run's name may hold dollars
     # Without the library's version in it, the same run gives the same file.
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -219,5 +220,7 @@ def without_seeds(settings: dict[str, Any]) -> dict[str, Any]:
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean of some values and its standard error, which is `None` for a single value."""
+    if not all(map(math.isfinite, values)):  # of which there is no standard deviation
+        return math.nan, None
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error

@@ -13,6 +13,10 @@ from ..reading import read_json
 from ..utils import one_line
 
 
+# What a wrong config ends in: values of wrong types fail in transformers wherever they are used first.
+CONFIG_ERRORS = (ValueError, StrictDataclassError, TypeError, AttributeError, LookupError)
+
+
 def new_model(config: HylaConfig, auto_class: str) -> HylaPreTrainedModel:
     """A model with fresh weights, of the class that `auto_class` of transformers makes of the config."""
     return getattr(transformers, auto_class).from_config(config)
@@ -61,8 +65,7 @@ def _check_config(folder: Path) -> None:
         if not isinstance(read_json(folder / "config.json"), dict):
             raise ValueError("it holds no keys and values")
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError, TypeError, AttributeError, LookupError) as error:
-        # Values of wrong types fail in transformers wherever they are used first.
+    except (OSError, *CONFIG_ERRORS) as error:
         reason = one_line(error).rstrip(".")
         raise ValueError(
             f"{folder / 'config.json'} is not the config of a model ({reason}): copy the model again."

@@ -17,7 +17,7 @@ from .schedule import REFERENCE_FLOOR
 MUON = "muon"
 # The name of the schedule of schedule.py, beside transformers' own.
 REFERENCE_SCHEDULE = "reference"
-# The optim_args that transformers reads for torch's optimisers. It drops others in silence, and weight_decay has an argument of its own.
+# The optim_args that transformers reads for these optimisers. It silently ignores others, and weight_decay has an argument of its own.
 _OPTIM_ARGS: dict[str, dict[str, str]] = {
     "sgd": {"momentum": "a number", "dampening": "a number", "nesterov": "true or false"},
     "adagrad": {"lr_decay": "a number", "eps": "a number"},
@@ -95,6 +95,8 @@ class HylaTrainingArguments(TrainingArguments):
         self._check_schedule(takes_reference)
         if self.cuda_graphs:
             self.check_graphs()
+        if self.report_to is None:  # which transformers reads as the name of a tracker
+            self.report_to = "none"
         # Without an accelerator, transformers takes bfloat16 only from those who say that they train on the CPU.
         if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available():
             self.use_cpu = True

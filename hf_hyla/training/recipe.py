@@ -133,7 +133,7 @@ def read_sections(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_recipe(sections: dict[str, Any], name: str, source: str, overridden: Collection[str] = ()) -> Recipe:
-    """The `Recipe` of these sections; see `load_recipe`. Errors call the recipe `source`."""
+    """The `Recipe` of these sections; see `load_recipe`. Error messages name the recipe by `source`."""
     model_settings = in_types(
         f"{source}: model",
         sections["model"],
@@ -186,7 +186,7 @@ def checked_task(
     The task with these settings, among them its `name`. `overrides` are texts by key. See `find_task` for `may_import`.
 
     Raises:
-        ValueError: for a missing, unknown or wrong setting. The message calls the settings `where`.
+        ValueError: for a missing, unknown or wrong setting. The message names the settings by `where`.
     """
     settings = settings | {key: Argument(text) for key, text in (overrides or {}).items()}
     if "name" not in settings:

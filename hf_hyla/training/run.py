@@ -16,6 +16,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
 from ..model import HylaConfig, HylaForSequenceClassification
@@ -32,6 +33,7 @@ from ..runs.folder import (
 from ..runs.plots import can_draw, learning_curve
 from ..runs.record import RECORD_NAME, RunRecord, digests, first_difference
 from ..tasks import Task, TaskDataset
+from ..typed_yaml import one_of
 from ..utils import no_score, one_line, write_whole, writing_advice
 from .arguments import FP16_ON_A_CPU, HylaTrainingArguments
 from .checkpoint import LOCK, claimed, last_whole
@@ -101,7 +103,7 @@ def train(
             _say_how_it_resumes(resume_from, args.world_size)
         elif task.reference != task.name:  # a user's
             _rehearse(trainer, task, evaluated)
-        if overwrite:  # not before everything that can be refused has been
+        if overwrite:  # only now, when everything that could be refused has been checked
             on_main(lambda: _replace_run(recipe, output))
         # Taken now, since the checkout may hold other code when the run ends.
         begun_in, begun_on = environment(), hardware(args.device)
@@ -145,9 +147,20 @@ def check_before_start(recipe: Recipe) -> None:
         if PartialState().num_processes > 1:
             raise ValueError("trainer.cuda_graphs is for a single process: leave it out, or launch one.")
     asked = recipe.trainer.get("report_to") or []
-    trackers = {asked} if isinstance(asked, str) else set(asked)
-    if missing := sorted(trackers - {"all", "none", *get_available_reporting_integrations()}):
-        raise ValueError(f"trainer.report_to names {missing[0]}, which is not installed: install it, or write 'none'.")
+    _check_trackers([asked] if isinstance(asked, str) else asked)
+
+
+def _check_trackers(names: list[str]) -> None:
+    alone = ("all", "none")
+    if len(names) > 1 and any(name in alone for name in names):
+        raise ValueError(
+            f"trainer.report_to is a list with 'all' or 'none' in it: write that word alone, got {names}."
+        )
+    for name in names:
+        if name not in alone:
+            one_of("trainer.report_to", name, [*alone, *INTEGRATION_TO_CALLBACK])
+        if name not in (*alone, *get_available_reporting_integrations()):
+            raise ValueError(f"trainer.report_to names {name}, which is not installed: install it, or write 'none'.")
 
 
 def evaluate(
@@ -235,7 +248,8 @@ def _check_record(output: Path) -> None:
         RunRecord.load(output)
     except ValueError as error:
         raise ValueError(
-            f"{one_line(error).rstrip('.')}; to resume the run there remove that file, to begin again pass --overwrite."
+            f"{one_line(error).rstrip('.')}; or remove that file to resume the run from its checkpoints, or pass --overwrite to "
+            "start over."
         ) from error
 
 
@@ -259,12 +273,12 @@ def _write_results(trainer: HylaTrainer, record: RunRecord, tokenizer: Any, outp
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
         record.digests = digests(output)
+        record.save(output)  # after the weights: it says that the run is finished
         if can_draw():
             config = cast(HylaConfig, trainer.model.config)  # type: ignore[union-attr]
             (output / CURVE_NAME).write_bytes(learning_curve(record, with_dropout=config.attention_dropout > 0))
         else:
             _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
-        record.save(output)  # last: it says that the run is finished
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"Training has ended, but its results could not be written to {output} ({one_line(error).rstrip('.')}): "
@@ -299,14 +313,28 @@ def _write_recipe(recipe: Recipe, output: Path) -> None:
 
 
 def _replace_run(recipe: Recipe, output: Path) -> None:
-    """Removes the files that a run and its card write, and no others. The record goes first: the run is then unfinished."""
+    """
+    Removes the files that a run and its card write, and no others. The record goes first: the run is then unfinished.
+
+    Raises:
+        OSError: if one of them cannot be removed.
+    """
     code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
     saved = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    for name in (RECORD_NAME, CURVE_NAME, *saved, CARD_NAME, COMPARISON_NAME, *code):
-        (output / name).unlink(missing_ok=True)
-    for folder in (CHECKPOINTS, EVAL_RESULTS, Path(PROBE_NAME).parent):
-        shutil.rmtree(output / folder, ignore_errors=True)
-    _write_recipe(recipe, output)
+    names = [RECORD_NAME, CURVE_NAME, *saved, CARD_NAME, COMPARISON_NAME, *code, PROBE_NAME]
+    files = [output / name for name in names]
+    files += [*(output / PROBE_NAME).parent.glob("*.png"), *(output / EVAL_RESULTS).glob("*.yaml")]
+    try:
+        for file in files:
+            file.unlink(missing_ok=True)
+        for checkpoint in (output / CHECKPOINTS).glob("*checkpoint-*"):  # the folder may be a link to another disk
+            shutil.rmtree(checkpoint)
+        _write_recipe(recipe, output)
+    except OSError as error:
+        raise OSError(
+            f"The run in {output} cannot be removed whole ({error.strerror or one_line(error)}): remove it, or choose another "
+            "--output."
+        ) from error
 
 
 def training_data(recipe: Recipe) -> TaskDataset:

@@ -18,7 +18,7 @@ import torch
 from ..paths import find_recipe
 from ..runs.record import RECORD_NAME, RunRecord, first_difference
 from ..typed_yaml import read_mapping
-from ..utils import one_line
+from ..utils import folder_name, one_line
 from .recipe import Recipe, load_recipe
 
 
@@ -80,9 +80,9 @@ def load_sweep(path: str | Path) -> Sweep:
             )
         for seed in seeds:
             overrides = {**settings, **dict.fromkeys(_SEEDS, seed)}
-            texts = {key: json.dumps(value) for key, value in overrides.items()}
+            texts = {key: _as_text(path, key, value) for key, value in overrides.items()}
             slug = "-".join(f"{key.partition('.')[2]}={value}" for key, value in settings.items()) or "base"
-            points.append(Point(f"{slug}/{seed}".replace(" ", ""), texts, load_recipe(base, texts)))
+            points.append(Point(f"{folder_name(slug.replace(' ', ''))}/{seed}", texts, load_recipe(base, texts)))
     if len({point.folder for point in points}) < len(points):
         raise ValueError(f"{path} names a point twice: remove the second.")
     if any(point.recipe.trainer.get("push_to_hub") for point in points):
@@ -91,6 +91,15 @@ def load_sweep(path: str | Path) -> Sweep:
             "publish the run that you choose by hyla publish."
         )
     return Sweep(path.stem, Path(base), points)
+
+
+def _as_text(path: Path, key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: {key} has a value that no recipe takes ({one_line(error)}): {value!r:.200}."
+        ) from None
 
 
 def run_sweep(sweep: Sweep, output: Path, jobs: int | None = None) -> Iterator[tuple[Point, str]]:

@@ -147,10 +147,12 @@ class HylaTrainer(Trainer):
         logs["seconds"] = round(self._resume_state.seconds, 3)
         super().log(logs, start_time)
 
-    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
-        # The weights are the first file of a checkpoint, and no callback says that one is begun.
-        self._resume_state.writing = Path(output_dir) if output_dir else None
-        super().save_model(output_dir, *args, **kwargs)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # The weights are the first file of a checkpoint, and no callback says that one is begun. A call of transformers' own says
+        # so by its private argument, since 5.17 and later; a user's call writes no checkpoint.
+        if _internal_call and output_dir:
+            self._resume_state.writing = Path(output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """

@@ -10,7 +10,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..model import HylaConfig, HylaPreTrainedModel
 from ..runs.paper import effective
-from ..runs.weights import load_model, new_model
+from ..runs.weights import CONFIG_ERRORS, load_model, new_model
 from ..tasks import Task
 from ..utils import one_line
 
@@ -65,8 +65,7 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
             found = cached_file(name, "config.json", revision=settings.get("revision"))
             settings["revision"] = extract_commit_hash(found, None)
         config = AutoConfig.from_pretrained(name, revision=settings.get("revision"), trust_remote_code=False)
-    except (OSError, ValueError, HTTPError, StrictDataclassError, TypeError, AttributeError, LookupError) as error:
-        # Values of wrong types fail in transformers wherever they are used first.
+    except (OSError, HTTPError, *CONFIG_ERRORS) as error:
         reason = one_line(error).rstrip(".")
         raise ValueError(
             f"{where}.model_name_or_path: {name} cannot be loaded ({reason}): expected the folder of a run or the id of "

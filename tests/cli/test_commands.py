@@ -122,6 +122,33 @@ def test_a_published_run_is_scored_on_its_task(run, hub_here, monkeypatch, tmp_p
     assert json.loads((tmp_path / "probe" / "probe.json").read_text())["task"]["num_examples"] == 4
 
 
+def test_a_record_that_cannot_be_fetched_is_not_taken_for_one_that_is_not_there(run, hub_here, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    api = HfApi()
+    api.create_repo("org/bare")
+    for name in ("config.json", "model.safetensors"):
+        api.upload_file(repo_id="org/bare", path_or_fileobj=run / name, path_in_repo=name)
+    command = [
+        "evaluate",
+        "org/bare",
+        "--task",
+        "logic",
+        "--task.num_examples",
+        "4",
+        "--split",
+        "test",
+        "--num-samples",
+        "16",
+    ]
+    assert main(command) == 0
+    assert "org/bare has no run.json of the task logic, so these settings are assumed" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "The run.json of org/bare, which says what the model was trained on, cannot be fetched" in said.err
+    assert not said.out
+
+
 def test_settings_of_a_task_that_are_assumed_are_printed(run, tmp_path, capsys):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(run / name, tmp_path)
@@ -335,6 +362,8 @@ def test_a_quick_run_fits_the_schedule_and_scores_few_samples(recipe, monkeypatc
     assert "-quick" in run.name and record["steps"] == 20 and record["samples_seen"] == 20 * 128
     assert record["recipe"]["trainer"]["warmup_steps"] == 2 and record["recipe"]["trainer"]["seed"] == 3
     assert {scores["num_samples"] for scores in record["metrics"].values()} == {1024}
+    assert main(["train", str(warm), "--quick", "--trainer.max_steps", "2_000", "--dry-run"]) == 0
+    assert "warmup_steps: 200" in capsys.readouterr().out
     assert main(["train", str(warm), "--quick", "--dry-run"]) == 0
     assert "steps                100 of 128 samples" in capsys.readouterr().out
 

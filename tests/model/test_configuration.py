@@ -149,8 +149,11 @@ def test_probable_mistakes_are_reported(caplog, settings, message):
         ({"num_attention_heads": "many"}, "expected int"),
         ({"num_labels": 0}, "num_labels must be at least 1"),
         ({"num_labels": 2.5}, "num_labels must be at least 1, and a whole number, got 2.5"),
-        ({"id2label": ["a", "b"]}, "id2label must be an object of ids and names"),
-        ({"id2label": {"a": 0}}, r"id2label must have ids as its keys, got \['a'\]: does it hold label2id"),
+        ({"id2label": ["a", "b"]}, "id2label must be an object of ids and names|Field 'id2label'"),
+        (
+            {"id2label": {"a": 0}},
+            r"id2label must have ids as its keys, got \['a'\]: does it hold label2id|Field 'id2label'",
+        ),
         ({"norm_eps": -1.0}, "norm_eps must be at least 0"),
         ({"norm_eps": float("nan")}, "norm_eps must be at least 0 and finite, got nan"),
         ({"router_aux_loss_coef": float("inf")}, "router_aux_loss_coef must be at least 0 and finite, got inf"),

@@ -34,6 +34,20 @@ def run_of(record, seed=0, r2=0.7, expect=None, **changes):
     return dataclasses.replace(run, **changes)
 
 
+def test_a_score_that_is_not_a_number_is_missed_and_null_in_json(record, tmp_path, capsys):
+    for seed, r2 in enumerate((0.7, math.nan)):
+        run = run_of(record, seed, r2, {"metric": "ood/r2"})
+        (one,) = compare([run])
+        assert one.standard_error is None
+        (tmp_path / f"{seed}.json").write_text(json.dumps(dataclasses.asdict(run)))
+    names = [str(tmp_path / "0.json"), str(tmp_path / "1.json")]
+    assert main(["compare", *names]) == 1
+    assert "nan (2)" in capsys.readouterr().out
+    assert main(["compare", *names, "--json"]) == 1
+    [found] = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert (found["values"], found["mean"], found["verdict"]) == ([0.7, None], None, "missed")
+
+
 def test_seeds_of_a_recipe_become_mean_and_standard_error(record):
     (one,) = compare([run_of(record, seed, r2) for seed, r2 in ((2, 0.9), (0, 0.6), (1, 0.6))])
     assert one.values == [0.6, 0.6, 0.9]

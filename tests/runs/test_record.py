@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_hyla.hub.checks import check_committed
 from hf_hyla.runs import RunRecord
 from hf_hyla.runs.environment import environment, hardware
 
@@ -69,6 +70,18 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_names_no_accelerator(monkeypat
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "some GPU")
     assert hardware(torch.device("cpu"))["accelerator"] is None
     assert hardware()["accelerator"] == hardware(torch.device("cuda"))["accelerator"] == "some GPU"
+
+
+def test_a_checkout_whose_commit_git_does_not_tell_is_not_taken_for_an_installed_package(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_hyla.runs.environment.CHECKOUT", tmp_path)
+    monkeypatch.setattr("hf_hyla.utils.CHECKOUT", tmp_path)
+    assert environment()["git_commit"] is None
+    (tmp_path / ".git").mkdir()  # no repository, so git fails
+    assert environment()["git_commit"] == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert environment()["git_commit"] == "unknown"
+    with pytest.raises(ValueError, match="made by a checkout whose commit git did not tell"):
+        check_committed("unknown", "This run")
 
 
 def test_a_record_names_this_checkout_whatever_repository_git_is_told_of(monkeypatch, tmp_path):

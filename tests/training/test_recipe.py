@@ -300,8 +300,8 @@ def test_settings_are_those_that_the_records_json_gives_back(tmp_path):
     recipe = load_recipe(write(tmp_path, changed(model={"id2label": {0: "value"}})))
     assert json.loads(json.dumps(recipe.settings)) == recipe.settings
     assert recipe.config.id2label == {0: "value"}
-    with pytest.raises(ValueError, match="holds a value that no JSON file could hold"):
-        load_recipe(write(tmp_path, changed(model={"id2label": {0: {1, 2}}})))
+    with pytest.raises(ValueError, match=r"holds a value that no JSON file could hold|Field 'id2label'"):
+        load_recipe(write(tmp_path, changed(model={"id2label": {0: float("nan")}})))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from hf_hyla.cli import main
 from hf_hyla.tasks import get_task
 from hf_hyla.training import HylaTrainer, RunRecord, evaluate, load_recipe, train
 from hf_hyla.training.checkpoint import claimed, seal
-from hf_hyla.training.run import _curve
+from hf_hyla.training.run import _curve, check_before_start
 
 
 SECTIONS = {
@@ -148,7 +149,9 @@ def test_a_run_is_not_overwritten_unless_asked(finished, tmp_path, changes, mess
 def test_overwriting_keeps_the_run_until_the_new_one_can_start(finished, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    for name in ("README.md", "comparison.png", ".eval_results/logic.yaml", "probe/probe.json", "notes.txt"):
+    theirs = {run / "notes.txt", run / "probe/notes.txt", run / ".eval_results/notes.txt"}
+    ours = ("README.md", "comparison.png", ".eval_results/logic.yaml", "probe/probe.json", "probe/scores.png")
+    for name in (*ours, *theirs):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("of the run before")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -160,8 +163,61 @@ def test_overwriting_keeps_the_run_until_the_new_one_can_start(finished, tmp_pat
                 train(again, run, overwrite=True)
         assert {path: path.read_bytes() for path in before} == before
     assert train(again, run, overwrite=True).steps == 6
-    left = [path for path in run.rglob("*") if path.is_file() and path.read_bytes() == b"of the run before"]
-    assert left == [run / "notes.txt"]
+    left = {path for path in run.rglob("*") if path.is_file() and path.read_bytes() == b"of the run before"}
+    assert left == theirs
+
+
+def test_overwriting_leaves_no_checkpoint_behind_a_link_and_says_what_cannot_be_removed(
+    finished, tmp_path, monkeypatch
+):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    shutil.copytree(finished, run)
+    (run / "checkpoints").rename(disk)
+    (run / "checkpoints").symlink_to(disk)
+    (disk / "damaged-checkpoint-4").mkdir()
+    again = recipe_in(tmp_path, trainer={"max_steps": 6})
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", Mock(side_effect=PermissionError(13, "Permission denied")))
+        with pytest.raises(OSError, match=r"run cannot be removed whole \(Permission denied\): remove it, or choose"):
+            train(again, run, overwrite=True)
+    monkeypatch.setattr(HylaTrainer, "train", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(again, run, overwrite=True)
+    assert (run / "checkpoints").is_symlink() and not list(disk.glob("*checkpoint*"))
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_record(tmp_path, monkeypatch):
+    recipe = recipe_in(tmp_path)
+    recipe.name = r"cost$\alph$"  # which matplotlib would read as mathematics
+    train(recipe, tmp_path / "run")
+    assert (tmp_path / "run/learning_curve.png").stat().st_size > 1000
+    monkeypatch.setattr("hf_hyla.training.run.learning_curve", Mock(side_effect=ValueError("no font")))
+    with pytest.raises(ValueError, match="no font"):
+        train(recipe, tmp_path / "other")
+    assert RunRecord.load(tmp_path / "other").name == recipe.name
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [
+        ("wandbb", "trainer.report_to must be one of .*got 'wandbb' .did you mean 'wandb'"),
+        (["none", "none"], "is a list with 'all' or 'none' in it: write that word alone"),
+        ("swanlab", "trainer.report_to names swanlab, which is not installed"),
+    ],
+)
+def test_trackers_are_refused_before_the_run(tmp_path, report_to, message):
+    with pytest.raises(ValueError, match=message):
+        train(recipe_in(tmp_path, trainer={"report_to": report_to}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("report_to", [None, [], ["none"]])
+def test_no_tracker_may_be_written_in_several_ways(tmp_path, report_to):
+    recipe = recipe_in(tmp_path, trainer={"report_to": report_to})
+    check_before_start(recipe)
+    assert not recipe.training_arguments(tmp_path).report_to or not get_reporting_integration_callbacks(
+        recipe.training_arguments(tmp_path).report_to
+    )
 
 
 def test_a_run_that_saves_and_logs_nothing_on_the_way_has_its_last_step_saved_and_its_time_recorded(tmp_path):
@@ -308,7 +364,9 @@ def test_a_run_with_a_damaged_record_is_not_finished(finished, tmp_path, content
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run.json is not a run record .* to resume the run there remove that file"):
+    with pytest.raises(
+        ValueError, match=r"run.json is not a run record .* or remove that file to resume the run from its checkpoints"
+    ):
         train(recipe_in(tmp_path), run)
     (run / "run.json").unlink()
     assert train(recipe_in(tmp_path), run).metrics == RunRecord.load(finished).metrics

@@ -225,3 +225,11 @@ def test_a_sweep_with_a_key_twice_is_refused(tmp_path):
 def test_a_wrong_sweep_is_refused_with_a_sentence(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         load_sweep(write(tmp_path, **content))
+
+
+def test_points_stay_in_the_folder_of_the_sweep_under_names_that_a_file_system_takes(tmp_path):
+    grid = {"trainer.run_name": ["../../up", "x" * 300, "😀"], "trainer.project": ["a b"]}
+    points = load_sweep(write(tmp_path, grid=grid, seeds=[0])).points
+    assert points[0].folder == "project=ab-run_name=.._.._up/0"
+    assert all(len(part.encode()) < 200 and part != ".." for point in points for part in point.folder.split("/"))
+    assert [point.recipe.trainer["run_name"] for point in points] == grid["trainer.run_name"]

@@ -355,6 +355,24 @@ def test_resuming_takes_the_last_whole_checkpoint_and_leaves_those_of_other_trai
     assert len(list((tmp_path / "a").iterdir())) == 4
 
 
+def test_weights_that_a_user_saves_are_no_checkpoint(tmp_path):
+    trainer = own_trainer(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2)
+
+    class Latest(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            trainer.save_model(str(tmp_path / "latest"))
+
+    trainer.callback_handler.callbacks.insert(0, Latest())  # before those that seal
+    trainer.train()
+    assert not (tmp_path / "latest/seal.json").exists()
+    assert all(fault(tmp_path / f"a/checkpoint-{step}") is None for step in (2, 4))
+    mine = tmp_path / "mine/checkpoint-4"
+    trainer.save_model(str(mine))
+    with pytest.raises(ValueError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    assert (mine / "model.safetensors").exists()
+
+
 class OnStep(TrainerCallback):
     def __init__(self, function):
         self.function = function
