@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         HylaForCausalLM,
         HylaForSequenceClassification,
         HylaModel,
+        HylaRotaryEmbedding,
         SymbolicReasoningPipeline,
         eager_attention_forward,
     )
@@ -33,6 +34,7 @@ __all__ = [
     "HylaForCausalLM",
     "HylaForSequenceClassification",
     "HylaModel",
+    "HylaRotaryEmbedding",
     "SymbolicReasoningPipeline",
     "__version__",
     "eager_attention_forward",

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..settings import TASKS
 from .parser import one_of
@@ -31,11 +32,15 @@ def task_of_model(arguments: argparse.Namespace):
 
     Raises:
         ValueError: if neither names a task.
+        FileNotFoundError: if the folder holds no model.
     """
     from ..runs.folder import trained_task
     from ..runs.record import RECORD_NAME
     from ..training.recipe import checked_task
 
+    folder = Path(arguments.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model: expected a folder with config.json and model.safetensors.")
     settings = trained_task(arguments.model)
     is_assumed = bool(arguments.task) and arguments.task != settings.get("name")
     if is_assumed:

@@ -10,7 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .attention_hyla import eager_attention_forward
 from .configuration_hyla import HylaConfig
-from .layers_hyla import HylaAttention
+from .layers_hyla import HylaAttention, HylaRotaryEmbedding
 from .modeling_hyla import HylaForCausalLM, HylaForSequenceClassification, HylaModel, HylaPreTrainedModel
 from .pipeline_hyla import SymbolicReasoningPipeline
 
@@ -30,6 +30,7 @@ __all__ = [
     "HylaForSequenceClassification",
     "HylaModel",
     "HylaPreTrainedModel",
+    "HylaRotaryEmbedding",
     "SymbolicReasoningPipeline",
     "eager_attention_forward",
 ]

@@ -253,7 +253,7 @@ def hyla_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention by the implementation of this name, or by default by the fastest for the device, the attention type and the size.
+    Attention by the implementation of this name, or by default by the one that suits the device, the attention type and the size.
 
     Raises:
         ValueError: if the implementation that was named cannot compute this layer here. The message says why.

@@ -169,12 +169,10 @@ class HylaAttention(nn.Module):
             otherwise `None`.
 
         Raises:
-            ValueError: for a mask of the wrong shape, with values other than 0 and 1, or under another name, and for rotary
-                positions without `position_embeddings`.
+            ValueError: for a mask of the wrong shape, with values other than 0 and 1, or under another name; for arguments of
+                other attention layers that this one has not; and for rotary positions without `position_embeddings`.
         """
-        # A mask by the name that another library gives it would be ignored.
-        if unknown := [name for name, given in kwargs.items() if "mask" in name and given is not None]:
-            raise ValueError(f"HylaAttention takes its mask as attention_mask, got {unknown[0]}: rename it.")
+        self._check(hidden_states, position_buckets, kwargs)
         batch, length, _ = hidden_states.shape
         queries = hidden_states if num_last is None else hidden_states[:, -num_last:]
         with cpu_functions(hidden_states):
@@ -225,6 +223,34 @@ class HylaAttention(nn.Module):
         output = output.flatten(2)
         with cpu_functions(output):
             return self.o_proj(output), codes
+
+    def _check(self, hidden_states, position_buckets, kwargs) -> None:
+        if hidden_states.ndim != 3:
+            raise ValueError(
+                f"HylaAttention takes hidden_states of shape (batch, tokens, {self.config.hidden_size}), got "
+                f"{tuple(hidden_states.shape)}."
+            )
+        if position_buckets is not None and position_buckets.is_floating_point():
+            raise ValueError(
+                "HylaAttention is self-attention, so it takes hidden_states alone: queries, keys and values are made of them. "
+                "Name the other arguments."
+            )
+        # Arguments by the names that other layers give them would be ignored.
+        for name in (name for name, given in kwargs.items() if given is not None):
+            if name == "key_padding_mask":
+                raise ValueError(
+                    "HylaAttention takes padding as attention_mask, where True is a token and not padding: pass "
+                    "attention_mask=~key_padding_mask."
+                )
+            if "mask" in name:
+                raise ValueError(f"HylaAttention has no {name}: its only mask is attention_mask, where True attends.")
+            if name in ("key_value_states", "encoder_hidden_states"):
+                raise ValueError(f"HylaAttention is self-attention and has no {name}: leave it out.")
+        if kwargs.get("is_causal") not in (None, self.is_causal):
+            raise ValueError(
+                f"This HylaAttention was built with is_causal={self.is_causal}, got is_causal={kwargs['is_causal']}: set it in the "
+                "config."
+            )
 
     def _pair_mask(self, hidden_states, attention_mask, num_keys: int) -> torch.Tensor | None:
         """Padding, causality and window as a mask (batch or 1, 1, query or 1, key), which models make once for all layers."""

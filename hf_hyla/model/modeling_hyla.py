@@ -92,7 +92,7 @@ class HylaPreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
-        The default is `"hyla"`, the fastest exact implementation. transformers' own functions would compute a different attention.
+        The default is `"hyla"`, which chooses an exact implementation. transformers' own functions would compute a different attention.
 
         Raises:
             ValueError: for a name that is not in `BACKENDS`.
@@ -105,6 +105,26 @@ class HylaPreTrainedModel(PreTrainedModel):
         if name == FORMER_NAME:
             logger.warning_once(f"The name {name!r} is deprecated: write 'hyla_chunked'.")
         return name
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        See `PreTrainedModel.resize_token_embeddings`.
+
+        Raises:
+            ValueError: if the token of the answers would go.
+        """
+        answer = self.config.answer_token_id
+        kept = new_num_tokens if new_num_tokens is not None else self.config.vocab_size
+        if pad_to_multiple_of and kept is not None:
+            kept = -(-kept // pad_to_multiple_of) * pad_to_multiple_of
+        if answer is not None and kept is not None and kept <= answer:
+            raise ValueError(
+                f"{kept} tokens would leave out the token {answer} that marks the answers (answer_token_id): keep at least "
+                f"{answer + 1}."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
         # Private to transformers (5.17 and later). No other step before the upload is shared by push_to_hub and save_pretrained.
@@ -367,6 +387,7 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
             raise ValueError("A language model reads and writes token ids: set vocab_size, and input_size=None.")
         config = copy.deepcopy(config)
         config.is_causal, config.answer_token_id, config.embedding_bias = True, None, False
+        config.num_answers = 1  # of a classifier that is made of this model
         # Written down, since peft unties the head of a model that it has merged, and its logits must stay what they were.
         config.scale_logits = config.effective_scale_logits
         super().__init__(config)

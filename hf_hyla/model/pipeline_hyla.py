@@ -38,7 +38,8 @@ class SymbolicReasoningPipeline(Pipeline):
     The pipeline `"symbolic-reasoning"`, for models with a classification head that answer the paper's tasks.
 
     A SRAVEN model, with `vocab_size` and `answer_token_id` in its config, takes puzzles. A puzzle is 3 rows of 3 panels,
-    and a panel is a list of `num_answers` integers in 0 to `answer_token_id - 1`. The last panel is `None`.
+    and a panel is a list of `num_answers` integers in 0 to `answer_token_id - 1`. The last panel is `None`. The 8 panels before
+    it in one list, as in the column `panels` of a dataset by `hyla data`, are a puzzle too.
 
     A fuzzy logic model, with `input_size` in its config, takes truth tables. A table is 2 or more rows of `input_size`
     numbers in [0, 1]: a point, and the function's value there. The last value is `None`.
@@ -93,7 +94,8 @@ class SymbolicReasoningPipeline(Pipeline):
         inputs = _as_lists(inputs)
         if isinstance(inputs, list):
             # One puzzle or truth table is a list too.
-            if not _are_nested(inputs, 4 if self._is_sraven else 3):
+            several = _are_nested(inputs, 4 if self._is_sraven else 3)
+            if not several and not (self._is_sraven and inputs and all(map(_is_without_rows, inputs))):
                 return super().__call__(self._encoded(inputs), **kwargs)
             # All are encoded first, so a bad one is refused before any work.
             inputs = [self._encoded_nth(number, item) for number, item in enumerate(inputs)]
@@ -147,6 +149,8 @@ class SymbolicReasoningPipeline(Pipeline):
             raise ValueError(f"Input {number}: {error}") from None
 
     def _encode_puzzle(self, rows) -> dict[str, torch.Tensor]:
+        if _is_without_rows(rows):
+            rows = [rows[:GRID], rows[GRID : 2 * GRID], [*rows[2 * GRID :], None]]
         if not _is_list(rows, GRID) or not all(_is_list(row, GRID) for row in rows):
             raise ValueError(
                 f"A puzzle is {GRID} rows of {GRID} panels, the last of which is None, got {_described(rows)}."
@@ -211,6 +215,11 @@ def _are_nested(inputs, depth: int) -> bool:
 
 def _is_list(inputs, length: int) -> bool:
     return isinstance(inputs, list) and len(inputs) == length
+
+
+def _is_without_rows(inputs) -> bool:
+    """Whether these are the panels of a puzzle in one list, the last of them left out."""
+    return _is_list(inputs, GRID**2 - 1) and all(isinstance(panel, list) for panel in inputs)
 
 
 def _described(inputs) -> str:

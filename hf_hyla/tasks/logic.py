@@ -288,8 +288,8 @@ class LogicTask(Task):
         return {"points": points, "values": values, "target": samples["labels"], **described}
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = np.pad(table["values"], ((0, 0), (0, 1)))  # the value at the last point is not shown
-        input_values = np.concatenate([table["points"], values[..., None]], axis=-1)
+        values = np.pad(np.asarray(table["values"]), ((0, 0), (0, 1)))  # the value at the last point is not shown
+        input_values = np.concatenate([np.asarray(table["points"]), values[..., None]], axis=-1)
         described = {"terms": table["terms"], "base_mse": table["base_mse"]}
         return {"input_values": input_values, "labels": table["target"], **described}
 

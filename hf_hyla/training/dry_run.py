@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe) -> str:
     num_samples = recipe.num_training_samples
     seconds = statistics.median(watch.seconds[_WARM_UP_STEPS:] or watch.seconds) * accumulated / measured
     return (
-        f"{yaml.safe_dump(recipe.settings, sort_keys=False)}\n"
+        f"{yaml.safe_dump(recipe.settings, sort_keys=False, allow_unicode=True)}\n"
         f"parameters           {model.num_parameters():,}\n"
         f"steps                {args.max_steps:,} of {num_samples // args.max_steps:,} samples\n"
         f"training samples     {num_samples:,}\n"

@@ -205,6 +205,8 @@ def _checked_trainer(source: str, section: dict[str, Any]) -> dict[str, Any]:
     for key, value in trainer.items():
         where = f"{source}: trainer.{key}"
         TRAINER[key].check(where, value)
+        if TRAINER[key].is_whole and value is not None:  # a float to transformers
+            trainer[key] = int(value)
         if key == "torch_compile_backend" and value is not None:
             one_of(where, value, _COMPILERS)
     if trainer.get("dataloader_persistent_workers") and not trainer.get("dataloader_num_workers"):

@@ -309,7 +309,7 @@ def _say(line: str) -> None:
 
 
 def _write_recipe(recipe: Recipe, output: Path) -> None:
-    write_whole(output / RECIPE_NAME, yaml.safe_dump(recipe.settings, sort_keys=False))
+    write_whole(output / RECIPE_NAME, yaml.safe_dump(recipe.settings, sort_keys=False, allow_unicode=True))
 
 
 def _replace_run(recipe: Recipe, output: Path) -> None:

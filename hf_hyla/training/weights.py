@@ -86,6 +86,10 @@ def config_of_checkpoint(where: str, settings: dict[str, Any], task: Task) -> Hy
                 f"{effective(config, field)!r}: remove the key, or model_name_or_path to start from fresh weights."
             )
     defaults = task.model_defaults
+    # Before what the task sets, which may contradict the config of a model that does not fit.
+    task.check_model(
+        HylaConfig.from_dict(wanted.to_dict() | {"num_answers": defaults.get("num_answers", wanted.num_answers)})
+    )
     of_the_task = {name: defaults[name] for name in ("num_answers", "problem_type") if name in defaults.keys() - asked}
     config = HylaConfig.from_dict(wanted.to_dict() | of_the_task)
     task.check_model(config)

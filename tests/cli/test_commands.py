@@ -215,6 +215,7 @@ def test_env_prints_json(capsys):
         (["train", "{recipe}", "--dry-run", "--task.data", "{run}-2"], "holds no data of a task"),
         (["train", "{recipe}", "--dry-run", "--trainer.report_to", "clearml"], "clearml, which is not installed"),
         (["evaluate", "{run}-2", "--task", "logic"], "There is no run or model {run}-2"),
+        (["evaluate", "{run}/checkpoints"], "checkpoints holds no model: expected a folder with config.json"),
         (["evaluate", "{run}", "--split", "odd"], "has no split 'odd'"),
         (["evaluate", "{run}", "--task", "sraven"], "does not fit the task sraven"),
         (["evaluate", "{recipe.parent}", "--task", "logic"], "holds no model"),

@@ -10,6 +10,7 @@ from model_helpers import ATTENTION_TYPES, HYLA_PLUS, LINEAR, ROW_IDS, ROWS, cac
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DynamicCache,
     QuantizedCache,
     StaticCache,
@@ -406,3 +407,9 @@ def test_positions_that_make_no_sense_are_refused_with_a_reason(settings, messag
 def test_a_language_model_without_ids_is_refused():
     with pytest.raises(ValueError, match="reads and writes token ids: set vocab_size"):
         HylaForCausalLM(HylaConfig(vocab_size=None, input_size=5))
+
+
+def test_a_language_model_becomes_a_classifier_with_one_answer(tmp_path):
+    HylaForCausalLM(HylaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert classifier(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3)

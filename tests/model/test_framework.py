@@ -219,6 +219,9 @@ def test_device_maps_split_between_layers_only_and_change_no_output(tmp_path, ff
 @pytest.mark.parametrize("answer_token_id", [None, 8])
 @pytest.mark.parametrize("mean_resizing", [False, True])
 def test_resized_embeddings_keep_old_ids_and_the_answer_slot(tmp_path, answer_token_id, mean_resizing):
+    for kept, multiple in ((answer_token_id, None), (answer_token_id - 3, 2)) if answer_token_id else ():
+        with pytest.raises(ValueError, match=f"would leave out the token {answer_token_id} that marks the answers"):
+            make(answer_token_id=answer_token_id).resize_token_embeddings(kept, pad_to_multiple_of=multiple)
     model = make(answer_token_id=answer_token_id)
     rows = model.get_input_embeddings().weight.detach().clone()
     expected = model(ids()).logits.detach()  # a living graph would keep the old table's shape in autograd

@@ -164,9 +164,28 @@ def test_a_mask_of_another_shape_is_refused(shape):
         layer()(tokens(), attention_mask=torch.full((2, LENGTH), 2))
 
 
-@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask", "atention_mask"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"key_padding_mask": torch.zeros(2, 7, dtype=torch.bool)}, "pass attention_mask=~key_padding_mask"),
+        ({"attn_mask": torch.ones(2, 7)}, "has no attn_mask: its only mask is attention_mask, where True attends"),
+        ({"head_mask": torch.ones(4)}, "has no head_mask: its only mask is"),
+        ({"is_causal": True}, "built with is_causal=False, got is_causal=True: set it in the config"),
+        ({"key_value_states": torch.zeros(2, 7, 16)}, "is self-attention and has no key_value_states: leave it out"),
+        ({"position_buckets": torch.zeros(2, 7, 16)}, "so it takes hidden_states alone"),
+        ({"hidden_states": torch.zeros(7, 16)}, r"hidden_states of shape \(batch, tokens, 16\), got \(7, 16\)"),
+    ],
+)
+def test_arguments_of_other_attention_layers_are_refused_instead_of_ignored(arguments, message):
+    layer = HylaAttention(HylaConfig(hidden_size=16, num_attention_heads=4))
+    with pytest.raises(ValueError, match=message):
+        layer(**{"hidden_states": torch.zeros(2, 7, 16), **arguments})
+    assert layer(torch.zeros(2, 7, 16), is_causal=False, head_mask=None)[0].shape == (2, 7, 16)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "atention_mask"])
 def test_a_mask_of_another_name_is_refused_instead_of_ignored(name):
-    with pytest.raises(ValueError, match=f"takes its mask as attention_mask, got {name}: rename it"):
+    with pytest.raises(ValueError, match=f"has no {name}: its only mask is attention_mask"):
         layer()(tokens(), **{name: torch.ones(2, LENGTH)})
 
 

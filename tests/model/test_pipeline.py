@@ -65,6 +65,20 @@ def test_the_pipeline_encodes_puzzles_as_the_task_does(case, pipe):
         assert encoded.dtype == expected.dtype and torch.equal(encoded, expected)
 
 
+@pytest.mark.parametrize("num_features", [2, 8])
+def test_panels_in_one_list_are_a_puzzle_as_in_a_dataset(num_features):
+    task = get_task("sraven", num_features=num_features)
+    samples = task.samples("test", np.arange(3))
+    table = task.to_table(samples)
+    solve = pipeline("symbolic-reasoning", model=make(task), device="cpu")
+    in_rows = [puzzle_of(task, {"input_ids": row}) for row in samples["input_ids"]]
+    expected = [solve(puzzle)["answer"] for puzzle in in_rows]
+    panels = table["panels"].tolist()
+    assert [solve(puzzle)["answer"] for puzzle in panels] == expected
+    assert [found["answer"] for found in solve(panels)] == expected
+    assert [found["answer"] for found in solve(Dataset.from_dict({"panels": panels})["panels"])] == expected
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_the_pipeline_answers_as_the_model_does(case, pipe, batch_size):
     task, _, _, outputs, puzzles = case

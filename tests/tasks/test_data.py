@@ -88,6 +88,8 @@ def test_the_snippet_of_the_card_trains_by_a_plain_trainer_on_what_the_task_draw
         assert np.array_equal(names["dataset"][column][:], drawn[column])
     by_from_table = names["rows"].map(task.from_table, batched=True, remove_columns=names["rows"].column_names)
     assert all(np.array_equal(by_from_table[column][:], drawn[column]) for column in drawn)
+    of_lists = task.from_table(names["rows"].with_format(None)[:])
+    assert all(np.allclose(of_lists[column], drawn[column]) for column in drawn)
     state = names["trainer"].state
     assert state.global_step == 10 and state.log_history[-1]["train_loss"] > 0
 

@@ -131,6 +131,11 @@ def test_settings_that_contradict_the_checkpoint_are_refused(recipe, monkeypatch
 
 
 def test_a_classifier_with_another_shape_is_refused(recipe, tmp_path):
+    HylaForSequenceClassification(HylaConfig(**get_task("logic").model_defaults | SMALL)).save_pretrained(
+        tmp_path / "logic"
+    )
+    with pytest.raises(ValueError, match="The model does not fit the task sraven: its vocab_size is None, expected 9"):
+        recipe(model_name_or_path=str(tmp_path / "logic"))
     config = HylaConfig(**get_task("sraven").model_defaults | SMALL | {"num_labels": 5})
     HylaForSequenceClassification(config).save_pretrained(tmp_path / "five")
     with pytest.raises(ValueError, match="its num_labels is 5, expected 8"):

@@ -256,8 +256,8 @@ class SravenTask(Task):
         return {"panels": panels, "answer": samples["labels"], **described, **ambiguous}
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        answer = table["answer"]
-        shown = table["panels"].reshape(len(answer), -1)
+        answer = np.asarray(table["answer"])
+        shown = np.asarray(table["panels"]).reshape(len(answer), -1)
         input_ids = np.concatenate([shown, np.full_like(answer, self.num_values)], axis=1)
         described = {"rules": table["rules"], "permutations": table["permutations"]}
         return {"input_ids": input_ids, "labels": answer, **described}
