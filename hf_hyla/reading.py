@@ -16,7 +16,8 @@ _MAX_LEVELS = 50
 class _Loader(yaml.SafeLoader):
     """
     Refuses keys that occur twice, of which PyYAML silently takes the second, aliases, by which a few lines can stand for gigabytes,
-    and tags such as !!set, which name types that no setting has. Words without quotes that PyYAML takes for something else (no for false, 010 for 8, 1:30 for 90) are text.
+    and tags such as !!set, which name types that no setting has. Words without quotes that PyYAML takes for something else (no for
+    false, 010 for 8, 1:30 for 90) are text.
     """
 
     yaml_implicit_resolvers: dict = {}

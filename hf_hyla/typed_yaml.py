@@ -24,7 +24,8 @@ _KINDS = {"task": "a recipe: give it to `hyla train`", "base": "a sweep: give it
 
 def read_mapping(path: Path, what: str, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
     """
-    The content of a YAML file with these keys, of which the `optional` ones may be missing. `what` is the word for a key in error messages.
+    The content of a YAML file with these keys, of which the `optional` ones may be missing. `what` is the word for a key
+    in error messages.
 
     Raises:
         ValueError: if it is not YAML, or has other keys, or one of them twice.

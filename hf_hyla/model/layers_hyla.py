@@ -170,7 +170,7 @@ class HylaAttention(nn.Module):
 
         Raises:
             ValueError: for a mask of the wrong shape, with values other than 0 and 1, or under another name; for arguments of
-                other attention layers that this one has not; and for rotary positions without `position_embeddings`.
+                other attention layers that this one lacks; and for rotary positions without `position_embeddings`.
         """
         self._check(hidden_states, position_buckets, kwargs)
         batch, length, _ = hidden_states.shape

@@ -159,8 +159,8 @@ class Task(ABC):
 
     def from_table(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """
-        The samples behind a table; the inverse of `to_table`. Both are columns of arrays, and a table's may be lists. A dataset of `hyla data` becomes what a
-        model reads by:
+        The samples behind a table; the inverse of `to_table`. Both are columns of arrays, and a table's may be lists. A dataset of
+        `hyla data` becomes what a model reads by:
 
         ```python
         rows = datasets.load_dataset(folder, split="train").with_format("numpy")

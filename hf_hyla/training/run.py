@@ -274,16 +274,18 @@ def _write_results(trainer: HylaTrainer, record: RunRecord, tokenizer: Any, outp
             tokenizer.save_pretrained(output)
         record.digests = digests(output)
         record.save(output)  # after the weights: it says that the run is finished
-        if can_draw():
-            config = cast(HylaConfig, trainer.model.config)  # type: ignore[union-attr]
-            (output / CURVE_NAME).write_bytes(learning_curve(record, with_dropout=config.attention_dropout > 0))
-        else:
-            _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"Training has ended, but its results could not be written to {output} ({one_line(error).rstrip('.')}): "
             f"{writing_advice(error)}, and give the same command again; the checkpoints are intact."
         ) from error
+    if not can_draw():
+        return _say(f"{CURVE_NAME} is not drawn: it takes matplotlib, pip install 'hf-hyla[analysis]'.")
+    config = cast(HylaConfig, trainer.model.config)  # type: ignore[union-attr]
+    try:
+        (output / CURVE_NAME).write_bytes(learning_curve(record, with_dropout=config.attention_dropout > 0))
+    except (OSError, ValueError) as error:
+        _say(f"{CURVE_NAME} could not be drawn ({one_line(error).rstrip('.')}): `hyla card {output}` draws it again.")
 
 
 def _say_how_it_resumes(checkpoint: Path, num_processes: int) -> None:
@@ -327,8 +329,9 @@ def _replace_run(recipe: Recipe, output: Path) -> None:
     try:
         for file in files:
             file.unlink(missing_ok=True)
-        for checkpoint in (output / CHECKPOINTS).glob("*checkpoint-*"):  # the folder may be a link to another disk
-            shutil.rmtree(checkpoint)
+        for pattern in ("checkpoint-*", "damaged-checkpoint-*"):
+            for checkpoint in (output / CHECKPOINTS).glob(pattern):  # the folder may be a link to another disk
+                shutil.rmtree(checkpoint)
         _write_recipe(recipe, output)
     except OSError as error:
         raise OSError(
