@@ -84,7 +84,8 @@ def find_record(word: str | Path) -> Path:
         if candidate.exists():
             return candidate
     raise FileNotFoundError(
-        f"There is no run {word}{_did_you_mean(_near_paths(path))}: expected the folder of a finished run, or the file of its record."
+        f"There is no run {word}{_did_you_mean(_near_paths(path))}: expected the folder of a finished run, or the file of its "
+        "record."
     )
 
 

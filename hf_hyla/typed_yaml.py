@@ -104,8 +104,8 @@ def in_types(
 
 def field_types(schema: type) -> dict[str, Any]:
     """
-    The annotations of a dataclass's fields, also where its module writes them as text (`from __future__ import annotations`). A text
-    that names something unknown there, such as a class imported for type checkers only, stays text.
+    The annotations of a dataclass's fields, also where its module writes them as text (`from __future__ import annotations`). A
+    text that names something unknown there, such as a class imported for type checkers only, stays text.
     """
     annotations = {field.name: field.type for field in dataclasses.fields(schema) if field.init}
     for name, annotation in annotations.items():

@@ -90,8 +90,8 @@ def check_committed(commit: str | None, run: str) -> None:
     """
     if commit == UNKNOWN_COMMIT:
         raise ValueError(
-            f"{run} is made by a checkout whose commit git did not tell, so nobody can repeat it: install git, or call git status in "
-            "the checkout and do what it says; then train again before it is published."
+            f"{run} is made by a checkout whose commit git did not tell, so nobody can repeat it: install git, or call git status "
+            "in the checkout and do what it says; then train again before it is published."
         )
     if commit is not None and not re.fullmatch("[0-9a-f]{40}", commit):
         raise ValueError(

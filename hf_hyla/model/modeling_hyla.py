@@ -92,8 +92,7 @@ class HylaPreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
-        The default is `"hyla"`, which chooses among the exact implementations. transformers' own functions would compute a different
-        attention.
+        The default is `"hyla"`, which chooses one of the others. transformers' own functions would compute a different attention.
 
         Raises:
             ValueError: for a name that is not in `BACKENDS`.

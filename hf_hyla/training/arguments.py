@@ -17,7 +17,8 @@ from .schedule import REFERENCE_FLOOR
 MUON = "muon"
 # The name of the schedule of schedule.py, beside transformers' own.
 REFERENCE_SCHEDULE = "reference"
-# The optim_args that transformers reads for these optimisers. It silently ignores others, and weight_decay has an argument of its own.
+# The optim_args that transformers reads for these optimisers. It silently ignores others, and weight_decay has an argument of its
+# own.
 _OPTIM_ARGS: dict[str, dict[str, str]] = {
     "sgd": {"momentum": "a number", "dampening": "a number", "nesterov": "true or false"},
     "adagrad": {"lr_decay": "a number", "eps": "a number"},
