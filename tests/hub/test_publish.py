@@ -192,17 +192,17 @@ def other_seed_planned(other_seed):
 
 FAULTS = [
     ("POST /api/repos/create", 429, "too many requests"),
-    (f"GET /api/models/{REPO}", 500, "in trouble (status 500)"),
+    (f"GET /api/models/{REPO}", 500, "an error of its own (status 500)"),
     ("validate-yaml", 400, "refuses the card's metadata"),
     ("validate-yaml", 503, "something other than JSON"),
     ("validate-yaml", "cut", "cannot be reached"),
     ("preupload", 401, "log in by `hf auth login`"),
-    ("preupload", 503, "in trouble (status 503)"),
-    ("PUT /storage", 500, "in trouble (status 500)"),
+    ("preupload", 503, "an error of its own (status 503)"),
+    ("PUT /storage", 500, "an error of its own (status 500)"),
     ("PUT /storage", "cut", "cannot be reached"),
     ("commit/main", 403, "may not write there"),
     ("commit/main", 409, "somebody else is changing it"),
-    ("commit/main", 500, "in trouble (status 500)"),
+    ("commit/main", 500, "an error of its own (status 500)"),
     ("commit/main", "stale", "changed it in the meantime"),
     ("commit/main", "cut", "cannot be reached"),
     ("commit/main", "lost answer", "cannot be reached"),
@@ -244,7 +244,7 @@ def test_a_fault_at_the_first_publication_leaves_a_new_repository_empty_or_whole
 
 
 @pytest.mark.parametrize("request_", ["POST /api/collections$", "POST /api/collections/.*/items"])
-@pytest.mark.parametrize(("fault", "message"), [(500, "in trouble (status 500)"), ("cut", "cannot be reached")])
+@pytest.mark.parametrize(("fault", "message"), [(500, "an error of its own (status 500)"), ("cut", "cannot be reached")])
 def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_command(
     hub_here, logic_run, request_, fault, message
 ):
@@ -269,7 +269,7 @@ def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_
             "HTTP status client error (400 Bad Request) for url (http://cas:8443/x)",
             "refuses the card's metadata or the",
         ),
-        ("HTTP status server error (500 Internal Server Error) for url (http://cas/x)", "in trouble (status 500)"),
+        ("HTTP status server error (500 Internal Server Error) for url (http://cas/x)", "an error of its own (status 500)"),
         (
             "error sending request for url (http://cas:443/500): connection refused",
             "cannot be reached (ConnectionError)",
