@@ -1,7 +1,6 @@
 """The latent codes of answer tokens, or of others, collected batch by batch; no attention tensor is kept."""
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from ..model.modeling_hyla import HylaModel
 
 
 # Entries of a batch that a model reads. The others describe the samples.
-_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "input_values")
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "input_values")
 
 Batch = dict[str, torch.Tensor]
 
@@ -73,10 +72,10 @@ def collect_codes(
             it is `None`, they are the answer tokens.
 
     Raises:
-        ValueError: if the model has no attention of this family, or there are no batches.
+        ValueError: if the model has no attention of this family, there are no batches, or a column changes its shape.
     """
-    kept = _Rows()
-    columns: dict[str, _Rows] = defaultdict(_Rows)
+    kept = _Rows("the codes")
+    columns: dict[str, _Rows] = {}
     for batch in tqdm(batches, total=total, desc="Collecting codes", disable=not progress):
         at_queries = queries(batch) if queries else _answer_positions(model, batch)
         asked = keys(batch) if keys else None
@@ -92,7 +91,7 @@ def collect_codes(
         kept.append(torch.stack(picked, dim=1).numpy())
         for name, column in batch.items():
             if name not in _INPUTS:
-                columns[name].append(_as_array(column))
+                columns.setdefault(name, _Rows(f"the column {name}")).append(_as_array(column))
     if not kept.count:
         raise ValueError("There are no codes to collect: the batches hold no samples.")
     return Codes(kept.array(), {name: column.array() for name, column in columns.items()})
@@ -111,14 +110,20 @@ class _Rows:
     and keep the allocator from returning that memory to the system.
     """
 
-    def __init__(self):
-        self.count = 0
+    def __init__(self, name: str):
+        self.name, self.count = name, 0
 
     def append(self, rows: np.ndarray) -> None:
         end = self.count + len(rows)
         if not self.count:
             self._array = np.empty(rows.shape, rows.dtype)
-        elif end > len(self._array):
+        if rows.shape[1:] != self._array.shape[1:]:
+            raise ValueError(
+                f"The batches have rows of different shapes in {self.name}, {self._array.shape[1:]} and {rows.shape[1:]}: pad them to "
+                "one length, or leave them out."
+            )
+        self._array = self._array.astype(np.result_type(self._array, rows), copy=False)
+        if end > len(self._array):
             self._array.resize((2 * end, *rows.shape[1:]), refcheck=False)
         self._array[self.count : end] = rows
         self.count = end

@@ -71,6 +71,10 @@ def probe(
     by_group = own
     if groups is not None:
         members = np.unique(groups, return_inverse=True)[1]
+        if not members.any():
+            raise ValueError(
+                "Probes need rows of several groups for a standard error, but all are of one: leave out groups."
+            )
         by_group = np.zeros((members.max() + 1, own.shape[-1]))
         np.add.at(by_group, members, own)
     count = len(by_group)

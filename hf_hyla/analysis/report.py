@@ -79,10 +79,9 @@ def probe_report(
     task.check_model(model.config)
     split = split or task.headline_split
     check_sizes(task, split, train_samples, num_samples)
-    if ablate and len(task.combinations(split)) < 2:
+    if len(task.combinations(split)) < 2:
         raise ValueError(
-            f"Ablations need several combinations for a standard error, but the split {split} has one: leave them out, or choose "
-            "another split."
+            f"Probes need several combinations for a standard error, but the split {split} has one: choose another split."
         )
     query = task.query_point(seed) if fixed_query else None
     if output:
@@ -147,8 +146,8 @@ def table(report: dict[str, Any]) -> str:
         without = np.array(ablation["without"])
         layer, head = np.unravel_index(np.abs(without - ablation["whole"]).argmax(), without.shape)
         lines.append(
-            f"{report['split']}/{ablation['metric']} {ablation['whole']:.4f}; {without[layer, head]:.4f} when head {head + 1} of "
-            f"layer {layer + 1} has its mean code for all samples, the largest difference"
+            f"{report['split']}/{ablation['metric']} {ablation['whole']:.4f}; largest difference: {without[layer, head]:.4f} when head "
+            f"{head + 1} of layer {layer + 1} is replaced by its mean code"
         )
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..typed_yaml import one_of
 from .against import compare_with
 from .attention import FLASH_SHAPE, Shape, measure_attention
 from .inference import measure_inference
@@ -74,7 +75,10 @@ def benchmark(
     Raises:
         ValueError: if an argument is out of range.
     """
-    for name, value in {"threads": threads, "repeats": repeats, "lengths": min(lengths, default=1)}.items():
+    for part in parts:
+        one_of("parts", part, PARTS)
+    least = {"threads": threads, "repeats": repeats, "lengths": min(lengths, default=1), "batch_size": batch_size}
+    for name, value in least.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

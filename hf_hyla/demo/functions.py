@@ -41,6 +41,9 @@ def status(task: LogicTask, terms: tuple[int, ...]) -> str:
     if combination in task.combinations("train"):
         return "Models were trained on functions of these terms."
     if combination in task.combinations("ood"):
+        trained = {term for one in task.combinations("train") for term in one}
+        if not trained.issuperset(combination):  # in one of the paper's own draws
+            return "Unseen combination, with a term that no training function has."
         return "Unseen combination: each term was trained, but never these together."
     return "At least one of these terms was set aside, and no training function has it."
 

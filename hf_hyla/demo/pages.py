@@ -27,7 +27,7 @@ LOGIC_HELP = """\
 def about_puzzle(task: SravenTask, puzzle: Puzzle, verdict: Verdict, digits: bool) -> str:
     """The right answer, whether the combination of rules was trained, and the ideal observer's verdict."""
     if puzzle.edited:
-        kind, words = "edited", "You changed a panel: the rules need not hold any more."
+        kind, words = "edited", "You changed a panel: the rules may no longer hold."
     elif seen(task, puzzle.rules):
         kind, words = "trained", "Trained combination: other puzzles by these rules were in the training data."
     else:
@@ -81,10 +81,10 @@ def _sign(right: bool) -> str:
     return '<span class="right">✓</span>' if right else '<span class="wrong">✗</span>'
 
 
-def legend(keys: int = 2) -> str:
+def legend() -> str:
     return (
         '<p class="note">Bars: probability of each digit; the dark bar is the answer, the framed one is right. '
-        f"Code: the rule that the probe reads from the cells. Cells: rows are layers, columns heads, and the {keys} blocks are the first and the second panel of the last row, "
+        "Code: the rule that the probe reads from the cells. Cells: rows are layers, columns heads, and the two blocks are the first and the second panel of the last row, "
         "which the answer is read from; blue is below 0, orange above.</p>"
     )
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..model import HylaForSequenceClassification
-from ..runs import RunRecord
+from ..runs import Run, RunRecord
 from ..runs.folder import record_of
 from ..runs.weights import load_model
 from ..tasks import TASKS, Task, get_task
@@ -57,7 +58,8 @@ def load(names: Sequence[str]) -> list[tuple[Task, list[Shown]]]:
         papers = [own for own, task in TASKS.items() if task.paper]
         if kind not in papers:
             raise ValueError(f"{name} was trained on the task {kind}, and the demo shows {' and '.join(papers)}.")
-        settings = {key: value for key, value in record.recipe["task"].items() if key != "data"}
+        Run(Path(name), record).check_finished()
+        settings = record.recipe["task"]
         task, models = found.setdefault(kind, (get_task(**settings), []))
         if get_task(**settings).spec != task.spec:
             raise ValueError(

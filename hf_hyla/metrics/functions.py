@@ -20,7 +20,7 @@ def sraven_accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str
 
 def base_mse(values: np.ndarray) -> np.ndarray:
     """Variance (samples,) of each sample's values (samples, points), the mean squared error of answering their mean."""
-    return values.astype(np.float64).var(axis=1)
+    return np.asarray(values, dtype=np.float64).var(axis=1)
 
 
 def logic_r2(predictions: np.ndarray, references: np.ndarray, base_mse: np.ndarray) -> dict[str, float]:

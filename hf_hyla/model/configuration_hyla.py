@@ -112,7 +112,7 @@ class HylaConfig(PreTrainedConfig):
         attention_out_multiplier (`float`, *optional*, defaults to 1.0):
             Factor by which the output of attention is multiplied before it is added to the hidden states. It is not in the
             paper. If scores are not normalised over keys, outputs grow with the number of keys and heads. In the
-            paper's model, HYLA's are tens of times as large as softmax attention's when training starts.
+            paper's model, the outputs of HYLA are tens of times as large as those of softmax attention when training starts.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             Feed-forward: `"mlp"` (with biases), `"swiglu"` (without), or `"moe"`, a mixture of experts (without).
         intermediate_size (`int`, *optional*, defaults to 256):

@@ -64,6 +64,15 @@ class HylaRotaryEmbedding(nn.Module):
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
+# What other attention layers call an argument of `HylaAttention`, or what it lacks.
+_NAMES_ELSEWHERE = {
+    **dict.fromkeys(("past_key_values", "past_key_value", "layer_past"), "pass the cache as cache"),
+    **dict.fromkeys(("key_value_states", "encoder_hidden_states"), "it is self-attention, so leave it out"),
+    "need_weights": "pass output_attentions=True",
+    "position_ids": "pass position_embeddings, as HylaRotaryEmbedding computes them",
+}
+
+
 class HylaAttention(nn.Module):
     """
     Multi-head attention read as a hypernetwork (arXiv 2406.05816, equations 1 to 7), as a layer of HYLA models and as a part
@@ -244,8 +253,8 @@ class HylaAttention(nn.Module):
                 )
             if "mask" in name:
                 raise ValueError(f"HylaAttention has no {name}: its only mask is attention_mask, where True attends.")
-            if name in ("key_value_states", "encoder_hidden_states"):
-                raise ValueError(f"HylaAttention is self-attention and has no {name}: leave it out.")
+            if name in _NAMES_ELSEWHERE:
+                raise ValueError(f"HylaAttention has no {name}: {_NAMES_ELSEWHERE[name]}.")
         if kwargs.get("is_causal") not in (None, self.is_causal):
             raise ValueError(
                 f"This HylaAttention was built with is_causal={self.is_causal}, got is_causal={kwargs['is_causal']}: set it in the "

@@ -58,6 +58,8 @@ def classification_loss(
         advice = (
             f" The model has num_answers={config.num_answers}: set num_answers=1 for one answer." if one_answer else ""
         )
+        if problem_type == "single_label_classification" and labels.shape == logits.shape:
+            advice = " For several classes at once, set problem_type='multi_label_classification' in the config."
         raise ValueError(
             f"For problem_type={problem_type!r} the labels must have the shape {tuple(expected)}, got "
             f"{tuple(labels.shape)}.{advice}"

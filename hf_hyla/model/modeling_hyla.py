@@ -39,6 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hyla import relative_position_buckets
 from .backends_hyla import BACKENDS, FORMER_NAME
 from .card_hyla import fill_in_card
+from .config_checks_hyla import check_settings
 from .configuration_hyla import HylaConfig
 from .functions_cpu_hyla import cpu_functions
 from .inputs_hyla import (
@@ -89,6 +90,11 @@ class HylaPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_compile_fullgraph = True
+
+    def __init__(self, config: HylaConfig, *args, **kwargs):
+        # Again, since `from_pretrained` and users change a config that has been built, and saving would refuse it only later.
+        check_settings(config)
+        super().__init__(config, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
@@ -455,6 +461,11 @@ class HylaForCausalLM(HylaPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
+            if not isinstance(logits_to_keep, int):
+                raise ValueError(
+                    "The loss of a token needs the logits of the token before it, which an index tensor logits_to_keep may leave "
+                    "out: pass a number of last tokens, or leave out the labels."
+                )
             if labels.shape != logits.shape[:-1]:
                 raise ValueError(
                     f"labels must have the shape {tuple(logits.shape[:-1])} of the tokens with logits, got "

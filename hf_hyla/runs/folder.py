@@ -56,7 +56,7 @@ class Run:
                 f"{folder} holds no finished run: expected {RECORD_NAME}; run the command that trains it (again)."
             )
         run = cls(folder, RunRecord.load(folder))
-        run._check_finished()
+        run.check_finished()
         return run
 
     @cached_property
@@ -112,7 +112,11 @@ class Run:
         """The number of training samples, as a share of the paper's."""
         return self.record.samples_seen / self.task.num_samples["train"]
 
-    def _check_finished(self) -> None:
+    def check_finished(self) -> None:
+        """
+        Raises:
+            ValueError: if the run is not finished, or lacks a result.
+        """
         record, max_steps = self.record, self.record.recipe["trainer"]["max_steps"]
         if record.steps < max_steps:
             raise ValueError(

@@ -72,7 +72,7 @@ class Manifest:
         expected = Manifest.of(task)
         if unknown := sorted(self.splits.keys() - task.splits.keys()):
             raise ValueError(
-                f"{folder} holds a split {unknown[0]!r:.80}, which the task {task.name} lacks: write it again."
+                f"{folder} holds a split {unknown[0]!r:.80}, which the task {task.name} lacks: remove the folder, and write it again."
             )
         if self.task != expected.task:
             ours, theirs = expected.task, self.task
@@ -84,7 +84,7 @@ class Manifest:
         if self.data_fingerprint != expected.data_fingerprint:
             raise ValueError(
                 f"{folder} was written by another version of the generators: its fingerprint is {self.data_fingerprint}, but "
-                f"these settings now give {expected.data_fingerprint}; write the folder again."
+                f"these settings now give {expected.data_fingerprint}; remove the folder, and write it again."
             )
 
     def check_files(self, folder: Path) -> None:
@@ -99,11 +99,13 @@ class Manifest:
             try:
                 found = sum(pq.read_metadata(path).num_rows for path in shards)
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"The data of {folder} cannot be read: {error}; write the folder again.") from None
+                raise ValueError(
+                    f"The data of {folder} cannot be read: {error}; remove the folder, and write it again."
+                ) from None
             if found != held["num_examples"] or sum(path.stat().st_size for path in shards) != held["file_bytes"]:
                 raise ValueError(
                     f"{folder} holds {found} examples of {split} in {len(shards)} files, which are not those that "
-                    f"{MANIFEST_NAME} describes, with {held['num_examples']} examples: write the folder again."
+                    f"{MANIFEST_NAME} describes, with {held['num_examples']} examples: remove the folder, and write it again."
                 )
         if files:
             raise ValueError(f"{folder} holds {min(files)}, which {MANIFEST_NAME} does not name: remove it.")
@@ -245,19 +247,27 @@ class FolderDataset(TaskDataset):
                 "`hyla data`."
             )
         files = sorted(str(path) for path in (folder / "data").glob(f"{split}-*.parquet"))
+        if not files:
+            raise ValueError(
+                f"{folder} lacks the files of {split} that its {MANIFEST_NAME} names: write them again by `hyla data`."
+            )
         try:
             rows = datasets.load_dataset(
                 "parquet", data_files=files, split="train", features=features_of(task, manifest.text)
             )
         except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, pa.ArrowException) as error:
-            raise ValueError(f"The data of {folder} cannot be read: {error}; write the folder again.") from None
+            raise ValueError(
+                f"The data of {folder} cannot be read: {error}; remove the folder, and write it again."
+            ) from None
         self.rows = rows.select_columns(list(task.features())).with_format("arrow")
         ends = np.r_[0 : min(_COMPARED, held), max(held - _COMPARED, 0) : held]
         expected = task.samples(split, ends)
         if len(rows) != held or any(
             not np.array_equal(self._samples(ends)[name], expected[name]) for name in expected
         ):
-            raise ValueError(f"The data of {folder} do not match its {MANIFEST_NAME}: write the folder again.")
+            raise ValueError(
+                f"The data of {folder} do not match its {MANIFEST_NAME}: remove the folder, and write it again."
+            )
 
     def _samples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         # Reading consecutive rows as a range takes a twentieth of the time of gathering them.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_hyla import HylaConfig, HylaForCausalLM
 from hf_hyla.analysis import collect_codes, task_batches
 
 
@@ -137,3 +138,33 @@ def test_a_model_of_another_family_is_refused():
     model.config = type("Config", (), {"num_answers": 1, "pad_token_id": None})()
     with pytest.raises(ValueError, match="Linear has no latent codes"):
         collect_codes(model, [{"input_values": torch.zeros(1, 2, 2)}])
+
+
+def test_columns_keep_the_widest_type_and_refuse_another_shape(build, logic):
+    batches = list(task_batches(logic, "test", 6, 2))
+    for batch, values in zip(batches, (["a", "b"], ["long", "longer"], ["c", "d"]), strict=True):
+        batch["words"], batch["numbers"] = (
+            values,
+            torch.tensor([1, 2]) if values[0] == "a" else torch.tensor([1.75, 2.5]),
+        )
+    columns = collect_codes(build(logic), batches).columns
+    assert columns["words"].tolist() == ["a", "b", "long", "longer", "c", "d"]
+    assert columns["numbers"].tolist() == [1, 2, 1.75, 2.5, 1.75, 2.5]
+    for rows in (torch.zeros(2, 6), torch.zeros(2, 3)):
+        batches[0]["padded"], batches[1]["padded"] = torch.zeros(2, 4), rows
+        with pytest.raises(ValueError, match=r"rows of different shapes in the column padded, \(4,\) and"):
+            collect_codes(build(logic), batches[:2])
+
+
+def test_positions_reach_the_model_so_codes_of_packed_rows_cross_no_sequence():
+    torch.manual_seed(0)
+    config = HylaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, position_type="rotary")
+    model = HylaForCausalLM(config).eval()
+    packed = {"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    with torch.no_grad():
+        expected = torch.stack(model(**packed, output_attentions=True).attentions)[:, 0, :, 5]  # (layers, heads, keys)
+    found = collect_codes(
+        model, [packed], queries=lambda batch: torch.tensor([[5]]), keys=lambda batch: torch.arange(6)[None, None]
+    )
+    np.testing.assert_allclose(found.codes[0, :, 0], expected.transpose(1, 2).numpy(), atol=1e-6)
+    assert not found.codes[0, :, 0, :3].any() and found.codes[0, :, 0, 3:].any()

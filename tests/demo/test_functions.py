@@ -72,6 +72,12 @@ def test_terms_are_named_and_their_combinations_told_apart():
     assert status(TASK, TASK.combinations("train")[0][::-1]).startswith("Models were trained")
     assert status(TASK, TASK.combinations("ood")[0]).startswith("Unseen combination")
     assert status(TASK, (0, 15)).startswith("At least one of these terms was set aside")
+    papers = get_task("logic", num_examples=32, held_out=0.7, reference_split=True, seed=2)
+    trained = {term for terms in papers.combinations("train") for term in terms}
+    lacking = [terms for terms in papers.combinations("ood") if not trained.issuperset(terms)]
+    assert lacking and {status(papers, terms) for terms in lacking} == {
+        "Unseen combination, with a term that no training function has."
+    }
 
 
 def test_the_page_names_models_points_and_scores(models):

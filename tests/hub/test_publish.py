@@ -244,7 +244,9 @@ def test_a_fault_at_the_first_publication_leaves_a_new_repository_empty_or_whole
 
 
 @pytest.mark.parametrize("request_", ["POST /api/collections$", "POST /api/collections/.*/items"])
-@pytest.mark.parametrize(("fault", "message"), [(500, "an error of its own (status 500)"), ("cut", "cannot be reached")])
+@pytest.mark.parametrize(
+    ("fault", "message"), [(500, "an error of its own (status 500)"), ("cut", "cannot be reached")]
+)
 def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_command(
     hub_here, logic_run, request_, fault, message
 ):
@@ -269,7 +271,10 @@ def test_a_collection_that_fails_half_way_is_reported_and_completed_by_the_same_
             "HTTP status client error (400 Bad Request) for url (http://cas:8443/x)",
             "refuses the card's metadata or the",
         ),
-        ("HTTP status server error (500 Internal Server Error) for url (http://cas/x)", "an error of its own (status 500)"),
+        (
+            "HTTP status server error (500 Internal Server Error) for url (http://cas/x)",
+            "an error of its own (status 500)",
+        ),
         (
             "error sending request for url (http://cas:443/500): connection refused",
             "cannot be reached (ConnectionError)",

@@ -413,3 +413,11 @@ def test_a_language_model_becomes_a_classifier_with_one_answer(tmp_path):
     HylaForCausalLM(HylaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert classifier(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3)
+
+
+def test_labels_beside_the_logits_of_some_tokens_are_refused():
+    model = HylaForCausalLM(HylaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1)).eval()
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="index tensor logits_to_keep may leave out: pass a number of last tokens"):
+        model(tokens, labels=tokens[:, [0, 4]], logits_to_keep=torch.tensor([0, 4]))
+    assert model(tokens, labels=tokens[:, -3:], logits_to_keep=3).loss.isfinite()

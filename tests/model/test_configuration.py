@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from hf_hyla import HylaConfig
+from hf_hyla import HylaConfig, HylaForSequenceClassification, HylaModel
 
 
 def test_defaults_are_the_sraven_hyla_model():
@@ -209,3 +209,27 @@ def test_a_rotary_parameter_that_is_no_positive_number_is_refused(name, value):
 def test_parameters_of_scaled_rotary_positions_that_make_no_sense_are_refused(parameters, message):
     with pytest.raises(StrictDataclassError, match=message):
         HylaConfig(position_type="rotary", rope_parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 4}, "sliding_window=4 needs a causal model"),
+        ({"attention_dropout": 1.5}, "attention_dropout must"),
+        ({"num_experts_per_tok": 15}, "num_experts_per_tok"),
+        ({"attention_type": "softmax", "value_depth": 2}, "value_depth"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_when_a_model_is_made_and_not_when_it_is_saved(
+    tmp_path, changes, message
+):
+    HylaForSequenceClassification(HylaConfig(hidden_size=16, num_hidden_layers=1, ffn_type="moe")).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=message):
+        HylaForSequenceClassification.from_pretrained(tmp_path, **changes)
+    config = HylaConfig.from_pretrained(tmp_path)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        HylaModel(config)

@@ -3,6 +3,7 @@
 import functools
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def is_held_out(name: str, held_out: float) -> bool:
     Whether a document belongs to `test`: where the first eight bytes of the SHA-256 of its name, as a fraction of 2**64, are
     below `held_out`. The answer depends on no other document and on no seed.
     """
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < held_out * 2**64
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") < held_out * 2**64
 
 
 def _held_out(documents: Iterable[tuple[str, str]], held_out: float) -> Documents:
