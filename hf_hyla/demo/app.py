@@ -80,7 +80,9 @@ def _puzzles(blocks: gr.Blocks, task: SravenTask, solvers: list[Solver]) -> None
                 unseen = gr.Button("Unseen combination", variant="primary", elem_id="unseen", min_width=140, size="md")
             digits = gr.Checkbox(False, label="Digits on the panels", elem_id="digits")
             shuffled = gr.Checkbox(
-                False, label="Shuffle the features in every column, as in training", elem_id="shuffle"
+                False,
+                label="Shuffle the features in every column" + ", as in training" * task.permute,
+                elem_id="shuffle",
             )
             text = gr.Textbox(label="Digits of the framed panel", submit_btn="Change", elem_id="panel")
         with gr.Column(scale=8, min_width=320):

@@ -178,8 +178,10 @@ def seen(task: SravenTask, rules: tuple[int, ...]) -> bool:
 
 def verdict(task: SravenTask, puzzle: Puzzle) -> Verdict:
     cells = np.array(puzzle.panels).reshape(1, GRID, GRID, task.num_features)
-    combinations = sorted({one for split in task.splits for one in task.combinations(split)})
-    possible = posterior(explain(cells, task.num_values, task.permute)[0], combinations, task.permute)
+    combinations = {one for split in task.splits for one in task.combinations(split)}
+    if not task.permute:  # the task's rules have one order, and rules that were chosen have any
+        combinations.add(puzzle.rules)
+    possible = posterior(explain(cells, task.num_values, task.permute)[0], sorted(combinations), task.permute)
     best = most_probable(possible) if possible else None
     return Verdict(possible, best if puzzle.edited else puzzle.panels[-1])
 

@@ -182,3 +182,12 @@ def test_tasks_of_other_sizes_have_puzzles_too():
         assert edit(task, puzzle, 0, digits).panels[0] == (1,) * task.num_features
         assert verdict(task, puzzle).possible
     assert puzzles.PANELS == 8
+
+
+def test_the_observer_takes_chosen_rules_in_any_order_also_where_the_task_has_one():
+    task = get_task("sraven", num_features=2, num_values=3, permute=False)
+    for index in range(40):
+        for rules in ((1, 0), (6, 1)):
+            puzzle = with_rules(task, sample(task, "test", index, shuffled=False), rules, shuffled=False)
+            found = verdict(task, puzzle)
+            assert found.right in found.possible and "No rules explain" not in found.words()
