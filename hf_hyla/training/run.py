@@ -1,9 +1,7 @@
 """A run, top to bottom: recipe → data → model → training → evaluation → run.json."""
 
 import contextlib
-import inspect
 import math
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import EvalPrediction, PreTrainedModel, set_seed
@@ -19,29 +16,21 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
-from ..model import HylaConfig, HylaForSequenceClassification
+from ..model import HylaConfig
 from ..runs.environment import environment, hardware
-from ..runs.folder import (
-    CARD_NAME,
-    CHECKPOINTS,
-    COMPARISON_NAME,
-    CURVE_NAME,
-    EVAL_RESULTS,
-    PROBE_NAME,
-    RECIPE_NAME,
-)
+from ..runs.folder import CHECKPOINTS, CURVE_NAME
 from ..runs.plots import can_draw, learning_curve
-from ..runs.record import RECORD_NAME, RunRecord, digests, first_difference
+from ..runs.record import RunRecord, digests
 from ..tasks import Task, TaskDataset
 from ..typed_yaml import one_of
-from ..utils import no_score, one_line, write_whole, writing_advice
+from ..utils import no_score, one_line, writing_advice
 from .arguments import FP16_ON_A_CPU, HylaTrainingArguments
-from .checkpoint import LOCK, claimed, last_whole
 from .graphs import refuse_balancing_loss
 from .processes import check_launch, on_main
 from .progress import RunProgress
-from .recipe import Recipe, read_sections
+from .recipe import Recipe
 from .resume_state import resume_states
+from .run_folder import prepare_folder, replace_run
 from .stopping import StopRequests
 from .trainer import HylaTrainer
 from .weights import initial_model
@@ -82,7 +71,7 @@ def train(
     args = recipe.training_arguments(output / CHECKPOINTS, PartialState().num_processes)
     train_dataset = training_data(recipe)
     with contextlib.ExitStack() as until_the_end:
-        resume_from = on_main(lambda: _prepare_folder(recipe, output, overwrite, until_the_end))
+        resume_from = on_main(lambda: prepare_folder(recipe, output, overwrite, until_the_end))
         set_seed(args.seed)
         model = initial_model(recipe.settings["model"], recipe.config, task.auto_class)
         evaluated = [split for split in task.splits if split != "train"]
@@ -104,7 +93,7 @@ def train(
         elif task.reference != task.name:  # a user's
             _rehearse(trainer, task, evaluated)
         if overwrite:  # only now, when everything that could be refused has been checked
-            on_main(lambda: _replace_run(recipe, output))
+            on_main(lambda: replace_run(recipe, output))
         # Taken now, since the checkout may hold other code when the run ends.
         begun_in, begun_on = environment(), hardware(args.device)
         with stop.listening():
@@ -198,71 +187,6 @@ def evaluate(
         return _evaluate_split(trainer, task, split, num_samples)
 
 
-def _prepare_folder(recipe: Recipe, output: Path, overwrite: bool, until_the_end: contextlib.ExitStack) -> Path | None:
-    """
-    Makes the folder, claims it until the `ExitStack` closes, and writes the recipe into it, unless it holds a run that is
-    to be overwritten later. Returns the checkpoint to resume from, or `None`.
-    """
-    written = output / RECIPE_NAME
-    ours = {LOCK, f"{RECIPE_NAME}.tmp"}
-    try:
-        others = [path for path in output.iterdir() if path.name not in ours] if output.exists() else []
-        if others and not written.exists():
-            raise FileExistsError(f"{output} is not empty and holds no run: choose another --output.")
-        output.mkdir(parents=True, exist_ok=True)
-        until_the_end.enter_context(claimed(output))
-        if overwrite:
-            _check_start(recipe, output)
-        elif written.exists() and (key := first_difference(recipe.settings, _written_recipe(written))):
-            raise FileExistsError(
-                f"{output} holds a run of another recipe, which differs in {key}: choose another --output, or pass "
-                "--overwrite."
-            )
-        elif (output / RECORD_NAME).exists():
-            _check_record(output)
-            raise FileExistsError(f"{output} holds a finished run: choose another --output, or pass --overwrite.")
-        if overwrite and written.exists():
-            return None
-        _write_recipe(recipe, output)
-        checkpoint, said = last_whole(output / CHECKPOINTS)
-    except OSError as error:
-        if error.errno is None:  # raised above
-            raise
-        raise OSError(f"{output} cannot be used ({error.strerror}): choose another --output.") from error
-    for line in said:
-        _say(line)
-    return checkpoint
-
-
-def _check_start(recipe: Recipe, output: Path) -> None:
-    """A run is not removed if the new one starts from its weights."""
-    start = Path(recipe.settings["model"].get("model_name_or_path") or "")
-    if start.name and start.exists() and start.resolve().is_relative_to(output.resolve()):
-        raise ValueError(
-            f"The run starts from the weights in {start}, which --overwrite would remove: choose another --output."
-        )
-
-
-def _check_record(output: Path) -> None:
-    try:
-        RunRecord.load(output)
-    except ValueError as error:
-        raise ValueError(
-            f"{one_line(error).rstrip('.')}; or remove that file to resume the run from its checkpoints, or pass --overwrite to "
-            "start over."
-        ) from error
-
-
-def _written_recipe(path: Path) -> dict:
-    try:
-        return read_sections(path)
-    except ValueError:
-        raise ValueError(
-            f"{path} is damaged, so it is unknown whether the run there is of this recipe: choose another --output, or "
-            "pass --overwrite."
-        ) from None
-
-
 def _write_results(trainer: HylaTrainer, record: RunRecord, tokenizer: Any, output: Path) -> None:
     """Writes weights, code, curve and record. Every process must call it, since each may hold a part of the weights."""
     weights = trainer.accelerator.get_state_dict(trainer.model)
@@ -308,36 +232,6 @@ def _say_how_it_resumes(checkpoint: Path, num_processes: int) -> None:
 
 def _say(line: str) -> None:
     PartialState().print(line, file=sys.stderr, flush=True)
-
-
-def _write_recipe(recipe: Recipe, output: Path) -> None:
-    write_whole(output / RECIPE_NAME, yaml.safe_dump(recipe.settings, sort_keys=False, allow_unicode=True))
-
-
-def _replace_run(recipe: Recipe, output: Path) -> None:
-    """
-    Removes the files that a run and its card write, and no others. The record goes first: the run is then unfinished.
-
-    Raises:
-        OSError: if one of them cannot be removed.
-    """
-    code = [path.name for path in Path(inspect.getfile(HylaForSequenceClassification)).parent.glob("*_hyla.py")]
-    saved = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-    names = [RECORD_NAME, CURVE_NAME, *saved, CARD_NAME, COMPARISON_NAME, *code, PROBE_NAME]
-    files = [output / name for name in names]
-    files += [*(output / PROBE_NAME).parent.glob("*.png"), *(output / EVAL_RESULTS).glob("*.yaml")]
-    try:
-        for file in files:
-            file.unlink(missing_ok=True)
-        for pattern in ("checkpoint-*", "damaged-checkpoint-*"):
-            for checkpoint in (output / CHECKPOINTS).glob(pattern):  # the folder may be a link to another disk
-                shutil.rmtree(checkpoint)
-        _write_recipe(recipe, output)
-    except OSError as error:
-        raise OSError(
-            f"The run in {output} cannot be removed whole ({error.strerror or one_line(error)}): remove it, or choose another "
-            "--output."
-        ) from error
 
 
 def training_data(recipe: Recipe) -> TaskDataset:
