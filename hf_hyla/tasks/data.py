@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from tqdm import tqdm
 
 from ..reading import read_json
 from ..utils import one_line, write_whole
@@ -183,6 +184,8 @@ def _write_split(task: Task, split: str, num_examples: int, folder: Path, text: 
     num_bytes = 0
     # Sums of the columns that hold one number or truth value per example.
     sums = {name: 0.0 for name, column in features.items() if getattr(column, "dtype", None) in ("bool", "float32")}
+    # Only a terminal gets the bar.
+    bar = tqdm(total=num_examples, desc=f"Writes {split}", unit=" examples", leave=False, disable=None)
     for number in range(num_files):
         path = folder / f"{split}-{number:05d}-of-{num_files:05d}.parquet"
         stop = min((number + 1) * _EXAMPLES_PER_FILE, num_examples)
@@ -198,8 +201,10 @@ def _write_split(task: Task, split: str, num_examples: int, folder: Path, text: 
                 table = pa.Table.from_arrays(arrays, schema=features.arrow_schema)
                 writer.write_table(table)
                 num_bytes += table.nbytes
+                bar.update(len(indices))
                 for name in sums:
                     sums[name] += float(columns[name].sum(dtype=np.float64))
+    bar.close()
     return {
         "num_examples": num_examples,
         "num_bytes": num_bytes,
