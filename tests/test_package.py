@@ -44,7 +44,7 @@ ALLOWED = {
     "metrics": (set(), {"numpy", "evaluate", "datasets"}),
     "tasks": (
         {"metrics", "reading", "utils"},
-        {"numpy", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "huggingface_hub"},
+        {"numpy", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "tqdm", "huggingface_hub"},
     ),
     "runs": (
         {"tasks", "metrics", "model", "settings", "typed_yaml", "reading", "utils"},
