@@ -388,3 +388,15 @@ def test_the_script_for_gpus_keeps_no_large_files_and_removes_only_its_own(tmp_p
     assert result.returncode == 1 and "model.safetensors is over 16 MiB and removed." in result.stdout
     assert "bench: done" in result.stdout
     assert {path.name for path in out.rglob("*")} == {"mine", "thesis.bin", "run.json", "report.txt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parts": ("sravn",)}, "parts must be one of .*did you mean 'sraven'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_measured(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark(**arguments)

@@ -23,6 +23,7 @@ def test_r2_is_a_mean_of_ratios_not_a_ratio_of_means():
     assert logic_r2(predictions, references, base)["r2"] == pytest.approx(expected)
     values = np.array([[0.0, 1.0, 1.0], [0.2, 0.4, 0.9]])
     np.testing.assert_allclose(base_mse(values), [np.mean((row - row.mean()) ** 2) for row in values])
+    np.testing.assert_array_equal(base_mse(values.tolist()), base_mse(values))
 
 
 def test_perplexity_is_of_tokens_and_bits_are_of_bytes():

@@ -165,6 +165,7 @@ def test_code_similarity_is_1_for_equal_means_and_minus_1_for_opposite_ones():
         ((np.eye(4), np.eye(4, dtype=int), np.eye(4), np.eye(4, dtype=int)), r"int64 \(4, 4\)"),
         ((np.eye(4), np.arange(4), np.eye(4)[:, :3], np.arange(4)), "same columns, got 4 and 3"),
         ((np.eye(4), np.arange(4), np.eye(4), np.arange(4), None, 1), "num_shuffles must be at least 2"),
+        ((np.eye(4), np.arange(4), np.eye(4), np.arange(4), np.zeros(4, int)), "but all are of one: leave out groups"),
     ],
 )
 def test_data_that_cannot_be_fitted_are_refused(arguments, message):

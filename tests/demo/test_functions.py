@@ -1,5 +1,8 @@
 """The curve of a fuzzy logic function is its truth, and answers are those of the model for the points that show it."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -113,3 +116,12 @@ def test_what_the_demo_cannot_show_is_refused(tmp_path):
         load([str(tmp_path / "own")])
     with pytest.raises(ValueError, match="other settings of the task logic than"):
         load([str(models_folder() / "hyla-logic"), str(tmp_path / "other")])
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    shutil.copytree(models_folder() / "hyla-logic", tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    for change in ({"steps": 5}, {"metrics": {"test": record["metrics"]["test"]}}):
+        (tmp_path / "run/run.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=r"is not finished|has no result ood/r2"):
+            load([str(tmp_path / "run")])

@@ -237,6 +237,12 @@ def test_the_loss_equals_torchs_and_is_divided_by_num_items_in_batch(settings, l
     assert model.config.problem_type == settings.get("problem_type")  # computing a loss writes nothing
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_labels_of_several_classes_that_are_no_floats_are_refused_with_what_to_set(dtype):
+    with pytest.raises(ValueError, match="set problem_type='multi_label_classification' in the config"):
+        make(num_labels=3, num_answers=1)(ids(), labels=torch.ones(3, 3).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification", "single_label_classification"])
 def test_losses_are_computed_in_float32_at_least(problem_type, dtype):

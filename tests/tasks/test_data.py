@@ -288,3 +288,14 @@ def test_data_are_never_written_over_other_files(tmp_path):
         write_data(task, ["test"], 0, tmp_path / "data")
     assert list(Manifest.load(tmp_path / "data").splits) == ["ood"]
     assert [path.name for path in (tmp_path / "data" / "data").iterdir()] == ["ood-00000-of-00001.parquet"]
+
+
+def test_files_of_a_split_that_are_gone_are_named(tmp_path):
+    task = get_task("logic", num_examples=4)
+    write_data(task, ["test"], 20, tmp_path / "data")
+    for file in (tmp_path / "data/data").glob("test-*.parquet"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r"lacks the files of test that its task\.json names: write them again by `hyla data`"
+    ):
+        FolderDataset(tmp_path / "data", task, "test", 20)

@@ -293,3 +293,7 @@ def test_the_default_documents_are_the_librarys_sources_without_its_tests():
     assert not any("class TestCase" in text and "test_support" in text for text in everything)
     assert sum(len(text.encode()) for text in texts) < 0.25 * sum(len(text.encode()) for text in everything)
     assert task.num_samples["train"] > 5_000
+
+
+def test_a_name_of_any_bytes_belongs_to_a_split():
+    assert isinstance(is_held_out(b"caf\xe9.txt".decode(errors="surrogateescape"), 0.5), bool)
